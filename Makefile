@@ -1,0 +1,26 @@
+# Every target sets up .venv by itself; nothing is reinstalled while the requirements are unchanged.
+PYTHON ?= python3
+
+quickstart: .venv/runtime
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/quickstart.sh
+
+test: .venv/dev
+	.venv/bin/python -m pytest
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/runtime
+	.venv/bin/python benchmarks/train_step.py
+
+.venv/runtime: requirements.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/runtime requirements-dev.txt
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.PHONY: quickstart test lint bench

@@ -1,0 +1,114 @@
+"""Projected gradient descent (Madry et al., arXiv 1706.06083), shared by training and evaluation.
+
+Conventions: x in [0, 1], NCHW; `eps` and `step_size` in the same units; the model returns logits.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def attack_mode(model, bn):
+    """Freeze a model for an attack and leave no trace of it.
+
+    bn="batch":   train mode, batch statistics, running statistics neither read nor updated (the base recipe);
+    bn="running": eval mode.
+    Every module's `training`, every BatchNorm's `track_running_stats` and every parameter's `requires_grad` is
+    restored, also after an exception. Parameters are frozen: an attack needs no weight gradients.
+    """
+    modules, parameters = list(model.modules()), list(model.parameters())
+    training = [m.training for m in modules]
+    norms = [(m, m.track_running_stats) for m in modules if isinstance(m, _BatchNorm)]
+    trainable = [p.requires_grad for p in parameters]
+    try:
+        model.train(bn == "batch")
+        for norm, _ in norms if bn == "batch" else ():
+            norm.track_running_stats = False
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, flag in zip(modules, training):
+            module.training = flag
+        for norm, flag in norms:
+            norm.track_running_stats = flag
+        for parameter, flag in zip(parameters, trainable):
+            parameter.requires_grad_(flag)
+
+
+def random_start(shape, norm, eps, generator):
+    """Perturbations (B, C, H, W) uniform in the linf or l2 ball of radius eps, on the generator's device."""
+    device = generator.device
+    if norm == "linf":
+        return (2 * torch.rand(shape, generator=generator, device=device) - 1) * eps
+    direction = torch.randn(shape, generator=generator, device=device)
+    radius = torch.rand(shape[0], generator=generator, device=device) ** (1 / direction[0].numel())
+    return direction * (eps * radius / _l2(direction)).view(-1, 1, 1, 1)
+
+
+def pgd(model, x, y, starts, *, norm, eps, step_size, n_steps, loss, bn="running", reference=None, best=False):
+    """Adversarial images within eps of x and in [0, 1]; the model is left as it was.
+
+    x: (B, C, H, W). y: (B,) labels, ignored by loss="kl". starts: one (B, C, H, W) perturbation per restart.
+    loss: "ce" cross-entropy; "margin" max_{j != y} z_j - z_y; "kl" KL(p_reference || p_adv), where `reference` are
+    logits (B, K), taken at x in the same mode if not given.
+    best=False and one start: the last iterate, at no further cost (training). Otherwise, per image, the
+    iterate (best=True) or the restart's last iterate that fools the model, or failing that has the highest loss.
+    """
+    x = x.detach()
+    with attack_mode(model, bn):
+        if loss == "kl" and reference is None:
+            with torch.no_grad():
+                reference = model(x)
+        select = best or len(starts) > 1
+        chosen, chosen_fools, chosen_loss = x, torch.zeros_like(y, dtype=torch.bool), torch.full_like(y, -torch.inf, dtype=x.dtype)
+        for start in starts:
+            x_adv = project(x + start, x, norm, eps)
+            for step in range(n_steps + select):
+                last = step == n_steps
+                x_adv.requires_grad_(not last)
+                logits = model(x_adv)
+                losses = attack_losses(logits, y, loss, reference)
+                if last or (best and step > 0):
+                    fools = logits.detach().argmax(1) != y
+                    better = (fools & ~chosen_fools) | ((fools == chosen_fools) & (losses.detach() > chosen_loss))
+                    chosen = torch.where(better.view(-1, 1, 1, 1), x_adv.detach(), chosen)
+                    chosen_fools, chosen_loss = chosen_fools | fools, torch.where(better, losses.detach(), chosen_loss)
+                if not last:
+                    # A sum, so that an image's gradient does not depend on the size of its batch.
+                    (gradient,) = torch.autograd.grad(losses.sum(), x_adv)
+                    x_adv = project(ascend(x_adv.detach(), gradient, norm, step_size), x, norm, eps)
+    return chosen if select else x_adv.detach()
+
+
+def attack_losses(logits, y, loss, reference=None):
+    """The attacker's objective per image, (B,), in at least float32: half-precision logits are raised first."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if loss == "ce":
+        return F.cross_entropy(logits, y, reduction="none")
+    if loss == "margin":
+        others = logits.scatter(1, y[:, None], -torch.inf)
+        return others.amax(1) - logits.gather(1, y[:, None])[:, 0]
+    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(reference.to(logits.dtype), 1), reduction="none", log_target=True).sum(1)
+
+
+def ascend(x_adv, gradient, norm, step_size):
+    """One step of steepest ascent: the gradient's sign (linf) or its direction (l2) times step_size."""
+    if norm == "linf":
+        return x_adv + step_size * gradient.sign()
+    return x_adv + step_size * gradient / (_l2(gradient) + 1e-12).view(-1, 1, 1, 1)
+
+
+def project(x_adv, x, norm, eps):
+    """Into the eps-ball around x, then into [0, 1] (which cannot leave the ball, since x is in [0, 1])."""
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+    delta = x_adv - x
+    return (x + delta * (eps / (_l2(delta) + 1e-12)).clamp(max=1).view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def _l2(batch):
+    return batch.flatten(1).norm(dim=1)

@@ -1,0 +1,122 @@
+"""Files that survive: written beside, fsynced, renamed. Files of others are data: tensors and numbers, never code."""
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from common.cli import UserError
+
+
+@contextmanager
+def atomic(path):
+    """Yield a binary file that becomes `path` when the block ends well; a killed or failed write leaves `path` as it was."""
+    folder, temporary = os.path.dirname(os.path.abspath(path)), f"{path}.writing"
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def save(state, path):
+    """Write a dict of tensors, numbers and strings (nested dicts and lists allowed)."""
+    with atomic(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # on a full disk, torch's own clean-up hides the OSError behind a RuntimeError
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def load(path, keys=(), device="cpu"):
+    """Read a dict written by save, holding at least `keys`. Raises UserError where it is missing, broken or would run code."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory, expected a checkpoint file such as best.pt") from None
+    except pickle.UnpicklingError as error:
+        # PyTorch's message explains itself at length; its first sentence names the forbidden thing.
+        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+        raise UserError(f"{path}: refused, not a plain checkpoint of tensors. {reason[:200]}".strip()) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of this project, it has no entry '{missing[0]}'")
+    return state
+
+
+def load_weights(module, weights, path):
+    """Load a state dict strictly; the first difference becomes one clear line."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"{path}: weights do not fit the model: {lines[1] if len(lines) > 1 else lines[0]}"[:300]) from None
+
+
+def write_json(value, path):
+    """Write indented JSON atomically."""
+    with atomic(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """Read a JSON object as a dict; raises UserError where the file is missing, broken or holds something else."""
+    try:
+        with open(path) as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({_first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_npy(array, path):
+    """Write one array atomically."""
+    with atomic(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def open_npy(path, dtype, shape=None):
+    """Memory-map an array read-only; its dtype, and its shape where given (None entries match anything), must be as expected."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        raise UserError(f"{path}: truncated or not an .npy array ({_first_line(error)})") from None
+    fits = shape is None or (array.ndim == len(shape) and all(s in (None, a) for s, a in zip(shape, array.shape)))
+    if array.dtype != np.dtype(dtype) or not fits:
+        wanted = "" if shape is None else " " + str(tuple("any" if s is None else s for s in shape)).replace("'", "")
+        raise UserError(f"{path}: found {array.dtype} {array.shape}, expected {np.dtype(dtype)}{wanted}")
+    return array
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

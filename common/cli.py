@@ -1,0 +1,109 @@
+"""Command lines and the errors a user can mend: one clear line, exit status 2, no traceback."""
+
+import argparse
+import errno
+import os
+import sys
+
+# What a full, read-only or forbidden disk raises; anything else is a bug and keeps its traceback.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the flag or file, what was found and what was expected."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line and whose help shows every default."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+
+    def parse_with_presets(self, argv, recipe, presets):
+        """parse_args with the defaults recipe | presets[--dataset]; a flag given on the command line wins, --help shows them."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--dataset", default=self.get_default("dataset"))
+        self.set_defaults(**recipe | presets.get(first.parse_known_args(argv)[0].dataset, {}))
+        return self.parse_args(argv)
+
+    def error(self, message):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the module docstring's lines and appends the defaults, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def ratio(text):
+    """argparse type: a finite number written as `0.031` or `8/255`."""
+    try:
+        top, _, bottom = text.partition("/")
+        value = float(top) / float(bottom) if bottom else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number such as 0.15 or 8/255, got '{text}'") from None
+    if not -1e30 < value < 1e30:
+        raise argparse.ArgumentTypeError(f"expected a finite number, got '{text}'")
+    return value
+
+
+def positive(text):
+    """argparse type: a number (or ratio) above 0."""
+    return _checked(ratio(text), lambda v: v > 0, "a number above 0", text)
+
+
+def non_negative(text):
+    """argparse type: a number (or ratio) of at least 0."""
+    return _checked(ratio(text), lambda v: v >= 0, "a number of at least 0", text)
+
+
+def fraction(text):
+    """argparse type: a number in [0, 1]."""
+    return _checked(ratio(text), lambda v: 0 <= v <= 1, "a number between 0 and 1", text)
+
+
+def count(text):
+    """argparse type: a whole number of at least 1."""
+    return _checked(_whole(text), lambda v: v >= 1, "a whole number of at least 1", text)
+
+
+def count0(text):
+    """argparse type: a whole number of at least 0."""
+    return _checked(_whole(text), lambda v: v >= 0, "a whole number of at least 0", text)
+
+
+def _whole(text):
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from None
+
+
+def _checked(value, holds, expected, text):
+    if not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
+    return value
+
+
+def run(main, args):
+    """Run a script's main(args); end a UserError or a full or read-only disk with one line and status 2."""
+    try:
+        main(args)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        message = f"{error.filename or 'output'}: {error.strerror}"
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    else:
+        return
+    # Most errors are found by every rank alike: rank 0 speaks for them.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,62 @@
+"""Processes: one on a laptop, many under torchrun (gloo on CPU, NCCL on GPU). The launcher's environment decides."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def setup():
+    """Join the process group if torchrun started us. Returns (rank, world_size, device)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def teardown():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor):
+    """`tensor` summed over ranks, in place; returned for chaining. Accuracies are sums and counts, never means of means."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value):
+    """A list of every rank's small picklable `value`, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def average_bn_statistics(model):
+    """Give all ranks the mean of their BatchNorm running statistics, so that their checkpoints are one and the same.
+
+    Only where BatchNorm is not SyncBatchNorm (CPU), and DDP broadcasts no buffers.
+    """
+    if not dist.is_initialized():
+        return
+    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if buffers:
+        flat = torch.cat([b.reshape(-1) for b in buffers])
+        dist.all_reduce(flat)
+        for buffer, mean in zip(buffers, (flat / dist.get_world_size()).split([b.numel() for b in buffers])):
+            buffer.copy_(mean.view_as(buffer))

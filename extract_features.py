@@ -1,0 +1,146 @@
+"""Features of a frozen diffusion model: store them, and probe how much of the class a linear model reads from them.
+
+For every pair of --blocks and --sigmas, the block's output for x + sigma * n, n one fixed Gaussian draw per image, average
+pooled over space: the representation that DRA aligns a classifier with (train_at_aux.py). Blocks of one sigma are taken in
+one pass of the network, which is left at the last of them.
+
+    python extract_features.py --probe                                   # digits, all blocks, four noise levels, two minutes
+    torchrun --nproc_per_node 8 extract_features.py                      # images are shared out over the processes
+
+Writes <split>-<block>-sigma<sigma>.npy (float32, (N, channels), memory-mapped) and <split>-labels.npy for the splits train,
+val and test, and manifest.json. Files that are complete are skipped. --probe fits scikit-learn's logistic regression on
+"train" and prints accuracies on "val": choose block and sigma there, never on the test images (--probe-split test reports).
+"""
+
+import os
+
+import numpy as np
+import torch
+
+from common import checkpoint, cli, data, diffusion, dist, runlog
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set")
+    group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--val-size", type=cli.count, default=200, help="first training images, held out as in train_at.py")
+    group.add_argument("--diffusion", help="directory of the diffusion model (default: out/diffusion-<dataset>)")
+    group = parser.add_argument_group("features")
+    group.add_argument("--blocks", nargs="+", help="blocks of the network (default: all)")
+    group.add_argument("--sigmas", type=cli.positive, nargs="+", default=[0.03, 0.1, 0.3, 1.0], help="noise levels, in units of [-1, 1]")
+    group = parser.add_argument_group("probe")
+    group.add_argument("--probe", action="store_true", help="fit and print a linear probe per (block, sigma)")
+    group.add_argument("--probe-split", choices=["val", "test"], default="val", help="images that the probe's accuracy is of")
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch-size", type=cli.count, default=250, help="images per network call on one process")
+    group.add_argument("--out-dir", help="directory of the features (default: out/features-<dataset>)")
+    group.add_argument("--seed", type=cli.count0, default=0, help="seed of the noise")
+    args = parser.parse_args(argv)
+    args.out_dir = args.out_dir or f"out/features-{args.dataset}"
+    args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------- the method
+
+
+@torch.no_grad()
+def features_of(model, images, ids, split, sigma, blocks, seed):
+    """Pooled features, one (B, channels) array per block, of uint8 images; an image's noise depends on (seed, split, id) alone."""
+    x = data.to_x(images, model.device)
+    noise = torch.stack([torch.randn(x.shape[1:], generator=data.stream(seed, f"features-{split}", int(i))) for i in ids])
+    return [f.float().cpu().numpy() for f in model.features(x, sigma, None, blocks, noise.to(model.device))]
+
+
+def probe(train_features, train_labels, features, labels):
+    """Accuracy on (features, labels) of a logistic regression fitted to standardised training features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train_features, train_labels).score(features, labels)
+
+
+# ------------------------------------------------------------------------------------------------------- plumbing
+
+
+def feature_path(out_dir, split, block, sigma):
+    return os.path.join(out_dir, f"{split}-{block}-sigma{sigma:g}.npy")
+
+
+def extract(model, images, split, sigma, blocks, args, rank, world_size):
+    """Write the split's features at one sigma. Each rank fills its batches' rows of shared memory maps, renamed when all are done."""
+    paths = [feature_path(args.out_dir, split, block, sigma) for block in blocks]
+    todo = [i for i, path in enumerate(paths) if not os.path.exists(path)]
+    if not todo:
+        return
+    blocks, paths = [blocks[i] for i in todo], [paths[i] for i in todo]
+    batches = np.split(np.arange(len(images)), range(args.batch_size, len(images), args.batch_size))
+    if rank == 0:
+        widths = [f.shape[1] for f in features_of(model, images[:1], [0], split, sigma, blocks, args.seed)]
+        for path, width in zip(paths, widths):
+            np.lib.format.open_memmap(path + ".writing", "w+", np.float32, (len(images), width)).flush()
+    dist.barrier()
+    maps = [np.lib.format.open_memmap(path + ".writing", "r+") for path in paths]
+    for ids in runlog.progress(batches[rank::world_size], rank, desc=f"{split} sigma {sigma:g}", unit="batch", leave=False):
+        for array, values in zip(maps, features_of(model, images[ids], ids, split, sigma, blocks, args.seed)):
+            array[ids] = values
+    for array in maps:
+        array.flush()
+    dist.barrier()
+    if rank == 0:
+        for path in paths:
+            os.replace(path + ".writing", path)
+    dist.barrier()
+
+
+def main(args):
+    rank, world_size, device = dist.setup()
+    spec = data.DATASETS[args.dataset]
+    model = diffusion.load_diffusion(args.diffusion, device)
+    model.check_fits(f"--diffusion {args.diffusion}", spec)
+    blocks = args.blocks or model.blocks
+    model.check_blocks(blocks)
+    manifest = {
+        "format": 1,
+        "dataset": spec.name,
+        "val_size": args.val_size,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "label": "none",
+        "pooling": "mean over space",
+        "ids": "row i is image i of its split",
+        "network_sha256": checkpoint.sha256(os.path.join(args.diffusion, "diffusion_pytorch_model.safetensors")),
+    }
+    if rank == 0:
+        runlog.claim_directory(args.out_dir, manifest, "manifest.json")
+    dist.barrier()
+
+    labels = {}
+    for split in ("train", "val", "test"):
+        images, labels[split] = data.load(spec, args.data_dir, split, args.val_size)
+        if rank == 0:
+            checkpoint.write_npy(labels[split], os.path.join(args.out_dir, f"{split}-labels.npy"))
+        for sigma in args.sigmas:
+            extract(model, images, split, sigma, blocks, args, rank, world_size)
+
+    if rank == 0 and args.probe:
+        print(f"linear probe, accuracy on {len(labels[args.probe_split])} {args.probe_split} images (rows: block, columns: sigma)")
+        width = max(map(len, blocks))
+        print(" " * width + "".join(f"{sigma:>8g}" for sigma in args.sigmas))
+        for block in blocks:
+            row = []
+            for sigma in args.sigmas:
+                train, held_out = (
+                    checkpoint.open_npy(feature_path(args.out_dir, split, block, sigma), np.float32, (len(labels[split]), None))
+                    for split in ("train", args.probe_split)
+                )
+                row.append(probe(train, labels["train"], held_out, labels[args.probe_split]))
+            print(f"{block:<{width}}" + "".join(f"{accuracy:8.1%}" for accuracy in row), flush=True)
+    dist.teardown()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

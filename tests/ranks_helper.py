@@ -1,0 +1,59 @@
+"""Run a training script's main under torchrun with one thing changed: `ranks_helper.py SCRIPT {groupnorm,digest} ARGS`."""
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import dist, models  # noqa: E402
+
+
+def without_batch_statistics(model):
+    """Replace every BatchNorm2d by a GroupNorm of four groups."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(4, child.num_features))
+    return model
+
+
+def main():
+    name, change = sys.argv[1:3]
+    sys.argv = [name, *sys.argv[3:]]
+    torch.set_num_threads(1)
+    script = importlib.import_module(name.removesuffix(".py"))
+    kept = []
+    build, EMA = models.build, script.EMA
+    if change == "groupnorm":
+        models.build = lambda *args: without_batch_statistics(build(*args))
+    else:
+        head, teardown = script.alignment_head, dist.teardown
+
+        def keep_ema(model):
+            ema = EMA(model)
+            kept.extend([("model", model), ("ema", ema.model)])
+            return ema
+
+        def keep_head(*args):
+            kept.append(("head", head(*args)))
+            return kept[-1][1]
+
+        script.EMA, script.alignment_head = keep_ema, keep_head
+
+        def digest_and_teardown():
+            tensors = {f"{k}.{key}": t for k, module in kept for key, t in module.state_dict().items()}
+            digests = {key: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for key, t in tensors.items()}
+            Path(os.environ["DIGESTS"], f"digest-{os.environ['RANK']}.json").write_text(json.dumps(digests))
+            teardown()
+
+        dist.teardown = digest_and_teardown
+    script.main(script.parse_args())
+
+
+main()

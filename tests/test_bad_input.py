@@ -1,0 +1,236 @@
+"""Every bad input: one clear line that names the culprit, exit status 2, nothing written before is lost.
+
+Alone: python -m pytest tests/test_bad_input.py
+"""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import python
+
+import train_at
+from common import checkpoint, cli
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad") / "run"
+    train_at.main(train_at.parse_args(["--epochs", "1", "--n-steps", "1", "--eval-n-steps", "1", "--out-dir", str(path)]))
+    return path / "best.pt"
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch, tmp_path):
+    """fails(script, words, *argv): the script ends with status 2 and one line on stderr that holds all the words."""
+
+    def check(script, words, *argv):
+        module = importlib.import_module(script)
+        monkeypatch.setattr("sys.argv", [f"{script}.py"])
+        capsys.readouterr()
+        argv = [str(a) for a in argv]
+        if script != "evaluate" and "--out-dir" not in argv:
+            argv += ["--out-dir", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(module.main, module.parse_args(argv))
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert exit_info.value.code == 2
+        assert len(printed) == 1, printed
+        for word in words:
+            assert word in printed[0], printed[0]
+
+    return check
+
+
+FLAGS = [
+    ("train_at", ["--dataset", "cifar11"], ["--dataset", "cifar11", "digits"]),
+    ("train_at", ["--model", "resnet18"], ["--model resnet18", "wrn-28-10"]),
+    ("train_at", ["--eps", "8/0"], ["--eps", "8/0"]),
+    ("train_at", ["--eps", "inf"], ["--eps", "finite"]),
+    ("train_at", ["--eps", "-0.1"], ["--eps", "at least 0"]),
+    ("train_at", ["--epochs", "0"], ["--epochs", "at least 1"]),
+    ("train_at", ["--epochs", "2.5"], ["--epochs", "whole number"]),
+    ("train_at", ["--lr", "nan"], ["--lr", "nan"]),
+    ("train_at", ["--synthetic", "x", "--synthetic-fraction", "1.5"], ["--synthetic-fraction", "between 0 and 1", "1.5"]),
+    ("train_at", ["--synthetic-fraction", "0.5"], ["--synthetic-fraction", "--synthetic DIR"]),
+    ("train_at", ["--momentum", "0.9", "0.8"], ["--momentum", "LOW HIGH"]),
+    ("train_at", ["--val-size", "1000"], ["--val-size 1000", "1000 training images"]),
+    ("train_at", ["--bta", "1"], ["--bta"]),
+    ("train_at", ["--synthetic", "nowhere"], ["nowhere/manifest.json", "no such file"]),
+    ("train_at_aux", ["--teacher", "nowhere"], ["nowhere/config.json", "no such file"]),
+    ("train_at_aux", ["--loss", "standard"], ["--align", "--loss standard"]),
+    ("train_diffusion", ["--channels", "20", "40"], ["--channels", "multiples of 8"]),
+    ("train_diffusion", ["--channels", "8", "8", "8", "8", "8"], ["--channels", "8 pixels"]),
+    ("generate_synthetic", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
+    ("generate_synthetic", ["--keep-fraction", "0.2"], ["--keep-fraction", "--classifier"]),
+    ("generate_synthetic", ["--sigma-min", "90"], ["--sigma-min", "--sigma-max"]),
+    ("extract_features", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
+    ("evaluate", ["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--attack", "fgsm"], ["--attack", "fgsm", "autoattack"]),
+    ("evaluate", [], ["--checkpoint"]),
+]
+
+
+@pytest.mark.parametrize("script,argv,words", FLAGS, ids=[f"{s} {' '.join(a)}" for s, a, _ in FLAGS])
+def test_flags(script, argv, words, fails, tmp_path):
+    fails(script, words, *argv)
+    assert not (tmp_path / "out").exists()  # found before anything was written
+
+
+def test_blocks_that_the_network_has_not(fails, diffusion_dir):
+    fails("train_at_aux", ["--block mid", "mid_block, up_blocks.0"], "--teacher", diffusion_dir, "--block", "mid")
+    fails("extract_features", ["--block nope", "mid_block"], "--diffusion", diffusion_dir, "--blocks", "nope")
+
+
+def copy(directory, tmp_path):
+    return Path(shutil.copytree(directory, tmp_path / "copy"))
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def damage_shape(path):
+    np.save(path, np.zeros((24, 9, 9, 1), np.uint8))
+
+
+def damage_dtype(path):
+    np.save(path, np.zeros((24, 8, 8, 1), np.float32))
+
+
+def damage_object(path):
+    np.save(path, np.array([{}] * 24, dtype=object), allow_pickle=True)
+
+
+DAMAGES = {
+    "truncated": damage_truncate,
+    "removed": lambda path: path.unlink(),
+    "wrong shape": damage_shape,
+    "wrong dtype": damage_dtype,
+    "pickled objects": damage_object,
+    "text": lambda path: path.write_text("hello"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_shards(damage, fails, synthetic_dir, tmp_path):
+    broken = copy(synthetic_dir, tmp_path)
+    DAMAGES[damage](broken / "shard-00001-images.npy")
+    fails("train_at", ["shard-00001-images.npy"], "--synthetic", broken)
+
+
+def test_labels_out_of_range(fails, synthetic_dir, tmp_path):
+    broken = copy(synthetic_dir, tmp_path)
+    labels = np.load(broken / "shard-00002-labels.npy")
+    labels[3] = 10
+    np.save(broken / "shard-00002-labels.npy", labels)
+    fails("train_at", ["shard-00002-labels.npy", "labels outside 0..9"], "--synthetic", broken)
+
+
+MANIFESTS = [
+    ({"image_shape": [32, 32, 3]}, "[32, 32, 3]"),
+    ({"num_classes": 100}, "100 classes"),
+    ({"n": None}, "'n' is None"),
+    ({"n": -3}, "'n' is -3"),
+    ({"shard_size": 0}, "'shard_size' is 0"),
+]
+
+
+@pytest.mark.parametrize("change,word", MANIFESTS)
+def test_manifests_that_do_not_fit(change, word, fails, synthetic_dir, tmp_path):
+    broken = copy(synthetic_dir, tmp_path)
+    manifest = json.loads((broken / "manifest.json").read_text()) | change
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    fails("train_at", ["copy", word], "--synthetic", broken)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}"])
+def test_broken_manifests(text, fails, synthetic_dir, tmp_path):
+    broken = copy(synthetic_dir, tmp_path)
+    (broken / "manifest.json").write_text(text)
+    fails("train_at", ["manifest.json"], "--synthetic", broken)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed", "text"])
+def test_damaged_diffusion_models(damage, fails, diffusion_dir, tmp_path):
+    broken = copy(diffusion_dir, tmp_path)
+    DAMAGES[damage](broken / "diffusion_pytorch_model.safetensors")
+    fails("train_at_aux", ["copy"], "--teacher", broken)
+
+
+@pytest.mark.parametrize("change", [{"sample_size": 32}, {"num_class_embeds": 101}, {"sigma_data": None}, {"block_out_channels": [8, 24]}])
+def test_diffusion_models_that_do_not_fit(change, fails, diffusion_dir, tmp_path):
+    broken = copy(diffusion_dir, tmp_path)
+    (broken / "config.json").write_text(json.dumps(json.loads((broken / "config.json").read_text()) | change))
+    fails("train_at_aux", ["copy"], "--teacher", broken)
+    fails("generate_synthetic", ["copy"], "--diffusion", broken)
+
+
+def test_guidance_needs_label_dropout(fails, diffusion_dir, tmp_path):
+    broken = copy(diffusion_dir, tmp_path)
+    (broken / "config.json").write_text(json.dumps(json.loads((broken / "config.json").read_text()) | {"label_dropout": 0}))
+    fails("generate_synthetic", ["--guidance-scale 2", "label dropout"], "--diffusion", broken, "--guidance-scale", "2")
+
+
+def test_checkpoints(fails, best, tmp_path):
+    state = checkpoint.load(best)
+    for change, words in (
+        ({"model_name": "wrn-16-1"}, ["weights do not fit"]),
+        ({"num_classes": 100}, ["100 classes"]),
+        ({"dataset": "cifar10"}, ["cifar10"]),
+        ({"weights": {}}, ["weights do not fit"]),
+    ):
+        checkpoint.save(state | change, tmp_path / "changed.pt")
+        fails("evaluate", ["changed.pt", *words], "--checkpoint", tmp_path / "changed.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    fails("evaluate", ["list.pt", "model_name"], "--checkpoint", tmp_path / "list.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    fails("evaluate", ["module.pt", "refused", "Linear"], "--checkpoint", tmp_path / "module.pt")
+    fails("evaluate", ["--n-images 798", "797"], "--checkpoint", best, "--n-images", "798")
+
+
+def test_output_directory_of_something_else(fails, tmp_path, synthetic_dir, diffusion_dir):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("precious")
+    fails("train_at", ["notes", "not empty"], "--out-dir", tmp_path / "notes")
+    fails("generate_synthetic", ["notes", "not empty"], "--diffusion", diffusion_dir, "--out-dir", tmp_path / "notes")
+    assert (tmp_path / "notes" / "thesis.tex").read_text() == "precious" and len(list((tmp_path / "notes").iterdir())) == 1
+    argv = ["--n-images", "64", "--shard-size", "24", "--n-steps", "3", "--batch-size", "16", "--out-dir", synthetic_dir]
+    fails("generate_synthetic", ["holds another", "seed is 0 there, 9 here"], "--diffusion", diffusion_dir, "--seed", "9", *argv)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_written(best, tmp_path):
+    """A file-size limit stands for a full disk: the run stops with one line, and the older checkpoint still loads."""
+    out = tmp_path / "run"
+    shutil.copytree(best.parent, out)
+    before = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(before)
+    state = checkpoint.load(out / "last.pt")
+    checkpoint.save(state | {"step": 3}, out / "last.pt")  # pretend that it was cut in the middle of its epoch
+    kept = (out / "last.pt").read_bytes()
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; "
+        "import train_at; from common import cli; cli.run(train_at.main, train_at.parse_args())"
+    )
+    argv = ["--epochs", "1", "--n-steps", "1", "--eval-n-steps", "1", "--out-dir", out]
+    done = python("-c", program, "train_at.py", *argv, expect=2)
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert (out / "last.pt").read_bytes() == kept
+
+
+def test_read_only_output(tmp_path):
+    """As root a read-only directory does not stop a write; a file in the directory's place does, for everyone."""
+    (tmp_path / "file").write_text("x")
+    done = python("train_at.py", "--epochs", "1", "--out-dir", tmp_path / "file" / "run", expect=2)
+    assert len(done.stderr.strip().splitlines()) == 1 and "Not a directory" in done.stderr
+
+
+def test_batch_that_ranks_cannot_share(tmp_path):
+    done = python("train_at.py", "--batch-size", "127", "--out-dir", tmp_path / "run", ranks=2, expect=1)  # torchrun's own status
+    assert done.stderr.count("error: --batch-size 127: not divisible by 2 processes") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,228 @@
+"""The two training scripts' equations and schedules against plain formulae. Alone: python -m pytest tests/test_method.py"""
+
+import copy
+import difflib
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_at
+import train_at_aux
+from common import attacks, data, diffusion, models
+
+
+def logits_and_labels(n=5, k=4):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, k, generator=generator, dtype=torch.float64) * 2
+    return logits, logits + torch.randn(n, k, generator=generator, dtype=torch.float64), torch.randint(0, k, (n,), generator=generator)
+
+
+def softmax(z):
+    return [math.exp(v) / sum(math.exp(w) for w in z) for v in z]
+
+
+def slow_smoothed_ce(logits, y, smoothing):
+    """0.9 on the target's negative log likelihood + 0.1 times the mean over all classes, at smoothing 0.1."""
+    total = 0.0
+    for z, label in zip(logits.tolist(), y.tolist()):
+        nll = [-math.log(p) for p in softmax(z)]
+        total += (1 - smoothing) * nll[label] + smoothing * sum(nll) / len(nll)
+    return total / len(y)
+
+
+def slow_kl(logits, logits_adv):
+    total = 0.0
+    for z, z_adv in zip(logits.tolist(), logits_adv.tolist()):
+        total += sum(p * math.log(p / q) for p, q in zip(softmax(z), softmax(z_adv)))
+    return total / len(logits)
+
+
+def args_of(*argv):
+    return train_at.parse_args(list(argv))
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """The scripts raise logits to float32; here they stay in float64, so that formulae can be compared to 1e-12."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def test_trades_loss(in_float64):
+    logits, logits_adv, y = logits_and_labels()
+    loss, parts = train_at.at_loss(logits, logits_adv, y, args_of("--beta", "5", "--label-smoothing", "0.1"))
+    assert math.isclose(parts["loss_clean"].item(), slow_smoothed_ce(logits, y, 0.1), rel_tol=1e-12)
+    assert math.isclose(parts["loss_robust"].item(), slow_kl(logits, logits_adv), rel_tol=1e-12)
+    assert math.isclose(loss.item(), slow_smoothed_ce(logits, y, 0.1) + 5 * slow_kl(logits, logits_adv), rel_tol=1e-12)
+
+
+def test_trades_gradient_flows_through_both_sides(in_float64):
+    """The base code does not detach p_clean in the loss: the clean logits' gradient has a KL part, by finite differences."""
+    logits, logits_adv, y = logits_and_labels()
+    args = args_of("--beta", "3")
+    for which in (0, 1):
+        pair = [logits.clone(), logits_adv.clone()]
+        pair[which].requires_grad_(True)
+        (gradient,) = torch.autograd.grad(train_at.at_loss(*pair, y, args)[0], pair[which])
+        bumped = [[z.clone() for z in (logits, logits_adv)] for _ in range(2)]
+        bumped[0][which][1, 2] += 1e-6
+        bumped[1][which][1, 2] -= 1e-6
+        numeric = (train_at.at_loss(*bumped[0], y, args)[0] - train_at.at_loss(*bumped[1], y, args)[0]).item() / 2e-6
+        assert math.isclose(gradient[1, 2].item(), numeric, rel_tol=1e-5)
+
+
+def test_trades_special_cases():
+    logits, logits_adv, y = logits_and_labels()
+    standard = train_at.at_loss(logits, None, y, args_of("--loss", "standard"))[0]
+    assert torch.equal(train_at.at_loss(logits, logits_adv, y, args_of("--beta", "0"))[0], standard)
+    assert train_at.at_loss(logits, logits, y, args_of())[1]["loss_robust"].abs() < 1e-7
+
+
+def test_pgd_at_loss(in_float64):
+    _, logits_adv, y = logits_and_labels()
+    loss, parts = train_at.at_loss(None, logits_adv, y, args_of("--loss", "pgd", "--label-smoothing", "0.2"))
+    assert math.isclose(loss.item(), slow_smoothed_ce(logits_adv, y, 0.2), rel_tol=1e-12)
+    assert parts["loss_clean"] == 0
+
+
+@pytest.mark.parametrize("epochs,warmup", [(400, 0.025), (100, 0.025), (40, 0.3)])
+def test_schedule_is_torchs_one_cycle(epochs, warmup):
+    args = args_of("--epochs", str(epochs), "--lr", "0.2", "--warmup-fraction", str(warmup))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9, nesterov=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=epochs, pct_start=warmup)
+    for epoch in range(epochs):
+        group = optimizer.param_groups[0]
+        assert train_at.one_cycle(epoch, args) == pytest.approx((group["lr"], group["momentum"]), rel=1e-9, abs=1e-12)
+        optimizer.step()
+        if epoch < epochs - 1:
+            scheduler.step()
+
+
+def test_schedule_has_the_base_recipes_landmarks():
+    args = args_of("--epochs", "400", "--lr", "0.2")
+    for epoch, lr in ((1, 0.008), (10, 0.2), (200, 0.104), (300, 0.031)):  # counted from 1
+        assert train_at.one_cycle(epoch - 1, args)[0] == pytest.approx(lr, abs=5e-4)
+    assert train_at.one_cycle(0, args)[1] == pytest.approx(0.95) and train_at.one_cycle(9, args)[1] == pytest.approx(0.85)
+    assert train_at.one_cycle(399, args)[1] == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 40])
+def test_schedule_of_few_epochs_is_finite_and_below_the_peak(epochs):
+    args = args_of("--epochs", str(epochs), "--lr", "0.2")
+    for epoch in range(epochs):
+        lr, momentum = train_at.one_cycle(epoch, args)
+        assert 0 < lr <= 0.2 and 0.85 <= momentum <= 0.95
+
+
+def test_ema_decay_copies_then_warms_up():
+    args = args_of("--ema-decay", "0.995")
+    decays = [train_at.ema_decay_at(step, 39_200, args) for step in range(39_200)]
+    assert set(decays[:980]) == {0.0}  # 2.5 % of the steps
+    assert decays[980:983] == [1 / 10, 2 / 11, 3 / 12]
+    assert decays[-1] == 0.995 and decays == sorted(decays)
+
+
+def test_parameter_groups_cover_everything_once_and_spare_batchnorm():
+    model, head = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), nn.Linear(2, 3)
+    decayed, spared = train_at.parameter_groups([model, head], 5e-4)
+    assert [id(p) for p in spared["params"]] == [id(p) for p in model[1].parameters()]
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in (*model[0].parameters(), *head.parameters())}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (5e-4, 0)
+
+
+def test_alignment_is_the_mean_cosine():
+    torch.manual_seed(0)
+    head, features = nn.Linear(3, 4), [torch.randn(5, 3), torch.randn(5, 3)]
+    targets = torch.randn(5, 4)
+    cosines = []
+    for f in features:
+        for a, b in zip(head(f).tolist(), targets.tolist()):
+            dot = sum(p * q for p, q in zip(a, b))
+            cosines.append(dot / math.sqrt(sum(p * p for p in a)) / math.sqrt(sum(q * q for q in b)))
+    assert train_at_aux.alignment(head, features, targets).item() == pytest.approx(sum(cosines) / 10, abs=1e-6)
+    assert train_at_aux.alignment(nn.Identity(), [targets], 3 * targets).item() == pytest.approx(1)
+
+
+def test_targets_are_the_frozen_networks_centred_features_of_the_noised_clean_image(diffusion_dir):
+    teacher = diffusion.load_diffusion(diffusion_dir, "cpu")
+    x, noise, y = torch.rand(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])
+    args = train_at_aux.parse_args(["--block", "mid_block", "--sigma", "0.2"])
+    mean = torch.randn(16)
+    targets = train_at_aux.teacher_targets(teacher, x, y, noise, mean, args)
+    expected = teacher.features(x, 0.2, None, ["mid_block"], noise)[0] - mean
+    assert torch.equal(targets, expected) and not targets.requires_grad
+    args.teacher_label = "true"
+    assert not torch.equal(train_at_aux.teacher_targets(teacher, x, y, noise, mean, args), expected)
+
+
+def test_target_mean_is_that_of_the_training_images(diffusion_dir):
+    teacher = diffusion.load_diffusion(diffusion_dir, "cpu")
+    images, labels = data.load(data.DATASETS["digits"], None, "train", 400)
+    args = train_at_aux.parse_args(["--block", "mid_block", "--sigma", "0.01"])
+    mean = train_at_aux.teacher_mean(teacher, images, labels, args)
+    noiseless = teacher.features(data.to_x(images), 0.01, None, ["mid_block"], torch.zeros(600, 1, 8, 8))[0].mean(0)
+    assert torch.allclose(mean, noiseless, rtol=0.02, atol=1e-3)
+    args = train_at_aux.parse_args(["--block", "mid_block", "--no-center-targets"])
+    assert torch.equal(train_at_aux.teacher_mean(teacher, images, labels, args), torch.zeros(16))
+
+
+def test_head_is_a_three_layer_silu_mlp():
+    head = train_at_aux.alignment_head(64, 256, 48)
+    assert [type(m).__name__ for m in head] == ["Linear", "SiLU", "Linear", "SiLU", "Linear"]
+    assert [tuple(m.weight.shape) for m in head if isinstance(m, nn.Linear)] == [(256, 64), (256, 256), (48, 256)]
+
+
+def test_the_shared_clean_pass_is_exact():
+    """One clean pass for both the attack's reference and the loss gives the gradients of plain code with a pass for each."""
+    torch.manual_seed(0)
+    ours = models.build("wrn-10-1", data.DATASETS["digits"])
+    plain = copy.deepcopy(ours)
+    x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 10
+    start = attacks.random_start(x.shape, "linf", 0.15, torch.Generator().manual_seed(0))
+
+    logits = ours(x)
+    attack = dict(norm="linf", eps=0.15, step_size=0.05, n_steps=3, loss="kl", bn="batch")
+    x_adv = attacks.pgd(ours, x, y, [start], reference=logits.detach(), **attack)
+    train_at.at_loss(logits, ours(x_adv), y, args_of())[0].backward()
+
+    norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.0  # batch statistics, running ones untouched
+    with torch.no_grad():
+        target = plain(x).softmax(1)
+    x_plain = (x + start).clamp(0, 1)
+    for _ in range(3):
+        x_plain.requires_grad_(True)
+        F.kl_div(plain(x_plain).log_softmax(1), target, reduction="sum").backward()
+        stepped = x_plain.detach() + 0.05 * x_plain.grad.sign()
+        x_plain = torch.min(torch.max(stepped, x - 0.15), x + 0.15).clamp(0, 1)
+    for norm in norms:
+        norm.momentum = 0.1
+    plain.zero_grad()
+    train_at.at_loss(plain(x), plain(x_plain), y, args_of())[0].backward()
+
+    assert (x_adv - x_plain).abs().gt(1e-6).float().mean() < 0.01  # rounding may turn the sign of a vanishing gradient
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=2e-4), name
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers()):
+        if "running" in name:
+            assert torch.allclose(a, b, atol=1e-4), name
+
+
+def test_shared_functions_are_word_for_word_the_same():
+    """train_at.py and train_at_aux.py repeat each other on purpose; what they share may not drift."""
+    for name in ("at_loss", "one_cycle", "ema_decay_at", "evaluate", "parameter_groups"):
+        assert inspect.getsource(getattr(train_at, name)) == inspect.getsource(getattr(train_at_aux, name)), name
+
+
+def test_the_diff_of_the_two_scripts_is_the_method():
+    """Below the docstring, the scripts differ in few lines, and nothing of train_at.py is lost but what DRA rewrites."""
+    sources = [inspect.getsource(m).split('"""', 2)[2].splitlines() for m in (train_at, train_at_aux)]
+    lines = list(difflib.unified_diff(*sources, n=0, lineterm=""))
+    removed = [line for line in lines if line.startswith("-") and not line.startswith("---")]
+    added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+    assert len(removed) <= 15, "\n".join(removed)
+    assert len(added) <= 100, "\n".join(added)

@@ -1,0 +1,73 @@
+"""Two gloo processes do what one does. Alone: python -m pytest tests/test_ranks.py
+
+Training equals one process at the same global batch on a network without batch statistics (ranks_helper.py swaps
+BatchNorm for GroupNorm); with BatchNorm, the ranks end bit-equal. Generation, extraction and evaluation are byte-equal.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import python, read_log
+
+from common import checkpoint
+
+SHORT = ["--epochs", "2", "--batch-size", "100", "--n-steps", "2", "--eval-every", "1", "--eval-n-steps", "2", "--lr", "0.05"]
+
+
+@pytest.mark.parametrize("script", ["train_at.py", "train_at_aux.py"])
+def test_training_on_two_ranks_equals_one(script, tmp_path, diffusion_dir, synthetic_dir):
+    argv = [*SHORT, "--synthetic", synthetic_dir]
+    if script == "train_at_aux.py":
+        argv += ["--teacher", diffusion_dir, "--block", "mid_block"]
+    states = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        python("tests/ranks_helper.py", script, "groupnorm", *argv, "--out-dir", out, ranks=ranks)
+        states.append(checkpoint.load(out / "last.pt"))
+    for key, value in states[0]["model"].items():
+        assert torch.allclose(value, states[1]["model"][key], atol=1e-5), key
+    for one, two in zip(*(read_log(tmp_path / str(r)) for r in (1, 2))):
+        assert one == pytest.approx(two, abs=1e-3)
+
+
+def test_ranks_end_bit_equal_and_rank_0_alone_writes(tmp_path, diffusion_dir):
+    """The real command, BatchNorm and all; each rank leaves a digest of its model, average and head."""
+    out = tmp_path / "run"
+    argv = [*SHORT, "--teacher", diffusion_dir, "--block", "mid_block", "--out-dir", out]
+    python("tests/ranks_helper.py", "train_at_aux.py", "digest", *argv, ranks=2, env={"DIGESTS": str(tmp_path)})
+    digests = [json.loads((tmp_path / f"digest-{rank}.json").read_text()) for rank in (0, 1)]
+    assert digests[0] == digests[1] and len(digests[0]) > 50
+    assert any("running_mean" in key for key in digests[0])
+    assert len([p for p in out.iterdir() if p.name.startswith("events")]) == 1
+    assert [line["step"] for line in read_log(out)] == [8, 16]
+
+
+def test_generation_does_not_depend_on_ranks(tmp_path, diffusion_dir, synthetic_dir):
+    argv = ["--diffusion", diffusion_dir, "--n-images", "64", "--shard-size", "24", "--n-steps", "3", "--batch-size", "16"]
+    python("generate_synthetic.py", *argv, "--out-dir", tmp_path / "two", ranks=2)
+    for path in sorted((tmp_path / "two").glob("*.npy")) + [tmp_path / "two" / "manifest.json"]:
+        assert path.read_bytes() == (tmp_path.__class__(synthetic_dir) / path.name).read_bytes(), path.name
+    assert len(list((tmp_path / "two").glob("*.npy"))) == 6
+
+
+def test_extraction_does_not_depend_on_ranks(tmp_path, diffusion_dir):
+    argv = ["--diffusion", diffusion_dir, "--blocks", "mid_block", "up_blocks.0.resnets.0", "--sigmas", "0.1", "0.5", "--batch-size", "64"]
+    for ranks in (1, 2):
+        python("extract_features.py", *argv, "--out-dir", tmp_path / str(ranks), ranks=ranks)
+    names = sorted(p.name for p in (tmp_path / "1").glob("*.npy"))
+    assert len(names) == 3 * (2 * 2 + 1)
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+def test_evaluation_does_not_depend_on_ranks(tmp_path):
+    python("train_at.py", *SHORT, "--out-dir", tmp_path / "run")
+    for ranks in (1, 2):
+        argv = ["--checkpoint", tmp_path / "run" / "best.pt", "--attack", "apgd", "--eps", "0.03", "--n-images", "70", "--batch-size", "16"]
+        python("evaluate.py", *argv, "--out", tmp_path / f"{ranks}.json", ranks=ranks)
+    one, two = (np.load(tmp_path / f"{ranks}.npz") for ranks in (1, 2))
+    for key in one.files:
+        assert np.array_equal(one[key], two[key]), key
+    assert 0 < one["robust"].sum() < 70

@@ -1,0 +1,250 @@
+"""The training scripts as wholes: golden losses, exact resume, what aux-weight 0 means, what stops a run.
+
+Alone: python -m pytest tests/test_train.py. golden.json holds the losses of a tiny run; it may change only in a commit that
+says why (rewrite it with: GOLDEN=write python -m pytest tests/test_train.py -k golden).
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_equal_states, read_log
+
+import train_at
+import train_at_aux
+import train_diffusion
+from common import attacks, checkpoint, cli
+
+TINY = ["--epochs", "4", "--batch-size", "200", "--n-steps", "2", "--eval-every", "1", "--eval-n-steps", "2", "--lr", "0.05"]
+GOLDEN = ROOT / "tests" / "golden.json"
+
+
+def run_at(out_dir, *argv):
+    train_at.main(train_at.parse_args([*TINY, "--out-dir", str(out_dir), *argv]))
+    return checkpoint.load(out_dir / "last.pt")
+
+
+def run_aux(out_dir, teacher, *argv):
+    train_at_aux.main(train_at_aux.parse_args([*TINY, "--teacher", teacher, "--block", "mid_block", "--out-dir", str(out_dir), *argv]))
+    return checkpoint.load(out_dir / "last.pt")
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "at"
+    return path, run_at(path)
+
+
+def test_golden_losses(tmp_path, plain_run, diffusion_dir, synthetic_dir):
+    """The losses of tiny runs, to 1e-4 on any machine; the diffusion model is untrained, but seeded."""
+    aux_dir = tmp_path / "dm_at_dra"
+    run_aux(aux_dir, diffusion_dir, "--synthetic", synthetic_dir, "--align", "both")
+    found = {
+        "train_at": [line["loss"] for line in read_log(plain_run[0])],
+        "train_at_aux": [line["loss"] for line in read_log(aux_dir)],
+        "align": [line["align"] for line in read_log(aux_dir)],
+    }
+    if os.environ.get("GOLDEN") == "write":
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert found.keys() == golden.keys()
+    for key, values in golden.items():
+        assert found[key] == pytest.approx(values, abs=1e-4), key
+
+
+def test_runs_are_deterministic_and_learn(tmp_path, plain_run):
+    path, state = plain_run
+    assert_equal_states(run_at(tmp_path / "again"), state)
+    assert read_log(tmp_path / "again") == read_log(path)
+    losses = [line["loss"] for line in read_log(path)]
+    assert losses[-1] < losses[0] - 0.1 and all(map(math.isfinite, losses))
+    assert run_at(tmp_path / "other", "--seed", "1")["model"]["init_conv.weight"].ne(state["model"]["init_conv.weight"]).any()
+
+
+def test_weight_zero_gives_the_very_weights_of_train_at(tmp_path, plain_run, diffusion_dir):
+    """Bit for bit: DRA's randomness has streams of its own, and its head no say in clipping or decay of the classifier."""
+    state = run_aux(tmp_path / "aux", diffusion_dir, "--aux-weight", "0")
+    for key in ("model", "weights", "best", "val_robust_acc", "step"):
+        assert_equal_states(state[key], plain_run[1][key])
+    one = run_aux(tmp_path / "one", diffusion_dir, "--aux-weight", "1")
+    assert not torch.equal(one["model"]["init_conv.weight"], plain_run[1]["model"]["init_conv.weight"])
+
+
+def test_shuffled_targets_are_those_of_other_images(tmp_path, diffusion_dir, monkeypatch):
+    """The control sees the very same targets, noise and all, in another order."""
+    real, seen = train_at_aux.alignment, {"true": [], "shuffled": []}
+    for name, flag in (("true", "--no-shuffle-targets"), ("shuffled", "--shuffle-targets")):
+
+        def keep(head, features, targets, name=name):
+            seen[name].append(targets.clone())
+            return real(head, features, targets)
+
+        monkeypatch.setattr(train_at_aux, "alignment", keep)
+        run_aux(tmp_path / name, diffusion_dir, flag)
+    assert len(seen["true"]) == len(seen["shuffled"]) == 20  # 16 steps, four validations of 200 images too
+    for i in range(4):
+        a, b = seen["true"][i], seen["shuffled"][i]
+        assert torch.equal(a.sort(0).values, b.sort(0).values)
+        assert (a == b).all(1).sum() < 10
+    log = read_log(tmp_path / "true")
+    assert log[-1]["align"] > log[0]["align"]
+
+
+VARIANTS = {
+    "pgd-at": ["--loss", "pgd"],
+    "l2": ["--norm", "l2"],
+    "eval-mode attack": ["--attack-bn", "running"],
+    "other seed": ["--seed", "5"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_switch_has_its_effect(name, tmp_path, plain_run):
+    state = run_at(tmp_path / "run", *VARIANTS[name])
+    assert not torch.equal(state["model"]["logits.weight"], plain_run[1]["model"]["logits.weight"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["--align", "clean"], ["--align", "both"], ["--loss", "pgd", "--align", "both"], ["--teacher-label", "true"]]
+)
+def test_every_alignment_has_its_effect(argv, tmp_path, diffusion_dir):
+    argv = ["--epochs", "1", *argv]
+    base = [a for a in argv if a not in ("--align", "clean", "both", "--teacher-label", "true")]
+    one, other = run_aux(tmp_path / "one", diffusion_dir, *argv), run_aux(tmp_path / "other", diffusion_dir, *base)
+    assert not torch.equal(one["head"]["0.weight"], other["head"]["0.weight"])
+
+
+class Stop(Exception):
+    """Stands for a process that dies."""
+
+
+@pytest.mark.parametrize("script", ["at", "aux"])
+@pytest.mark.parametrize("where", ["in an epoch", "after best.pt, before last.pt"])
+def test_resume_equals_no_interruption(script, where, tmp_path, plain_run, diffusion_dir, synthetic_dir, monkeypatch):
+    """Stopped, then started by the same command: the same weights, averages, optimiser state, best score and log lines."""
+    argv = ["--synthetic", synthetic_dir] if script == "aux" else []
+
+    def start(name):
+        return run_at(tmp_path / name) if script == "at" else run_aux(tmp_path / name, diffusion_dir, *argv)
+
+    straight = plain_run[1] if script == "at" else start("straight")
+    straight_log = read_log(plain_run[0] if script == "at" else tmp_path / "straight")
+    real, calls = (attacks.pgd, checkpoint.save) if where == "in an epoch" else (checkpoint.save, None), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        limit = 18 if where == "in an epoch" else 4  # an attack of the third epoch; the second last.pt
+        if len(calls) == limit:
+            raise Stop
+        return real[0](*args, **kwargs)
+
+    monkeypatch.setattr(attacks if where == "in an epoch" else checkpoint, "pgd" if where == "in an epoch" else "save", dying)
+    with pytest.raises(Stop):
+        start("cut")
+    monkeypatch.undo()
+    partial = checkpoint.load(tmp_path / "cut" / "last.pt")["step"]
+    assert 0 < partial < straight["step"]
+    assert_equal_states(start("cut"), straight)
+    assert read_log(tmp_path / "cut") == straight_log
+    best = checkpoint.load(tmp_path / "cut" / "best.pt")
+    assert [best["val_robust_acc"], best["val_clean_acc"]] == straight["best"]
+
+
+def test_diffusion_training_resumes_exactly(tmp_path, monkeypatch):
+    def start(name):
+        argv = ["--train-steps", "9", "--eval-every", "3", "--channels", "8", "16", "--batch-size", "16", "--out-dir", str(tmp_path / name)]
+        train_diffusion.main(train_diffusion.parse_args(argv))
+        return checkpoint.load(tmp_path / name / "last.pt")
+
+    straight, real, calls = start("straight"), train_diffusion.edm_loss, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise Stop
+        return real(*args)
+
+    monkeypatch.setattr(train_diffusion, "edm_loss", dying)
+    with pytest.raises(Stop):
+        start("cut")
+    monkeypatch.undo()
+    assert_equal_states(start("cut"), straight)
+    assert read_log(tmp_path / "cut") == read_log(tmp_path / "straight")
+    weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("straight", "cut")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("moment", ["early", "late"])
+def test_kill_9_and_run_again(moment, tmp_path, plain_run):
+    """A real process, a real SIGKILL, between checkpoints (early) or while they are written in quick succession (late)."""
+    argv = [sys.executable, "train_at.py", *TINY, "--out-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    last, wanted = tmp_path / "run" / "last.pt", {"early": 1, "late": 2}[moment]
+    seen, stamp = 0, None
+    while process.poll() is None and seen < wanted:
+        if last.exists() and last.stat().st_mtime_ns != stamp:
+            stamp, seen = last.stat().st_mtime_ns, seen + 1
+        if moment == "late" and (tmp_path / "run" / "last.pt.writing").exists():
+            break
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert_equal_states(run_at(tmp_path / "run"), plain_run[1])
+    assert read_log(tmp_path / "run") == read_log(plain_run[0])
+
+
+def test_finished_run_is_left_alone_and_another_is_refused(plain_run, capsys):
+    path, _ = plain_run
+    before = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
+    run_at(path)
+    assert "finished, nothing to do" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="holds another run.*beta is 5.0 there, 6.0 here"):
+        run_at(path, "--beta", "6")
+    assert {p.name: p.stat().st_mtime_ns for p in path.iterdir()} == before
+
+
+def test_run_directory_explains_itself(plain_run):
+    path, state = plain_run
+    names = {p.name.split(".")[0] for p in path.iterdir()}
+    assert {"args", "env", "log", "last", "best", "samples", "events"} <= names
+    args = json.loads((path / "args.json").read_text())
+    assert args["script"] == "train_at.py" and args["lr"] == 0.05 and args["eps"] == 0.15
+    assert json.loads((path / "env.json").read_text())["torch"] == torch.__version__
+    line = read_log(path, drop=())[-1]
+    assert set(line) == {
+        "step", "loss", "grad_norm", "loss_clean", "loss_robust", "lr", "clean_acc", "robust_acc", "images_per_s", "seconds"
+    }  # fmt: skip
+    assert line["loss"] == pytest.approx(line["loss_clean"] + 5 * line["loss_robust"], rel=1e-5)
+    assert state["best"][0] == max(entry["robust_acc"] for entry in read_log(path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    real, calls = train_at.at_loss, []
+
+    def failing(logits, logits_adv, y, args):
+        calls.append(1)
+        loss, parts = real(logits, logits_adv, y, args)
+        return (loss * float("nan") if len(calls) == 7 else loss), parts
+
+    monkeypatch.setattr(train_at, "at_loss", failing)
+    with pytest.raises(cli.UserError, match="step 6: loss or gradient not finite"):
+        run_at(tmp_path / "run")
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_best_checkpoint_is_the_best_average_on_validation(plain_run):
+    path, state = plain_run
+    best = checkpoint.load(path / "best.pt")
+    log = {line["step"]: line for line in read_log(path)}
+    assert log[best["step"]]["robust_acc"] == best["val_robust_acc"] == state["best"][0]
+    import safetensors.torch
+
+    exported = safetensors.torch.load_file(path / "best.safetensors")
+    assert_equal_states(exported, dict(best["weights"]))

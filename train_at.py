@@ -1,0 +1,280 @@
+"""Adversarial training: TRADES or PGD-AT, on real images alone (AT) or with diffusion-generated images (DM-AT).
+
+TRADES (Zhang et al., arXiv 1901.08573, equation 5), with label smoothing on the clean term:
+
+    L_AT = CE(f(x), y) + beta * KL(p(x) || p(x_adv)),   x_adv = argmax_{|x' - x| <= eps} KL(p(x) || p(x'));
+
+PGD-AT (Madry et al., arXiv 1706.06083): L_AT = CE(f(x_adv), y) with x_adv maximising the same loss. The recipe is that of
+DM-AT (Wang et al., arXiv 2302.04638): RECIPE below is its CIFAR-10 command, PRESETS say where a data set departs from it.
+
+    python train_at.py                                                            # AT on digits, about a minute on two CPU cores
+    python train_at.py --synthetic out/synthetic-digits --out-dir out/dm_at       # DM-AT
+    torchrun --nproc_per_node 8 train_at.py                                       # the same with 8 processes
+
+Writes best.pt (the averaged model with the best robust accuracy on held-out training images, or with --loss standard clean
+accuracy; nothing is chosen on test images), best.safetensors, last.pt, log.jsonl and TensorBoard events to --out-dir.
+Running the same command again resumes.
+"""
+
+import math
+import os
+import time
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from common import attacks, checkpoint, cli, data, dist, models, runlog
+from common.ema import EMA
+
+# fmt: off
+RECIPE = dict(
+    model="wrn-28-10", val_size=1024, n_steps=10, beta=5.0, label_smoothing=0.1, epochs=400, batch_size=512,
+    lr=0.2, warmup_fraction=0.025, momentum=(0.85, 0.95), weight_decay=5e-4, bn_momentum=0.01, ema_decay=0.995,
+    eval_every=1, eval_n_steps=40,
+)
+SYNTHETIC_FRACTION = 0.7  # of each batch, where there is a synthetic set; the base uses 0.8 above 1 M images
+PRESETS = {
+    # A small network, a short schedule, and clipping: on 800 images one unlucky step at lr 0.2 costs several points.
+    "digits": dict(
+        model="wrn-10-1", val_size=200, n_steps=5, epochs=100, batch_size=128, clip_norm=5.0, eval_every=10, eval_n_steps=20,
+    ),
+}
+# fmt: on
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set; decides the defaults below")
+    group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--synthetic", help="directory of generate_synthetic.py: turns AT into DM-AT")
+    group.add_argument("--synthetic-fraction", type=cli.fraction, help=f"its share of each batch (default: {SYNTHETIC_FRACTION})")
+    group.add_argument("--val-size", type=cli.count, help="first training images, held out to choose the best checkpoint")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="wrn-<depth>-<width>")
+    group = parser.add_argument_group("threat model and attack in training")
+    group.add_argument("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
+    group.add_argument("--eps", type=cli.non_negative, help="radius, of x in [0, 1] (default: the data set's usual one)")
+    group.add_argument("--step-size", type=cli.positive, help="step, of x in [0, 1] (default: eps / 4)")
+    group.add_argument("--n-steps", type=cli.count, help="steps of PGD")
+    group.add_argument("--attack-bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics that the attack uses")
+    group = parser.add_argument_group("loss")
+    group.add_argument("--loss", choices=["trades", "pgd", "standard"], default="trades", help="standard: no attack, CE(f(x), y)")
+    group.add_argument("--beta", type=cli.non_negative, help="weight of TRADES' KL term")
+    group.add_argument("--label-smoothing", type=cli.fraction, help="probability spread over all classes, in CE")
+    group = parser.add_argument_group("optimisation (SGD with Nesterov momentum, one cycle)")
+    group.add_argument("--epochs", type=cli.count, help="one epoch is ceil(real training images / batch size) steps, synthetic or not")
+    group.add_argument("--batch-size", type=cli.count, help="global batch size, images")
+    group.add_argument("--lr", type=cli.positive, help="peak learning rate")
+    group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
+    group.add_argument("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="momentum at the peak, at the ends")
+    group.add_argument("--weight-decay", type=cli.non_negative, help="not on BatchNorm parameters")
+    group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient (default: no clipping)")
+    group.add_argument("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at the first step")
+    group.add_argument("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
+    group = parser.add_argument_group("validation and run")
+    group.add_argument("--eval-every", type=cli.count, help="epochs between validation with checkpoint")
+    group.add_argument("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
+    group.add_argument("--out-dir", help="run directory (default: out/train_at-<dataset>)")
+    group.add_argument("--seed", type=cli.count0, default=0, help="seed of all randomness")
+
+    args = parser.parse_with_presets(argv, RECIPE, PRESETS)
+    args.out_dir = args.out_dir or f"out/train_at-{args.dataset}"
+    args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
+    args.step_size = args.eps / 4 if args.step_size is None else args.step_size
+    if args.synthetic_fraction is not None and not args.synthetic:
+        parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic DIR")
+    if args.synthetic and args.synthetic_fraction is None:
+        args.synthetic_fraction = SYNTHETIC_FRACTION
+    if args.momentum[0] > args.momentum[1]:
+        parser.error(f"argument --momentum: {args.momentum[0]} above {args.momentum[1]}, expected LOW HIGH")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------- the method
+
+
+def at_loss(logits, logits_adv, y, args):
+    """The loss of the module docstring and its parts {"loss_clean", "loss_robust"}; scalars in float32.
+
+    logits, logits_adv: (B, K) of the clean and the adversarial images; None where args.loss does not need them. The
+    gradient flows through both sides of the KL term, as in the base code.
+    """
+    zero = torch.zeros((), device=y.device)
+    if args.loss == "trades":
+        loss_clean = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+        log_p, log_q = logits.float().log_softmax(1), logits_adv.float().log_softmax(1)
+        loss_robust = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return loss_clean + args.beta * loss_robust, {"loss_clean": loss_clean, "loss_robust": loss_robust}
+    if args.loss == "pgd":
+        loss_robust = F.cross_entropy(logits_adv.float(), y, label_smoothing=args.label_smoothing)
+        return loss_robust, {"loss_clean": zero, "loss_robust": loss_robust}
+    loss_clean = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+    return loss_clean, {"loss_clean": loss_clean, "loss_robust": zero}
+
+
+def one_cycle(epoch, args):
+    """(learning rate, momentum) of an epoch, counted from 0: torch's OneCycleLR stepped once per epoch, as a pure function.
+
+    The rate rises from lr / 25 to lr over the warm-up and falls to lr / 250,000, both by half a cosine; the momentum
+    goes the other way. The base recipe cycles it because that is OneCycleLR's default.
+    """
+    low, high = args.momentum
+    peak = args.warmup_fraction * args.epochs - 1
+    if epoch < peak:
+        weight = 0.5 * (1 - math.cos(math.pi * epoch / peak))
+        return args.lr / 25 + weight * (args.lr - args.lr / 25), high + weight * (low - high)
+    peak = max(peak, 0)
+    weight = 0.5 * (1 - math.cos(math.pi * (epoch - peak) / max(args.epochs - 1 - peak, 1)))
+    return args.lr + weight * (args.lr / 25e4 - args.lr), low + weight * (high - low)
+
+
+def ema_decay_at(step, train_steps, args):
+    """A plain copy during the warm-up, then min(ema_decay, (1 + d) / (10 + d)) with d the steps since."""
+    since = step - args.warmup_fraction * train_steps
+    return 0.0 if since < 0 else min(args.ema_decay, (1 + since) / (10 + since))
+
+
+def evaluate(model, x, y, starts, args, rank, world_size):
+    """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks."""
+    correct = torch.zeros(2, device=x.device)
+    rows = torch.arange(rank, len(y), world_size, device=x.device)
+    for part in rows.split(256):
+        attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.eval_n_steps, loss="margin")
+        x_adv = attacks.pgd(model, x[part], y[part], [starts[part]], **attack)
+        with torch.no_grad():
+            for i, inputs in enumerate((x[part], x_adv)):
+                correct[i] += (model(inputs).argmax(1) == y[part]).sum()
+    return (dist.sum_over_ranks(correct) / len(y)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- plumbing
+
+
+def parameter_groups(modules, weight_decay):
+    """SGD groups: no weight decay on BatchNorm parameters."""
+    norms = [p for m in modules for n in m.modules() if isinstance(n, _BatchNorm) for p in n.parameters()]
+    others = [p for m in modules for p in m.parameters() if not any(p is q for q in norms)]
+    return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+
+
+def main(args):
+    rank, world_size, device = dist.setup()
+    if args.batch_size % world_size:
+        raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    spec = data.DATASETS[args.dataset]
+    models.parse_model(args.model)
+
+    # Data: everything that can be wrong is found before the run directory is made.
+    images, labels = data.load(spec, args.data_dir, "train", args.val_size)
+    val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
+    synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic else None
+    batches = data.Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
+    x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
+    val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
+    steps_per_epoch = math.ceil(len(labels) / args.batch_size)
+    train_steps = args.epochs * steps_per_epoch
+
+    # Model, average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
+    torch.manual_seed(data.seed_of(args.seed, "init"))
+    raw_model = models.build(args.model, spec).to(device)
+    if world_size > 1 and device.type == "cuda":
+        raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
+    norms = [m for m in raw_model.modules() if isinstance(m, _BatchNorm)]
+    ema = EMA(raw_model)
+    optimizer = torch.optim.SGD(parameter_groups([raw_model], args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True)
+
+    # Resume.
+    if rank == 0:
+        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at.py", args))
+    dist.barrier()
+    last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
+    if os.path.exists(last_path):
+        state = checkpoint.load(last_path, ("step", "best", "seconds", "model", "weights", "optimizer"), device)
+        checkpoint.load_weights(raw_model, state["model"], last_path)
+        checkpoint.load_weights(ema.model, state["weights"], last_path)
+        optimizer.load_state_dict(state["optimizer"])
+        start_step, best, seconds = state["step"], state["best"], state["seconds"]
+    if start_step == train_steps:
+        if rank == 0:
+            print(f"{args.out_dir}: finished, nothing to do")
+        return dist.teardown()
+    model = raw_model
+    if world_size > 1:  # two passes before one backward: broadcasting buffers between them would break autograd
+        model = DistributedDataParallel(raw_model, broadcast_buffers=False)
+
+    log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
+    bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
+    sums, n_summed, clock = {}, 0, time.time()
+    for step in bar:
+        lr, momentum = one_cycle(step // steps_per_epoch, args)
+        for param_group in optimizer.param_groups:
+            param_group["lr"], param_group["momentum"] = lr, momentum
+        for norm in norms:
+            norm.momentum = 1.0 if step == 0 else args.bn_momentum
+
+        x, y = batches(step)
+        shape = (args.batch_size, *x.shape[1:])
+        start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
+
+        # The clean pass comes first: with batch statistics, its logits are the very reference of the KL attack.
+        logits = model(x) if args.loss != "pgd" else None
+        x_adv, logits_adv = x, None
+        if args.loss != "standard":
+            attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.n_steps, bn=args.attack_bn)
+            reference = logits.detach() if args.loss == "trades" and args.attack_bn == "batch" else None
+            x_adv = attacks.pgd(raw_model, x, y, [start], loss="kl" if args.loss == "trades" else "ce", reference=reference, **attack)
+            logits_adv = model(x_adv)
+        loss, parts = at_loss(logits, logits_adv, y, args)
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
+        if not torch.isfinite(grad_norm):
+            raise cli.UserError(f"step {step}: loss or gradient not finite; {last_path} holds the last good step, if any. Try a lower --lr")
+        optimizer.step()
+        if world_size > 1 and device.type == "cpu":
+            dist.average_bn_statistics(raw_model)
+        ema.update(raw_model, ema_decay_at(step, train_steps, args))
+        for name, value in ({"loss": loss, "grad_norm": grad_norm} | parts).items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        n_summed += 1
+
+        # Validation and checkpoint.
+        done = step + 1
+        if done % (args.eval_every * steps_per_epoch) == 0 or done == train_steps:
+            images_per_s = round(n_summed * args.batch_size / (time.time() - clock), 1)
+            means = {k: (dist.sum_over_ranks(v) / (n_summed * world_size)).item() for k, v in sums.items()}
+            clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
+            if rank == 0:
+                seconds += time.time() - clock
+                rates = {"images_per_s": images_per_s, "seconds": round(seconds, 1)}
+                log.write(done, **means, lr=lr, clean_acc=clean_acc, robust_acc=robust_acc, **rates)
+                bar.set_postfix(loss=f"{means['loss']:.3f}", clean=f"{clean_acc:.1%}", robust=f"{robust_acc:.1%}")
+                runlog.save_images(torch.cat([x[:10], x_adv[:10]]), os.path.join(args.out_dir, "samples.png"), columns=10)
+                classifier = models.portable(ema.model, args.model, spec)
+                classifier |= {"norm": args.norm, "eps": args.eps, "step": done, "val_clean_acc": clean_acc, "val_robust_acc": robust_acc}
+                score = [clean_acc, robust_acc] if args.loss == "standard" else [robust_acc, clean_acc]
+                if score > best:
+                    best = score
+                    checkpoint.save(classifier, os.path.join(args.out_dir, "best.pt"))
+                    with checkpoint.atomic(os.path.join(args.out_dir, "best.safetensors")) as file:
+                        file.write(safetensors.torch.save(classifier["weights"], {"model_name": args.model, "dataset": spec.name}))
+                state = classifier | {"best": best, "seconds": seconds}
+                state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint.save(state, last_path)
+            dist.barrier()
+            sums, n_summed, clock = {}, 0, time.time()
+
+    log.close()
+    if rank == 0:
+        kind = "clean" if args.loss == "standard" else "robust"
+        print(f"{args.out_dir}: {train_steps} steps; best.pt has {best[0]:.1%} {kind} accuracy on {len(y_val)} held-out images")
+    dist.teardown()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,354 @@
+"""Adversarial training with Diffusion Representation Alignment (DRA): train_at.py plus one loss term.
+
+Reconstruction of arXiv 2602.19931, whose exact form is not public to us. The classifier's pooled penultimate feature f,
+through an MLP head h, is aligned by cosine with a frozen diffusion network's feature g of the clean image at one noise level:
+
+    L = L_AT(x, x_adv, y) + aux_weight * mean_i [ 1 - cos( h(f(z_i)), g(x_i + sigma * n_i) ) ],   z = x_adv, x or both,
+
+n_i fresh Gaussian noise, g pooled over space at --block (the network is left there). The attack maximises L_AT's own
+objective only. The head is no part of the exported classifier. --shuffle-targets gives each image another image's target:
+the control that has the head, its cost and its gradients, but no information. Weight 0 gives train_at.py's very weights.
+
+    python train_diffusion.py && python train_at_aux.py                               # AT+DRA on digits, five minutes on two CPU cores
+    python train_at_aux.py --synthetic out/synthetic-digits --out-dir out/dm_at_dra   # DM-AT+DRA
+    torchrun --nproc_per_node 8 train_at_aux.py                                       # the same with 8 processes
+
+`diff train_at.py train_at_aux.py` shows DRA and nothing else; see train_at.py for L_AT, the recipe and the files written.
+"""
+
+import argparse
+import math
+import os
+import time
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from common import attacks, checkpoint, cli, data, diffusion, dist, models, runlog
+from common.ema import EMA
+
+# fmt: off
+RECIPE = dict(
+    model="wrn-28-10", val_size=1024, n_steps=10, beta=5.0, label_smoothing=0.1, epochs=400, batch_size=512,
+    lr=0.2, warmup_fraction=0.025, momentum=(0.85, 0.95), weight_decay=5e-4, bn_momentum=0.01, ema_decay=0.995,
+    eval_every=1, eval_n_steps=40, aux_weight=1.0, head_width=2048,
+)
+SYNTHETIC_FRACTION = 0.7  # of each batch, where there is a synthetic set; the base uses 0.8 above 1 M images
+PRESETS = {
+    # A small network, a short schedule, and clipping: on 800 images one unlucky step at lr 0.2 costs several points.
+    "digits": dict(
+        model="wrn-10-1", val_size=200, n_steps=5, epochs=100, batch_size=128, clip_norm=5.0, eval_every=10, eval_n_steps=20,
+        block="up_blocks.0.resnets.0", sigma=0.1, head_width=256,
+    ),
+}
+# fmt: on
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set; decides the defaults below")
+    group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--synthetic", help="directory of generate_synthetic.py: turns AT into DM-AT")
+    group.add_argument("--synthetic-fraction", type=cli.fraction, help=f"its share of each batch (default: {SYNTHETIC_FRACTION})")
+    group.add_argument("--val-size", type=cli.count, help="first training images, held out to choose the best checkpoint")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="wrn-<depth>-<width>")
+    group = parser.add_argument_group("threat model and attack in training")
+    group.add_argument("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
+    group.add_argument("--eps", type=cli.non_negative, help="radius, of x in [0, 1] (default: the data set's usual one)")
+    group.add_argument("--step-size", type=cli.positive, help="step, of x in [0, 1] (default: eps / 4)")
+    group.add_argument("--n-steps", type=cli.count, help="steps of PGD")
+    group.add_argument("--attack-bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics that the attack uses")
+    group = parser.add_argument_group("loss")
+    group.add_argument("--loss", choices=["trades", "pgd", "standard"], default="trades", help="standard: no attack, CE(f(x), y)")
+    group.add_argument("--beta", type=cli.non_negative, help="weight of TRADES' KL term")
+    group.add_argument("--label-smoothing", type=cli.fraction, help="probability spread over all classes, in CE")
+    group = parser.add_argument_group("alignment with the diffusion model (DRA)")
+    group.add_argument("--teacher", help="directory of the diffusion model (default: out/diffusion-<dataset>)")
+    group.add_argument("--block", help="block of the diffusion network whose output is the target")
+    group.add_argument("--sigma", type=cli.positive, help="noise level of its input, in units of [-1, 1]")
+    group.add_argument("--aux-weight", type=cli.non_negative, help="weight of the alignment term")
+    group.add_argument("--align", choices=["adv", "clean", "both"], default="adv", help="images whose features are aligned")
+    group.add_argument("--teacher-label", choices=["none", "true"], default="none", help="label given to the diffusion network")
+    group.add_argument("--center-targets", action=argparse.BooleanOptionalAction, default=True, help="subtract the targets' mean")
+    group.add_argument("--head-width", type=cli.count, help="hidden width of the MLP head")
+    group.add_argument("--shuffle-targets", action=argparse.BooleanOptionalAction, default=False, help="control: permute the targets")
+    group = parser.add_argument_group("optimisation (SGD with Nesterov momentum, one cycle)")
+    group.add_argument("--epochs", type=cli.count, help="one epoch is ceil(real training images / batch size) steps, synthetic or not")
+    group.add_argument("--batch-size", type=cli.count, help="global batch size, images")
+    group.add_argument("--lr", type=cli.positive, help="peak learning rate")
+    group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
+    group.add_argument("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="momentum at the peak, at the ends")
+    group.add_argument("--weight-decay", type=cli.non_negative, help="not on BatchNorm parameters")
+    group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient (default: no clipping)")
+    group.add_argument("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at the first step")
+    group.add_argument("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
+    group = parser.add_argument_group("validation and run")
+    group.add_argument("--eval-every", type=cli.count, help="epochs between validation with checkpoint")
+    group.add_argument("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
+    group.add_argument("--out-dir", help="run directory (default: out/train_at_aux-<dataset>)")
+    group.add_argument("--seed", type=cli.count0, default=0, help="seed of all randomness")
+
+    args = parser.parse_with_presets(argv, RECIPE, PRESETS)
+    args.out_dir = args.out_dir or f"out/train_at_aux-{args.dataset}"
+    args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
+    args.step_size = args.eps / 4 if args.step_size is None else args.step_size
+    if args.synthetic_fraction is not None and not args.synthetic:
+        parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic DIR")
+    if args.synthetic and args.synthetic_fraction is None:
+        args.synthetic_fraction = SYNTHETIC_FRACTION
+    args.teacher = args.teacher or f"out/diffusion-{args.dataset}"
+    if args.loss == "standard" and args.align != "clean":
+        parser.error(f"argument --align: '{args.align}' needs an attack, with --loss standard give --align clean")
+    if args.momentum[0] > args.momentum[1]:
+        parser.error(f"argument --momentum: {args.momentum[0]} above {args.momentum[1]}, expected LOW HIGH")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------- the method
+
+
+def at_loss(logits, logits_adv, y, args):
+    """The loss of the module docstring and its parts {"loss_clean", "loss_robust"}; scalars in float32.
+
+    logits, logits_adv: (B, K) of the clean and the adversarial images; None where args.loss does not need them. The
+    gradient flows through both sides of the KL term, as in the base code.
+    """
+    zero = torch.zeros((), device=y.device)
+    if args.loss == "trades":
+        loss_clean = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+        log_p, log_q = logits.float().log_softmax(1), logits_adv.float().log_softmax(1)
+        loss_robust = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return loss_clean + args.beta * loss_robust, {"loss_clean": loss_clean, "loss_robust": loss_robust}
+    if args.loss == "pgd":
+        loss_robust = F.cross_entropy(logits_adv.float(), y, label_smoothing=args.label_smoothing)
+        return loss_robust, {"loss_clean": zero, "loss_robust": loss_robust}
+    loss_clean = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+    return loss_clean, {"loss_clean": loss_clean, "loss_robust": zero}
+
+
+def alignment_head(num_features, width, num_targets):
+    """h: a three-layer SiLU MLP from the classifier's to the diffusion network's feature, as in REPA (arXiv 2410.06940)."""
+    layers = torch.nn.Linear(num_features, width), torch.nn.Linear(width, width), torch.nn.Linear(width, num_targets)
+    return torch.nn.Sequential(layers[0], torch.nn.SiLU(), layers[1], torch.nn.SiLU(), layers[2])
+
+
+def alignment(head, features, targets):
+    """Mean over the batch of cos(h(f), g), in float32. features: list of (B, D), one per kind of z. targets: (B, C)."""
+    return sum(F.cosine_similarity(head(f).float(), targets.float(), dim=1).mean() for f in features) / len(features)
+
+
+@torch.no_grad()
+def teacher_targets(teacher, x, y, noise, mean, args):
+    """g of the docstring, (B, C): the frozen network's pooled features of the clean, augmented images, less their `mean` (C,)."""
+    label = y if args.teacher_label == "true" else None
+    return teacher.features(x, args.sigma, label, [args.block], noise)[0] - mean
+
+
+def teacher_mean(teacher, images, labels, args):
+    """The targets' mean (C,) over the first 10,000 training images, one noise draw each; zero with --no-center-targets."""
+    total = n = 0
+    for start in range(0, min(10_000, len(labels)), 250):
+        x, y = data.to_x(images[start : start + 250], teacher.device), torch.from_numpy(labels[start : start + 250]).to(teacher.device)
+        noise = torch.randn(x.shape, generator=data.stream(args.seed, "teacher-mean", start, x.device), device=x.device)
+        total, n = total + teacher_targets(teacher, x, y, noise, 0, args).sum(0), n + len(y)
+    return total / n if args.center_targets else torch.zeros_like(total)
+
+
+@torch.no_grad()
+def validation_alignment(model, head, x, targets):
+    """Mean cosine on the clean held-out images, by the model and head in training (not the average), in eval mode."""
+    with attacks.attack_mode(model, "running"):
+        features = torch.cat([model(part, with_features=True)[1] for part in x.split(256)])
+    return alignment(head, [features], targets).item()
+
+
+def one_cycle(epoch, args):
+    """(learning rate, momentum) of an epoch, counted from 0: torch's OneCycleLR stepped once per epoch, as a pure function.
+
+    The rate rises from lr / 25 to lr over the warm-up and falls to lr / 250,000, both by half a cosine; the momentum
+    goes the other way. The base recipe cycles it because that is OneCycleLR's default.
+    """
+    low, high = args.momentum
+    peak = args.warmup_fraction * args.epochs - 1
+    if epoch < peak:
+        weight = 0.5 * (1 - math.cos(math.pi * epoch / peak))
+        return args.lr / 25 + weight * (args.lr - args.lr / 25), high + weight * (low - high)
+    peak = max(peak, 0)
+    weight = 0.5 * (1 - math.cos(math.pi * (epoch - peak) / max(args.epochs - 1 - peak, 1)))
+    return args.lr + weight * (args.lr / 25e4 - args.lr), low + weight * (high - low)
+
+
+def ema_decay_at(step, train_steps, args):
+    """A plain copy during the warm-up, then min(ema_decay, (1 + d) / (10 + d)) with d the steps since."""
+    since = step - args.warmup_fraction * train_steps
+    return 0.0 if since < 0 else min(args.ema_decay, (1 + since) / (10 + since))
+
+
+def evaluate(model, x, y, starts, args, rank, world_size):
+    """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks."""
+    correct = torch.zeros(2, device=x.device)
+    rows = torch.arange(rank, len(y), world_size, device=x.device)
+    for part in rows.split(256):
+        attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.eval_n_steps, loss="margin")
+        x_adv = attacks.pgd(model, x[part], y[part], [starts[part]], **attack)
+        with torch.no_grad():
+            for i, inputs in enumerate((x[part], x_adv)):
+                correct[i] += (model(inputs).argmax(1) == y[part]).sum()
+    return (dist.sum_over_ranks(correct) / len(y)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- plumbing
+
+
+def parameter_groups(modules, weight_decay):
+    """SGD groups: no weight decay on BatchNorm parameters."""
+    norms = [p for m in modules for n in m.modules() if isinstance(n, _BatchNorm) for p in n.parameters()]
+    others = [p for m in modules for p in m.parameters() if not any(p is q for q in norms)]
+    return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+
+
+def main(args):
+    rank, world_size, device = dist.setup()
+    if args.batch_size % world_size:
+        raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    spec = data.DATASETS[args.dataset]
+    models.parse_model(args.model)
+
+    # Data: everything that can be wrong is found before the run directory is made.
+    images, labels = data.load(spec, args.data_dir, "train", args.val_size)
+    val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
+    synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic else None
+    batches = data.Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
+    x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
+    val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
+    teacher = diffusion.load_diffusion(args.teacher, device)
+    teacher.check_fits(f"--teacher {args.teacher}", spec)
+    teacher.check_blocks([args.block])
+    if rank == 0 and args.teacher_label == "none" and teacher.label_dropout == 0:
+        print(f"warning: {args.teacher} was trained without label dropout: it has never seen the null label")
+    val_noise = torch.randn(x_val.shape, generator=data.stream(args.seed, "validation-teacher", 0, device), device=device)
+    target_mean = teacher_mean(teacher, images, labels, args)
+    val_targets = teacher_targets(teacher, x_val, y_val, val_noise, target_mean, args)
+    steps_per_epoch = math.ceil(len(labels) / args.batch_size)
+    train_steps = args.epochs * steps_per_epoch
+
+    # Model, average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
+    torch.manual_seed(data.seed_of(args.seed, "init"))
+    raw_model = models.build(args.model, spec).to(device)
+    if world_size > 1 and device.type == "cuda":
+        raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
+    norms = [m for m in raw_model.modules() if isinstance(m, _BatchNorm)]
+    ema = EMA(raw_model)
+    torch.manual_seed(data.seed_of(args.seed, "head"))
+    raw_head = alignment_head(raw_model.num_features, args.head_width, val_targets.shape[1]).to(device)
+    optimizer = torch.optim.SGD(parameter_groups([raw_model, raw_head], args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True)
+
+    # Resume.
+    if rank == 0:
+        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at_aux.py", args))
+    dist.barrier()
+    last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
+    if os.path.exists(last_path):
+        state = checkpoint.load(last_path, ("step", "best", "seconds", "model", "weights", "optimizer", "head"), device)
+        checkpoint.load_weights(raw_model, state["model"], last_path)
+        checkpoint.load_weights(ema.model, state["weights"], last_path)
+        checkpoint.load_weights(raw_head, state["head"], last_path)
+        optimizer.load_state_dict(state["optimizer"])
+        start_step, best, seconds = state["step"], state["best"], state["seconds"]
+    if start_step == train_steps:
+        if rank == 0:
+            print(f"{args.out_dir}: finished, nothing to do")
+        return dist.teardown()
+    model, head = raw_model, raw_head
+    if world_size > 1:  # two passes before one backward: broadcasting buffers between them would break autograd
+        model = DistributedDataParallel(raw_model, broadcast_buffers=False)
+        head = DistributedDataParallel(raw_head)
+
+    log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
+    bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
+    sums, n_summed, clock = {}, 0, time.time()
+    for step in bar:
+        lr, momentum = one_cycle(step // steps_per_epoch, args)
+        for param_group in optimizer.param_groups:
+            param_group["lr"], param_group["momentum"] = lr, momentum
+        for norm in norms:
+            norm.momentum = 1.0 if step == 0 else args.bn_momentum
+
+        x, y = batches(step)
+        shape = (args.batch_size, *x.shape[1:])
+        start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
+
+        # The clean pass comes first: with batch statistics, its logits are the very reference of the KL attack.
+        needs_clean = args.loss != "pgd" or args.align != "adv"
+        logits, features = model(x, with_features=True) if needs_clean else (None, None)
+        x_adv, logits_adv, features_adv = x, None, None
+        if args.loss != "standard":
+            attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.n_steps, bn=args.attack_bn)
+            reference = logits.detach() if args.loss == "trades" and args.attack_bn == "batch" else None
+            x_adv = attacks.pgd(raw_model, x, y, [start], loss="kl" if args.loss == "trades" else "ce", reference=reference, **attack)
+            logits_adv, features_adv = model(x_adv, with_features=True)
+        loss, parts = at_loss(logits, logits_adv, y, args)
+
+        # DRA: the target is the clean image's, whichever image is aligned with it.
+        noise = torch.randn(shape, generator=data.stream(args.seed, "teacher", step, device), device=device)[batches.mine]
+        targets = teacher_targets(teacher, x, y, noise, target_mean, args)
+        if args.shuffle_targets:
+            targets = targets[torch.randperm(len(y), generator=data.stream(args.seed, "shuffle", step)).to(device)]
+        aligned = {"adv": [features_adv], "clean": [features], "both": [features, features_adv]}[args.align]
+        cosine = alignment(head, aligned, targets)
+        loss = loss + args.aux_weight * (1 - cosine)
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
+        if not torch.isfinite(grad_norm):
+            raise cli.UserError(f"step {step}: loss or gradient not finite; {last_path} holds the last good step, if any. Try a lower --lr")
+        optimizer.step()
+        if world_size > 1 and device.type == "cpu":
+            dist.average_bn_statistics(raw_model)
+        ema.update(raw_model, ema_decay_at(step, train_steps, args))
+        for name, value in ({"loss": loss, "grad_norm": grad_norm, "align": cosine} | parts).items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        n_summed += 1
+
+        # Validation and checkpoint.
+        done = step + 1
+        if done % (args.eval_every * steps_per_epoch) == 0 or done == train_steps:
+            images_per_s = round(n_summed * args.batch_size / (time.time() - clock), 1)
+            means = {k: (dist.sum_over_ranks(v) / (n_summed * world_size)).item() for k, v in sums.items()}
+            clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
+            if rank == 0:
+                means["val_align"] = validation_alignment(raw_model, raw_head, x_val, val_targets)
+                seconds += time.time() - clock
+                rates = {"images_per_s": images_per_s, "seconds": round(seconds, 1)}
+                log.write(done, **means, lr=lr, clean_acc=clean_acc, robust_acc=robust_acc, **rates)
+                bar.set_postfix(loss=f"{means['loss']:.3f}", clean=f"{clean_acc:.1%}", robust=f"{robust_acc:.1%}")
+                runlog.save_images(torch.cat([x[:10], x_adv[:10]]), os.path.join(args.out_dir, "samples.png"), columns=10)
+                classifier = models.portable(ema.model, args.model, spec)
+                classifier |= {"norm": args.norm, "eps": args.eps, "step": done, "val_clean_acc": clean_acc, "val_robust_acc": robust_acc}
+                score = [clean_acc, robust_acc] if args.loss == "standard" else [robust_acc, clean_acc]
+                if score > best:
+                    best = score
+                    checkpoint.save(classifier, os.path.join(args.out_dir, "best.pt"))
+                    with checkpoint.atomic(os.path.join(args.out_dir, "best.safetensors")) as file:
+                        file.write(safetensors.torch.save(classifier["weights"], {"model_name": args.model, "dataset": spec.name}))
+                state = classifier | {"best": best, "seconds": seconds}
+                state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint.save(state | {"head": raw_head.state_dict()}, last_path)
+            dist.barrier()
+            sums, n_summed, clock = {}, 0, time.time()
+
+    log.close()
+    if rank == 0:
+        kind = "clean" if args.loss == "standard" else "robust"
+        print(f"{args.out_dir}: {train_steps} steps; best.pt has {best[0]:.1%} {kind} accuracy on {len(y_val)} held-out images")
+    dist.teardown()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
