@@ -71,7 +71,10 @@ def attack_chunk(model, x, y, chunk, args):
     fooled_by: -1 misclassified without an attack, k >= 0 fooled by the k-th attack, len(attacks) robust.
     """
     with torch.no_grad():
-        correct = model(x).argmax(1) == y
+        logits = model(x)
+    if not logits.isfinite().all():  # argmax of NaN is class 0: such a model would look robust on that class
+        raise cli.UserError(f"--checkpoint {args.checkpoint}: the model's logits are not finite")
+    correct = logits.argmax(1) == y
     names = attack_names(args)
     fooled_by = torch.where(correct, len(names), -1).to(torch.int8)
     seconds = []

@@ -38,6 +38,7 @@ def parse_args(argv=None):
     group.add_argument("--out-dir", help="directory of the features (default: out/features-<dataset>)")
     group.add_argument("--seed", type=cli.count0, default=0, help="seed of the noise")
     args = parser.parse_args(argv)
+    args.blocks, args.sigmas = args.blocks and list(dict.fromkeys(args.blocks)), list(dict.fromkeys(args.sigmas))
     args.out_dir = args.out_dir or f"out/features-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     return args

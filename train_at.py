@@ -140,7 +140,7 @@ def ema_decay_at(step, train_steps, args):
 
 def evaluate(model, x, y, starts, args, rank, world_size):
     """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks."""
-    correct = torch.zeros(2, device=x.device)
+    correct = torch.zeros(2, dtype=torch.float64, device=x.device)
     rows = torch.arange(rank, len(y), world_size, device=x.device)
     for part in rows.split(256):
         attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.eval_n_steps, loss="margin")
@@ -193,10 +193,11 @@ def main(args):
     dist.barrier()
     last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
     if os.path.exists(last_path):
-        state = checkpoint.load(last_path, ("step", "best", "seconds", "model", "weights", "optimizer"), device)
-        checkpoint.load_weights(raw_model, state["model"], last_path)
-        checkpoint.load_weights(ema.model, state["weights"], last_path)
-        optimizer.load_state_dict(state["optimizer"])
+        entries = {"step": int, "best": list, "seconds": float, "model": dict, "weights": dict, "optimizer": dict}
+        state = checkpoint.load(last_path, entries, device)
+        checkpoint.load_state(raw_model, state["model"], last_path)
+        checkpoint.load_state(ema.model, state["weights"], last_path)
+        checkpoint.load_state(optimizer, state["optimizer"], last_path)
         start_step, best, seconds = state["step"], state["best"], state["seconds"]
     if start_step == train_steps:
         if rank == 0:

@@ -158,10 +158,10 @@ def main(args):
     # Resume.
     start_step, last_path = 0, os.path.join(args.out_dir, "last.pt")
     if os.path.exists(last_path):
-        state = checkpoint.load(last_path, ("step", "net", "ema", "optimizer"), device)
-        checkpoint.load_weights(net, state["net"], last_path)
-        checkpoint.load_weights(ema.model, state["ema"], last_path)
-        optimizer.load_state_dict(state["optimizer"])
+        state = checkpoint.load(last_path, {"step": int, "net": dict, "ema": dict, "optimizer": dict}, device)
+        checkpoint.load_state(net, state["net"], last_path)
+        checkpoint.load_state(ema.model, state["ema"], last_path)
+        checkpoint.load_state(optimizer, state["optimizer"], last_path)
         start_step = state["step"]
     if start_step == args.train_steps and os.path.exists(os.path.join(args.out_dir, "config.json")):
         if rank == 0:

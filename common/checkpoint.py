@@ -42,8 +42,11 @@ def save(state, path):
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def load(path, keys=(), device="cpu"):
-    """Read a dict written by save, holding at least `keys`. Raises UserError where it is missing, broken or would run code."""
+def load(path, entries, device="cpu"):
+    """Read a dict written by save that has at least `entries`, a dict of name: type.
+
+    Raises UserError where the file is missing, broken, or would run code, or an entry is missing or of another type.
+    """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -56,19 +59,19 @@ def load(path, keys=(), device="cpu"):
         raise UserError(f"{path}: refused, not a plain checkpoint of tensors. {reason[:200]}".strip()) from None
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise UserError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
-    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of this project, it has no entry '{missing[0]}'")
+    for name, kind in entries.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise UserError(f"{path}: not a checkpoint of this project, its entry '{name}' is missing or no {kind.__name__}")
     return state
 
 
-def load_weights(module, weights, path):
-    """Load a state dict strictly; the first difference becomes one clear line."""
+def load_state(thing, state, path):
+    """Load a module's or an optimiser's state dict strictly; the first difference becomes one clear line."""
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UserError(f"{path}: weights do not fit the model: {lines[1] if len(lines) > 1 else lines[0]}"[:300]) from None
+        thing.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise UserError(f"{path}: state does not fit the {type(thing).__name__}: {lines[min(1, len(lines) - 1)]}"[:300]) from None
 
 
 def write_json(value, path):

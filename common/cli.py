@@ -6,7 +6,7 @@ import os
 import sys
 
 # What a full, read-only or forbidden disk raises; anything else is a bug and keeps its traceback.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR}
 
 
 class UserError(Exception):

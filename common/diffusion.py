@@ -18,9 +18,11 @@ def load_diffusion(path, device):
     Raises UserError where the directory is missing, broken, or holds another kind of network.
     """
     config = checkpoint.read_json(os.path.join(path, "config.json"))
-    for key in ("sigma_data", "label_dropout", "num_class_embeds"):
-        if config.get(key) is None:
-            raise UserError(f"{path}/config.json: no '{key}', expected a class-conditional network of train_diffusion.py")
+    for key, kind, low in (("sigma_data", float, 1e-6), ("label_dropout", float | int, 0), ("num_class_embeds", int, 2)):
+        if not isinstance(config.get(key), kind) or not low <= config[key]:
+            raise UserError(
+                f"{path}/config.json: '{key}' is {config.get(key)}, not that of a class-conditional network of train_diffusion.py"
+            )
     import diffusers
 
     # The three EDM entries in config.json are ours; diffusers would warn of them at every load.

@@ -93,11 +93,12 @@ def load_classifier(path, spec, device):
 
     Raises UserError where the file is no such checkpoint, or belongs to another data set, class count or architecture.
     """
-    state = checkpoint.load(path, keys=("model_name", "dataset", "num_classes", "weights"), device=device)
+    entries = {"model_name": str, "dataset": str, "num_classes": int, "norm": str, "eps": float, "weights": dict}
+    state = checkpoint.load(path, entries, device)
     if (state["dataset"], state["num_classes"]) != (spec.name, spec.num_classes):
         raise UserError(
             f"{path}: trained on {state['dataset']} ({state['num_classes']} classes), --dataset is {spec.name} ({spec.num_classes} classes)"
         )
     model = build(state["model_name"], spec)
-    checkpoint.load_weights(model, state["weights"], path)
+    checkpoint.load_state(model, state["weights"], path)
     return model.to(device).eval().requires_grad_(False), state

@@ -82,7 +82,11 @@ class RunLog:
         path = os.path.join(out_dir, "log.jsonl")
         if os.path.exists(path):
             with open(path) as file:
-                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+                whole = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
+            try:
+                kept = [line for line in whole if json.loads(line)["step"] <= start_step]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: a line is not a JSON object with a step; mend or move the file") from None
             with checkpoint.atomic(path) as file:
                 file.write("".join(kept).encode())
         self.file = open(path, "a", buffering=1)

@@ -162,7 +162,17 @@ def test_damaged_diffusion_models(damage, fails, diffusion_dir, tmp_path):
     fails("train_at_aux", ["copy"], "--teacher", broken)
 
 
-@pytest.mark.parametrize("change", [{"sample_size": 32}, {"num_class_embeds": 101}, {"sigma_data": None}, {"block_out_channels": [8, 24]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_size": 32},
+        {"num_class_embeds": 101},
+        {"sigma_data": None},
+        {"sigma_data": "x"},
+        {"sigma_data": -1.0},
+        {"block_out_channels": [8, 24]},
+    ],
+)
 def test_diffusion_models_that_do_not_fit(change, fails, diffusion_dir, tmp_path):
     broken = copy(diffusion_dir, tmp_path)
     (broken / "config.json").write_text(json.dumps(json.loads((broken / "config.json").read_text()) | change))
@@ -177,20 +187,50 @@ def test_guidance_needs_label_dropout(fails, diffusion_dir, tmp_path):
 
 
 def test_checkpoints(fails, best, tmp_path):
-    state = checkpoint.load(best)
+    state = checkpoint.load(best, {})
     for change, words in (
-        ({"model_name": "wrn-16-1"}, ["weights do not fit"]),
+        ({"model_name": "wrn-16-1"}, ["state does not fit"]),
         ({"num_classes": 100}, ["100 classes"]),
         ({"dataset": "cifar10"}, ["cifar10"]),
-        ({"weights": {}}, ["weights do not fit"]),
+        ({"weights": {}}, ["state does not fit"]),
+        ({"weights": 3}, ["'weights' is missing or no dict"]),
+        ({"eps": None}, ["'eps' is missing or no float"]),
+        ({"model_name": 5}, ["'model_name' is missing or no str"]),
+        ({"weights": {k: v * float("nan") for k, v in state["weights"].items()}}, ["logits are not finite"]),
     ):
         checkpoint.save(state | change, tmp_path / "changed.pt")
-        fails("evaluate", ["changed.pt", *words], "--checkpoint", tmp_path / "changed.pt")
+        fails("evaluate", ["changed.pt", *words], "--checkpoint", tmp_path / "changed.pt", "--attack", "clean")
     torch.save([1, 2], tmp_path / "list.pt")
     fails("evaluate", ["list.pt", "model_name"], "--checkpoint", tmp_path / "list.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     fails("evaluate", ["module.pt", "refused", "Linear"], "--checkpoint", tmp_path / "module.pt")
+    fails("evaluate", [str(tmp_path), "Is a directory"], "--checkpoint", best, "--attack", "clean", "--out", tmp_path)
     fails("evaluate", ["--n-images 798", "797"], "--checkpoint", best, "--n-images", "798")
+
+
+def test_runs_with_damaged_state(fails, best, tmp_path):
+    """last.pt or log.jsonl of a run in progress were changed by hand."""
+    argv = ["--epochs", "1", "--n-steps", "1", "--eval-n-steps", "1"]
+    state = checkpoint.load(best.parent / "last.pt", {}) | {"step": 3}
+    damages = {
+        "optimizer": ({"optimizer": {"state": {}, "param_groups": []}}, ["last.pt", "SGD"]),
+        "step": ({"step": "three"}, ["last.pt", "'step' is missing or no int"]),
+        "model": ({"model": {}}, ["last.pt", "does not fit"]),
+        "log": ({}, ["log.jsonl", "not a JSON object with a step"]),
+    }
+    for name, (change, words) in damages.items():
+        out = shutil.copytree(best.parent, tmp_path / name)
+        checkpoint.save(state | change, out / "last.pt")
+        if name == "log":
+            (out / "log.jsonl").write_text('{"step": nonsense}\n')
+        fails("train_at", words, *argv, "--out-dir", out)
+
+
+@pytest.mark.parametrize("rows", [np.array([64]), np.array([], dtype=np.int64), np.array([0.5])])
+def test_selections_that_do_not_fit(rows, fails, synthetic_dir, tmp_path):
+    broken = copy(synthetic_dir, tmp_path)
+    np.save(broken / "selection.npy", rows)
+    fails("train_at", ["selection.npy"], "--synthetic", broken)
 
 
 def test_output_directory_of_something_else(fails, tmp_path, synthetic_dir, diffusion_dir):
@@ -209,7 +249,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(best, tmp_path):
     shutil.copytree(best.parent, out)
     before = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(before)
-    state = checkpoint.load(out / "last.pt")
+    state = checkpoint.load(out / "last.pt", {})
     checkpoint.save(state | {"step": 3}, out / "last.pt")  # pretend that it was cut in the middle of its epoch
     kept = (out / "last.pt").read_bytes()
     program = (

@@ -18,7 +18,7 @@ from common import checkpoint, cli
 def test_round_trip(tmp_path):
     state = {"step": 3, "nested": {"weight": torch.randn(2, 2)}, "best": [0.5, 0.25], "name": "x"}
     checkpoint.save(state, tmp_path / "a.pt")
-    loaded = checkpoint.load(tmp_path / "a.pt", ("step", "nested"))
+    loaded = checkpoint.load(tmp_path / "a.pt", {"step": int, "nested": dict})
     assert loaded["step"] == 3 and torch.equal(loaded["nested"]["weight"], state["nested"]["weight"])
     assert os.listdir(tmp_path) == ["a.pt"]
 
@@ -27,7 +27,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     checkpoint.save({"step": 1}, tmp_path / "a.pt")
     with pytest.raises(AttributeError):
         checkpoint.save({"step": 2, "bad": lambda: 0}, tmp_path / "a.pt")
-    assert checkpoint.load(tmp_path / "a.pt")["step"] == 1
+    assert checkpoint.load(tmp_path / "a.pt", {})["step"] == 1
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
@@ -53,7 +53,7 @@ while True:
         process.send_signal(signal.SIGKILL)
         process.wait()
         cut.append(os.path.exists(f"{path}.writing"))
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, {})
         assert torch.equal(state["weight"], torch.full((500_000,), float(state["step"])))
     assert any(cut)  # at least one kill did fall into a write
 
@@ -70,7 +70,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
         pickle.dump({"step": Hostile()}, file, protocol=2)
     for name in ("a.pt", "b.pt"):
         with pytest.raises(cli.UserError, match="refused.*system"):
-            checkpoint.load(name)
+            checkpoint.load(name, {})
     np.save("c.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
     with pytest.raises(cli.UserError, match="c.npy"):
         checkpoint.open_npy("c.npy", np.uint8)
@@ -83,7 +83,7 @@ def test_truncated_checkpoints_are_named(tmp_path, keep):
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     with pytest.raises(cli.UserError, match=r"a\.pt"):
-        checkpoint.load(tmp_path / "a.pt")
+        checkpoint.load(tmp_path / "a.pt", {})
 
 
 def test_missing_wrong_and_foreign_files_are_named(tmp_path):
@@ -91,11 +91,11 @@ def test_missing_wrong_and_foreign_files_are_named(tmp_path):
     (tmp_path / "b.json").write_text("{")
     np.save(tmp_path / "c.npy", np.zeros((3, 2), np.float32))
     with pytest.raises(cli.UserError, match="no such checkpoint"):
-        checkpoint.load(tmp_path / "none.pt")
+        checkpoint.load(tmp_path / "none.pt", {})
     with pytest.raises(cli.UserError, match="is a directory"):
-        checkpoint.load(tmp_path)
-    with pytest.raises(cli.UserError, match="no entry 'step'"):
-        checkpoint.load(tmp_path / "tensor.pt", ("step",))
+        checkpoint.load(tmp_path, {})
+    with pytest.raises(cli.UserError, match="entry 'step' is missing"):
+        checkpoint.load(tmp_path / "tensor.pt", {"step": int})
     with pytest.raises(cli.UserError, match="not valid JSON"):
         checkpoint.read_json(tmp_path / "b.json")
     with pytest.raises(cli.UserError, match=r"found float32 \(3, 2\), expected uint8 \(any, 2\)"):
@@ -108,5 +108,5 @@ def test_missing_wrong_and_foreign_files_are_named(tmp_path):
 
 
 def test_misfitting_weights_are_named():
-    with pytest.raises(cli.UserError, match=r"x\.pt: weights do not fit"):
-        checkpoint.load_weights(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 3), "bias": torch.zeros(2)}, "x.pt")
+    with pytest.raises(cli.UserError, match=r"x\.pt: state does not fit"):
+        checkpoint.load_state(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 3), "bias": torch.zeros(2)}, "x.pt")

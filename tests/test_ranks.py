@@ -25,7 +25,7 @@ def test_training_on_two_ranks_equals_one(script, tmp_path, diffusion_dir, synth
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         python("tests/ranks_helper.py", script, "groupnorm", *argv, "--out-dir", out, ranks=ranks)
-        states.append(checkpoint.load(out / "last.pt"))
+        states.append(checkpoint.load(out / "last.pt", {}))
     for key, value in states[0]["model"].items():
         assert torch.allclose(value, states[1]["model"][key], atol=1e-5), key
     for one, two in zip(*(read_log(tmp_path / str(r)) for r in (1, 2))):

@@ -27,12 +27,12 @@ GOLDEN = ROOT / "tests" / "golden.json"
 
 def run_at(out_dir, *argv):
     train_at.main(train_at.parse_args([*TINY, "--out-dir", str(out_dir), *argv]))
-    return checkpoint.load(out_dir / "last.pt")
+    return checkpoint.load(out_dir / "last.pt", {})
 
 
 def run_aux(out_dir, teacher, *argv):
     train_at_aux.main(train_at_aux.parse_args([*TINY, "--teacher", teacher, "--block", "mid_block", "--out-dir", str(out_dir), *argv]))
-    return checkpoint.load(out_dir / "last.pt")
+    return checkpoint.load(out_dir / "last.pt", {})
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +148,11 @@ def test_resume_equals_no_interruption(script, where, tmp_path, plain_run, diffu
     with pytest.raises(Stop):
         start("cut")
     monkeypatch.undo()
-    partial = checkpoint.load(tmp_path / "cut" / "last.pt")["step"]
+    partial = checkpoint.load(tmp_path / "cut" / "last.pt", {})["step"]
     assert 0 < partial < straight["step"]
     assert_equal_states(start("cut"), straight)
     assert read_log(tmp_path / "cut") == straight_log
-    best = checkpoint.load(tmp_path / "cut" / "best.pt")
+    best = checkpoint.load(tmp_path / "cut" / "best.pt", {})
     assert [best["val_robust_acc"], best["val_clean_acc"]] == straight["best"]
 
 
@@ -160,7 +160,7 @@ def test_diffusion_training_resumes_exactly(tmp_path, monkeypatch):
     def start(name):
         argv = ["--train-steps", "9", "--eval-every", "3", "--channels", "8", "16", "--batch-size", "16", "--out-dir", str(tmp_path / name)]
         train_diffusion.main(train_diffusion.parse_args(argv))
-        return checkpoint.load(tmp_path / name / "last.pt")
+        return checkpoint.load(tmp_path / name / "last.pt", {})
 
     straight, real, calls = start("straight"), train_diffusion.edm_loss, []
 
@@ -235,13 +235,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     monkeypatch.setattr(train_at, "at_loss", failing)
     with pytest.raises(cli.UserError, match="step 6: loss or gradient not finite"):
         run_at(tmp_path / "run")
-    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    state = checkpoint.load(tmp_path / "run" / "last.pt", {})
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
 
 
 def test_best_checkpoint_is_the_best_average_on_validation(plain_run):
     path, state = plain_run
-    best = checkpoint.load(path / "best.pt")
+    best = checkpoint.load(path / "best.pt", {})
     log = {line["step"]: line for line in read_log(path)}
     assert log[best["step"]]["robust_acc"] == best["val_robust_acc"] == state["best"][0]
     import safetensors.torch
