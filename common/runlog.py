@@ -29,7 +29,7 @@ def claim_directory(out_dir, identity, name="args.json"):
                     f"--out-dir {out_dir}: holds another run ({key} is {found.get(key)} there, {identity.get(key)} here); "
                     "choose another directory"
                 )
-    elif os.path.isdir(out_dir) and os.listdir(out_dir):
+    elif os.path.isdir(out_dir) and {f for f in os.listdir(out_dir) if not f.endswith(".writing")} - {"env.json"}:
         raise UserError(f"--out-dir {out_dir}: not empty and without {name}; choose another directory")
     else:
         checkpoint.write_json(environment(), os.path.join(out_dir, "env.json"))
@@ -45,9 +45,13 @@ def environment():
     """Versions, device and commit that a number depends on."""
     import numpy
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__))
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__))
+        commit = git.stdout.strip() if git.returncode == 0 else None
+    except OSError:  # no git on this machine
+        commit = None
     return {
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -90,7 +94,7 @@ class RunLog:
             with checkpoint.atomic(path) as file:
                 file.write("".join(kept).encode())
         self.file = open(path, "a", buffering=1)
-        self.board = SummaryWriter(out_dir, purge_step=start_step)
+        self.board = SummaryWriter(out_dir, purge_step=start_step + 1)
 
     def write(self, step, **metrics):
         """One JSON line {"step": step, ...} and one TensorBoard scalar per metric."""
