@@ -28,10 +28,15 @@ def load_diffusion(path, device):
     # The three EDM entries in config.json are ours; diffusers would warn of them at every load.
     diffusers.logging.set_verbosity_error()
     try:
-        net = diffusers.UNet2DModel.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True)
+        how = dict(local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True)
+        net, info = diffusers.UNet2DModel.from_pretrained(path, **how)
     except Exception as error:  # diffusers raises its own, huggingface_hub's, safetensors' and torch's errors here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable diffusers UNet2DModel ({reason[:200]})") from None
+    # diffusers fills what is missing with random weights and drops what it does not know.
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UserError(f"{path}: weights do not fit config.json ({kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]})")
     return Diffusion(net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import python
 
@@ -178,6 +179,15 @@ def test_diffusion_models_that_do_not_fit(change, fails, diffusion_dir, tmp_path
     (broken / "config.json").write_text(json.dumps(json.loads((broken / "config.json").read_text()) | change))
     fails("train_at_aux", ["copy"], "--teacher", broken)
     fails("generate_synthetic", ["copy"], "--diffusion", broken)
+
+
+def test_diffusion_weights_are_loaded_strictly(fails, diffusion_dir, tmp_path):
+    broken = copy(diffusion_dir, tmp_path)
+    path = broken / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    del weights["conv_out.bias"]
+    safetensors.torch.save_file(weights, path)
+    fails("generate_synthetic", ["copy", "missing keys: conv_out.bias"], "--diffusion", broken)
 
 
 def test_guidance_needs_label_dropout(fails, diffusion_dir, tmp_path):
