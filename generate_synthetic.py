@@ -155,10 +155,11 @@ def main(args):
         classifier, _ = models.load_classifier(args.classifier, spec, device)
     if rank == 0:
         runlog.claim_directory(args.out_dir, manifest_of(args, spec), "manifest.json")
+    # Listed before the barrier: after it, another rank may already be writing, and the lists would differ.
+    shards = [s for s in range(-(-args.n_images // args.shard_size)) if not all(map(os.path.exists, data.shard_paths(args.out_dir, s)))]
     dist.barrier()
 
     # Generate: whole shards are shared out over ranks, so that a shard's batches are the same for any number of them.
-    shards = [s for s in range(-(-args.n_images // args.shard_size)) if not all(map(os.path.exists, data.shard_paths(args.out_dir, s)))]
     todo = sum(min(args.shard_size, args.n_images - s * args.shard_size) for s in shards[rank::world_size])
     with runlog.progress(rank=rank, desc="generate", unit="image", total=todo) as bar:
         for shard in shards[rank::world_size]:
