@@ -4,7 +4,7 @@ TRADES (Zhang et al., arXiv 1901.08573, equation 5), with label smoothing on the
 
     L_AT = CE(f(x), y) + beta * KL(p(x) || p(x_adv)),   x_adv = argmax_{|x' - x| <= eps} KL(p(x) || p(x'));
 
-PGD-AT (Madry et al., arXiv 1706.06083): L_AT = CE(f(x_adv), y) with x_adv maximising the same loss. The recipe is that of
+PGD-AT (Madry et al., arXiv 1706.06083): L_AT = CE(f(x_adv), y) with x_adv maximising CE. The recipe is that of
 DM-AT (Wang et al., arXiv 2302.04638): RECIPE below is its CIFAR-10 command, PRESETS say where a data set departs from it.
 
     python train_at.py                                                            # AT on digits, about a minute on two CPU cores
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
     group.add_argument("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="momentum at the peak, at the ends")
     group.add_argument("--weight-decay", type=cli.non_negative, help="not on BatchNorm parameters")
-    group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient (default: no clipping)")
+    group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient, where there is a limit")
     group.add_argument("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at the first step")
     group.add_argument("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
     group = parser.add_argument_group("validation and run")

@@ -7,7 +7,8 @@ through an MLP head h, is aligned by cosine with a frozen diffusion network's fe
 
 n_i fresh Gaussian noise, g pooled over space at --block (the network is left there). The attack maximises L_AT's own
 objective only. The head is no part of the exported classifier. --shuffle-targets gives each image another image's target:
-the control that has the head, its cost and its gradients, but no information. Weight 0 gives train_at.py's very weights.
+the control that has the head, its cost and its gradients, but no information. Weight 0 gives train_at.py's very
+weights (not with --loss pgd and --align clean or both, whose extra clean pass moves the BatchNorm statistics).
 
     python train_diffusion.py && python train_at_aux.py                               # AT+DRA on digits, five minutes on two CPU cores
     python train_at_aux.py --synthetic out/synthetic-digits --out-dir out/dm_at_dra   # DM-AT+DRA
@@ -84,7 +85,7 @@ def parse_args(argv=None):
     group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
     group.add_argument("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="momentum at the peak, at the ends")
     group.add_argument("--weight-decay", type=cli.non_negative, help="not on BatchNorm parameters")
-    group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient (default: no clipping)")
+    group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient, where there is a limit")
     group.add_argument("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at the first step")
     group.add_argument("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
     group = parser.add_argument_group("validation and run")

@@ -3,6 +3,7 @@
 python -m runs.report --runs out/quickstart --synthetic out/synthetic-digits
 """
 
+import itertools
 import json
 import os
 
@@ -12,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from common import attacks, checkpoint, cli, data, models
 
@@ -60,6 +62,19 @@ def print_table(rows):
     for row in rows:
         for warning in row["warnings"]:
             print(f"WARNING ({row['name']}): {warning}")
+
+
+def print_pairs(args):
+    """Images on which only one of two models is robust, and McNemar's exact test: the rows share their images."""
+    verdicts = {}
+    for run in ROWS:
+        with np.load(os.path.join(args.runs, run, os.path.splitext(args.result)[0] + ".npz"), allow_pickle=False) as per_image:
+            verdicts[run] = per_image["robust"]
+    print("robust on one model alone, and p of McNemar's exact test (six pairs: below 0.008 is significant at 5 %)")
+    for a, b in itertools.combinations(ROWS, 2):
+        only_a, only_b = int((verdicts[a] & ~verdicts[b]).sum()), int((verdicts[b] & ~verdicts[a]).sum())
+        p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+        print(f"  {ROWS[a]:<10}{only_a:>4}   {ROWS[b]:<10}{only_b:>4}   p = {p:.2f}")
 
 
 def report_png(args, path):
@@ -133,6 +148,7 @@ def show_predictions(axis, x, x_adv, y, predicted, predicted_adv, order):
 def main(args):
     rows = table(args)
     print_table(rows)
+    print_pairs(args)
     checkpoint.write_json(rows, os.path.join(args.runs, "table.json"))
     report_png(args, os.path.join(args.runs, "report.png"))
     print(f"{args.runs}/table.json, {args.runs}/report.png")
