@@ -59,6 +59,8 @@ def parse_args(argv=None):
     folder, name = os.path.split(args.checkpoint)
     stem = f"results-{os.path.splitext(name)[0]}-{args.attack}-{args.norm}-{args.eps:.4g}"
     args.out = args.out or os.path.join(folder, f"{stem}.json")
+    if not args.out.endswith(".json"):
+        parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
     return args
 
 

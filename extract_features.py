@@ -52,7 +52,10 @@ def features_of(model, images, ids, split, sigma, blocks, seed):
     """Pooled features, one (B, channels) array per block, of uint8 images; an image's noise depends on (seed, split, id) alone."""
     x = data.to_x(images, model.device)
     noise = torch.stack([torch.randn(x.shape[1:], generator=data.stream(seed, f"features-{split}", int(i))) for i in ids])
-    return [f.float().cpu().numpy() for f in model.features(x, sigma, None, blocks, noise.to(model.device))]
+    features = model.features(x, sigma, None, blocks, noise.to(model.device))
+    if not all(f.isfinite().all() for f in features):
+        raise cli.UserError(f"--sigmas {sigma:g}: the diffusion network's features are not finite")
+    return [f.float().cpu().numpy() for f in features]
 
 
 def probe(train_features, train_labels, features, labels):

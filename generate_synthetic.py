@@ -95,6 +95,8 @@ def sample(model, ids, args):
         args.s_noise,
         noise,
     )
+    if not x.isfinite().all():  # as bytes they would be black images with a label
+        raise cli.UserError(f"--diffusion {args.diffusion}: samples not finite, a broken network or too large a --guidance-scale")
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()
 
 

@@ -157,6 +157,8 @@ def teacher_mean(teacher, images, labels, args):
         x, y = data.to_x(images[start : start + 250], teacher.device), torch.from_numpy(labels[start : start + 250]).to(teacher.device)
         noise = torch.randn(x.shape, generator=data.stream(args.seed, "teacher-mean", start, x.device), device=x.device)
         total, n = total + teacher_targets(teacher, x, y, noise, 0, args).sum(0), n + len(y)
+    if not total.isfinite().all():
+        raise cli.UserError(f"--teacher {args.teacher}: features at --sigma {args.sigma:g} are not finite")
     return total / n if args.center_targets else torch.zeros_like(total)
 
 

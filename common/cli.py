@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+import time
 
 # What a full, read-only or forbidden disk raises; anything else is a bug and keeps its traceback.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR}
@@ -103,7 +104,9 @@ def run(main, args):
         raise SystemExit(130) from None
     else:
         return
-    # Most errors are found by every rank alike: rank 0 speaks for them.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # mostly rank 0 has found the same and ends all; what another rank alone has found must not be lost
+        time.sleep(2)
+        print(f"[rank {rank}] ", end="", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -72,6 +72,7 @@ FLAGS = [
     ("extract_features", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
     ("evaluate", ["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "fgsm"], ["--attack", "fgsm", "autoattack"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--out", "x.npz"], ["--out", "ends in .json"]),
     ("evaluate", [], ["--checkpoint"]),
 ]
 
@@ -190,6 +191,16 @@ def test_diffusion_weights_are_loaded_strictly(fails, diffusion_dir, tmp_path):
     fails("generate_synthetic", ["copy", "missing keys: conv_out.bias"], "--diffusion", broken)
 
 
+def test_a_diffusion_model_of_nan_is_named(fails, diffusion_dir, tmp_path):
+    broken = copy(diffusion_dir, tmp_path)
+    path = broken / "diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file({k: v * float("nan") for k, v in safetensors.torch.load_file(path).items()}, path)
+    fails("generate_synthetic", ["copy", "not finite"], "--diffusion", broken, "--n-images", "4", "--n-steps", "2")
+    assert not list((tmp_path / "out").glob("shard*"))
+    fails("train_at_aux", ["copy", "not finite"], "--teacher", broken, "--out-dir", tmp_path / "aux")
+    fails("extract_features", ["features are not finite"], "--diffusion", broken, "--sigmas", "0.1", "--out-dir", tmp_path / "features")
+
+
 def test_guidance_needs_label_dropout(fails, diffusion_dir, tmp_path):
     broken = copy(diffusion_dir, tmp_path)
     (broken / "config.json").write_text(json.dumps(json.loads((broken / "config.json").read_text()) | {"label_dropout": 0}))
@@ -214,7 +225,8 @@ def test_checkpoints(fails, best, tmp_path):
     fails("evaluate", ["list.pt", "model_name"], "--checkpoint", tmp_path / "list.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     fails("evaluate", ["module.pt", "refused", "Linear"], "--checkpoint", tmp_path / "module.pt")
-    fails("evaluate", [str(tmp_path), "Is a directory"], "--checkpoint", best, "--attack", "clean", "--out", tmp_path)
+    (tmp_path / "d.json").mkdir()
+    fails("evaluate", ["d.json", "Is a directory"], "--checkpoint", best, "--attack", "clean", "--out", tmp_path / "d.json")
     fails("evaluate", ["--n-images 798", "797"], "--checkpoint", best, "--n-images", "798")
 
 
