@@ -13,13 +13,15 @@ fools the model on it. Images are attacked in chunks of --batch-size, each seede
 pyautoattack called on that chunk, and do not depend on the number of processes. The threat model comes from this command
 line only; that of the training is printed where it differs.
 
-Writes results-<checkpoint>-<attack>-<norm>-<eps>.json, and .npz with one entry per image (index, label, clean_correct,
-robust, fooled_by), beside the checkpoint. A result that exists is printed again, not computed again.
+Writes results-<checkpoint>-<attack>-<norm>-<eps>.json (with -n<n> and -seed<seed> where they are given), and .npz with one
+entry per image (index, label, clean_correct, robust, fooled_by), beside the checkpoint. A result that exists is printed
+again, not computed again.
 """
 
 import importlib.metadata
 import logging
 import os
+import tempfile
 import time
 
 import numpy as np
@@ -29,8 +31,12 @@ from scipy.stats import binomtest
 
 from common import attacks, checkpoint, cli, data, dist, models, runlog
 
-NAMES = {"clean": "clean", "pgd": "PGD", "apgd": "APGD-CE+T (upper bound)", "autoattack": "AutoAttack standard"}
-AUTOATTACK = {"apgd": ["apgd-ce", "apgd-t"], "autoattack": ["apgd-ce", "apgd-t", "fab-t", "square"]}
+ATTACKS = {  # --attack: (its name in tables, its parts in the order in which they run)
+    "clean": ("clean", []),
+    "pgd": ("PGD", ["pgd"]),
+    "apgd": ("APGD-CE+T (upper bound)", ["apgd-ce", "apgd-t"]),
+    "autoattack": ("AutoAttack standard", ["apgd-ce", "apgd-t", "fab-t", "square"]),
+}
 
 
 def parse_args(argv=None):
@@ -44,20 +50,21 @@ def parse_args(argv=None):
     group.add_argument("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
     group.add_argument("--eps", type=cli.positive, help="radius, of x in [0, 1] (default: the data set's usual one)")
     group = parser.add_argument_group("attack")
-    group.add_argument("--attack", choices=NAMES, default="apgd", help="see above")
+    group.add_argument("--attack", choices=ATTACKS, default="apgd", help="see above")
     group.add_argument("--loss", choices=["margin", "ce"], default="margin", help="loss of pgd")
     group.add_argument("--n-steps", type=cli.count, default=40, help="steps of pgd")
     group.add_argument("--n-restarts", type=cli.count, default=5, help="random restarts of pgd")
     group.add_argument("--step-size", type=cli.positive, help="step of pgd, of x in [0, 1] (default: eps / 4)")
     group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=cli.count, default=250, help="images per chunk, the unit of the attack's seed")
-    group.add_argument("--seed", type=cli.count0, default=0, help="seed of the attacks")
+    group.add_argument("--batch-size", type=cli.count, default=200, help="images per chunk, the unit of the attack's seed")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of the attacks")
     group.add_argument("--out", help="result file, .json (default: beside the checkpoint, see above)")
     args = parser.parse_args(argv)
     args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
     folder, name = os.path.split(args.checkpoint)
     stem = f"results-{os.path.splitext(name)[0]}-{args.attack}-{args.norm}-{args.eps:.4g}"
+    stem += (f"-n{args.n_images}" if args.n_images else "") + (f"-seed{args.seed}" if args.seed else "")
     args.out = args.out or os.path.join(folder, f"{stem}.json")
     if not args.out.endswith(".json"):
         parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
@@ -77,7 +84,7 @@ def attack_chunk(model, x, y, chunk, args):
     if not logits.isfinite().all():  # argmax of NaN is class 0: such a model would look robust on that class
         raise cli.UserError(f"--checkpoint {args.checkpoint}: the model's logits are not finite")
     correct = logits.argmax(1) == y
-    names = attack_names(args)
+    names = ATTACKS[args.attack][1]
     fooled_by = torch.where(correct, len(names), -1).to(torch.int8)
     seconds = []
     for k, name in enumerate(names):
@@ -91,10 +98,6 @@ def attack_chunk(model, x, y, chunk, args):
             fooled_by[left[fooled]] = k
         seconds.append(time.time() - begun)
     return fooled_by, seconds
-
-
-def attack_names(args):
-    return {"clean": [], "pgd": ["pgd"]}.get(args.attack) or AUTOATTACK.get(args.attack, [])
 
 
 def run_pgd(model, x, y, chunk, args):
@@ -133,7 +136,7 @@ def count_zero_gradients(model, x, y):
 # ------------------------------------------------------------------------------------------------------- plumbing
 
 
-class Warnings(logging.Handler):
+class WarningsOfAutoAttack(logging.Handler):
     """Collects what pyautoattack warns of (randomised model, probabilities instead of logits, zero gradients, ...)."""
 
     def __init__(self):
@@ -173,7 +176,8 @@ def main(args):
     if n > len(labels):
         raise cli.UserError(f"--n-images {n}: {spec.name} has {len(labels)} test images")
     chunks = [(i, slice(i * args.batch_size, min((i + 1) * args.batch_size, n))) for i in range(-(-n // args.batch_size))]
-    names = attack_names(args)
+    attack_name, names = ATTACKS[args.attack]
+    package = f"pyautoattack {importlib.metadata.version('pyautoattack')}"
     request = {
         "checkpoint_sha256": checkpoint.sha256(args.checkpoint),
         "dataset": spec.name,
@@ -182,9 +186,9 @@ def main(args):
         "norm": args.norm,
         "eps": args.eps,
         "attack": args.attack,
-        "attack_name": NAMES[args.attack],
+        "attack_name": attack_name,
         "attacks": names,
-        "version": f"pyautoattack {importlib.metadata.version('pyautoattack')}" if args.attack in AUTOATTACK else "common/attacks.py",
+        "version": package if args.attack in ("apgd", "autoattack") else "common/attacks.py",
         "settings": {k: getattr(args, k) for k in ("loss", "n_steps", "n_restarts", "step_size")} if args.attack == "pgd" else {},
         "batch_size": args.batch_size,
         "seed": args.seed,
@@ -198,10 +202,14 @@ def main(args):
             print_result(result, args.out)
         return dist.teardown()
 
+    if rank == 0:  # hours of work are not lost to a folder that cannot be written
+        folder = os.path.dirname(os.path.abspath(args.out))
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     trained = (state["norm"], state["eps"])
     if rank == 0 and trained != (args.norm, args.eps):
         print(f"note: trained against {trained[0]} {trained[1]:.4g}, evaluated against {args.norm} {args.eps:.4g}")
-    warnings = Warnings()
+    heard = WarningsOfAutoAttack()
     begun = time.time()
     fooled_by = torch.zeros(n, dtype=torch.int32, device=device)  # filled by the rank that owns the chunk, then summed
     seconds = torch.zeros(len(names), dtype=torch.float64, device=device)
@@ -218,7 +226,7 @@ def main(args):
     for tensor in (fooled_by, seconds, n_zero):
         dist.sum_over_ranks(tensor)
 
-    messages = sorted(set().union(*dist.gather_objects(warnings.messages)))
+    messages = sorted(set().union(*dist.gather_objects(heard.messages)))
 
     if rank == 0:
         fooled_by = fooled_by.cpu().numpy().astype(np.int8)

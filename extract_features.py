@@ -4,7 +4,7 @@ For every pair of --blocks and --sigmas, the block's output for x + sigma * n, n
 pooled over space: the representation that DRA aligns a classifier with (train_at_aux.py). Blocks of one sigma are taken in
 one pass of the network, which is left at the last of them.
 
-    python extract_features.py --probe                                   # digits, all blocks, four noise levels, two minutes
+    python extract_features.py --probe                                   # digits, all blocks, four noise levels, ten seconds
     torchrun --nproc_per_node 8 extract_features.py                      # images are shared out over the processes
 
 Writes <split>-<block>-sigma<sigma>.npy (float32, (N, channels), memory-mapped) and <split>-labels.npy for the splits train,
@@ -36,7 +36,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=250, help="images per network call on one process")
     group.add_argument("--out-dir", help="directory of the features (default: out/features-<dataset>)")
-    group.add_argument("--seed", type=cli.count0, default=0, help="seed of the noise")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of the noise")
     args = parser.parse_args(argv)
     args.blocks, args.sigmas = args.blocks and list(dict.fromkeys(args.blocks)), list(dict.fromkeys(args.sigmas))
     args.out_dir = args.out_dir or f"out/features-{args.dataset}"
@@ -51,7 +51,7 @@ def parse_args(argv=None):
 def features_of(model, images, ids, split, sigma, blocks, seed):
     """Pooled features, one (B, channels) array per block, of uint8 images; an image's noise depends on (seed, split, id) alone."""
     x = data.to_x(images, model.device)
-    noise = torch.stack([torch.randn(x.shape[1:], generator=data.stream(seed, f"features-{split}", int(i))) for i in ids])
+    noise = data.normal_of(data.id_streams(seed, f"features-{split}", ids), x.shape[1:])
     features = model.features(x, sigma, None, blocks, noise.to(model.device))
     if not all(f.isfinite().all() for f in features):
         raise cli.UserError(f"--sigmas {sigma:g}: the diffusion network's features are not finite")
@@ -71,7 +71,7 @@ def probe(train_features, train_labels, features, labels):
 
 
 def feature_path(out_dir, split, block, sigma):
-    return os.path.join(out_dir, f"{split}-{block}-sigma{sigma:g}.npy")
+    return os.path.join(out_dir, f"{split}-{block}-sigma{sigma}.npy")
 
 
 def extract(model, images, split, sigma, blocks, args, rank, world_size):
@@ -116,15 +116,17 @@ def main(args):
         "label": "none",
         "pooling": "mean over space",
         "ids": "row i is image i of its split",
-        "network_sha256": checkpoint.sha256(os.path.join(args.diffusion, "diffusion_pytorch_model.safetensors")),
+        "network_sha256": model.sha256,
     }
+    splits = {split: data.load(spec, args.data_dir, split, args.val_size) for split in ("train", "val", "test")}
+    labels = {split: split_labels for split, (_, split_labels) in splits.items()}
+    if args.probe and len(np.unique(labels["train"])) < spec.num_classes:
+        raise cli.UserError(f"--val-size {args.val_size}: a class has no training image left, --probe needs all {spec.num_classes}")
     if rank == 0:
         runlog.claim_directory(args.out_dir, manifest, "manifest.json")
     dist.barrier()
 
-    labels = {}
-    for split in ("train", "val", "test"):
-        images, labels[split] = data.load(spec, args.data_dir, split, args.val_size)
+    for split, (images, _) in splits.items():
         if rank == 0:
             checkpoint.write_npy(labels[split], os.path.join(args.out_dir, f"{split}-labels.npy"))
         for sigma in args.sigmas:

@@ -48,7 +48,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=250, help="images per network call on one process")
     group.add_argument("--out-dir", help="directory of the set (default: out/synthetic-<dataset>)")
-    group.add_argument("--seed", type=cli.count0, default=0, help="seed of all randomness")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or f"out/synthetic-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
@@ -58,6 +58,10 @@ def parse_args(argv=None):
         parser.error("argument --keep-fraction: 0 would keep nothing")
     if args.sigma_min >= args.sigma_max:
         parser.error(f"--sigma-min {args.sigma_min} must lie below --sigma-max {args.sigma_max}")
+    if args.s_tmin > args.s_tmax:
+        parser.error(f"--s-tmin {args.s_tmin} lies above --s-tmax {args.s_tmax}: nothing would be churned")
+    if args.rho < 0.1:
+        parser.error(f"argument --rho: {args.rho}, expected at least 0.1 (EDM uses 7)")
     return args
 
 
@@ -79,11 +83,10 @@ def guided(model, y, scale):
 
 def sample(model, ids, args):
     """uint8 images (B, H, W, C) and int64 labels (B,) of the given global ids."""
-    generators = [data.stream(args.seed, "generate", int(i)) for i in ids]
-    shape = (model.channels, model.image_size, model.image_size)
+    generators = data.id_streams(args.seed, "generate", ids)
 
     def noise():  # drawn on the CPU, so that an image is the same on every device up to rounding
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(model.device)
+        return data.normal_of(generators, (model.channels, model.image_size, model.image_size)).to(model.device)
 
     y = torch.from_numpy(ids % model.num_classes).to(model.device)
     x = diffusion.heun(
@@ -128,8 +131,8 @@ def nearest_distances(images, train, device):
 # ------------------------------------------------------------------------------------------------------- plumbing
 
 
-def manifest_of(args, spec):
-    """Everything that the shards' bytes depend on."""
+def manifest_of(args, spec, model):
+    """Everything that the shards' bytes depend on; "selection" is added when images have been selected."""
     sampler = ("n_steps", "sigma_min", "sigma_max", "rho", "guidance_scale", "s_churn", "s_tmin", "s_tmax", "s_noise", "batch_size")
     return {
         "format": 1,
@@ -141,7 +144,8 @@ def manifest_of(args, spec):
         "image_shape": [spec.image_size, spec.image_size, spec.channels],
         "shard_size": args.shard_size,
         "seed": args.seed,
-        "network_sha256": checkpoint.sha256(os.path.join(args.diffusion, "diffusion_pytorch_model.safetensors")),
+        "network_sha256": model.sha256,
+        "held_out": model.val_size,
         "sampler": {name: getattr(args, name) for name in sampler},
     }
 
@@ -153,10 +157,13 @@ def main(args):
     model.check_fits(f"--diffusion {args.diffusion}", spec)
     if args.guidance_scale != 1 and model.label_dropout == 0:
         raise cli.UserError(f"--guidance-scale {args.guidance_scale}: {args.diffusion} was trained without label dropout")
+    train, _ = data.load(spec, args.data_dir, "train", args.val_size)
+    test, _ = data.load(spec, args.data_dir, "test")
+    classifier = None
     if args.classifier:
         classifier, _ = models.load_classifier(args.classifier, spec, device)
     if rank == 0:
-        runlog.claim_directory(args.out_dir, manifest_of(args, spec), "manifest.json")
+        runlog.claim_directory(args.out_dir, manifest_of(args, spec, model), "manifest.json", later=["selection"])
     # Listed before the barrier: after it, another rank may already be writing, and the lists would differ.
     shards = [s for s in range(-(-args.n_images // args.shard_size)) if not all(map(os.path.exists, data.shard_paths(args.out_dir, s)))]
     dist.barrier()
@@ -176,26 +183,24 @@ def main(args):
     dist.barrier()
 
     if rank == 0:
-        report(args, spec, classifier if args.classifier else None, device)
+        report(args, spec, train, test, classifier, device)
     dist.teardown()
 
 
-def report(args, spec, classifier, device):
-    """Select, check for memorisation, count classes, draw samples."""
+def report(args, spec, train, test, classifier, device):
+    """Select, check for memorisation against `train` (uint8 NHWC; `test` for comparison), count classes, draw samples."""
     synthetic = data.SyntheticSet(args.out_dir, spec)
     if classifier is not None:
-        rows_path, how_path = os.path.join(args.out_dir, "selection.npy"), os.path.join(args.out_dir, "selection.json")
         how = {"keep_fraction": args.keep_fraction, "classifier_sha256": checkpoint.sha256(args.classifier)}
-        if not os.path.exists(rows_path):
-            checkpoint.write_json(how, how_path)
-            checkpoint.write_npy(select(synthetic, classifier, args.keep_fraction, args.batch_size, device), rows_path)
+        if "selection" not in synthetic.manifest:
+            rows = select(synthetic, classifier, args.keep_fraction, args.batch_size, device)
+            checkpoint.write_npy(rows, os.path.join(args.out_dir, "selection.npy"))
+            checkpoint.write_json(synthetic.manifest | {"selection": how}, os.path.join(args.out_dir, "manifest.json"))
             synthetic = data.SyntheticSet(args.out_dir, spec)
-        elif checkpoint.read_json(how_path) != how:
+        elif synthetic.manifest["selection"] != how:
             raise cli.UserError(f"--out-dir {args.out_dir}: another selection was made there; generate into another directory")
 
     images, labels = synthetic.gather(np.arange(min(10_000, len(synthetic))))
-    train, _ = data.load(spec, args.data_dir, "train", args.val_size)
-    test, _ = data.load(spec, args.data_dir, "test")
     generated, held_out = nearest_distances(images, train, device), nearest_distances(test, train, device)
     counts = np.bincount(labels, minlength=spec.num_classes)
     print(f"{args.out_dir}: {len(synthetic)} images; classes of the first {len(labels)}: {' '.join(map(str, counts))}")

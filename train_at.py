@@ -24,7 +24,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from common import attacks, checkpoint, cli, data, dist, models, runlog
 from common.ema import EMA
@@ -79,15 +78,15 @@ def parse_args(argv=None):
     group.add_argument("--eval-every", type=cli.count, help="epochs between validation with checkpoint")
     group.add_argument("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     group.add_argument("--out-dir", help="run directory (default: out/train_at-<dataset>)")
-    group.add_argument("--seed", type=cli.count0, default=0, help="seed of all randomness")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS)
     args.out_dir = args.out_dir or f"out/train_at-{args.dataset}"
     args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    if args.synthetic_fraction is not None and not args.synthetic:
+    if args.synthetic_fraction is not None and args.synthetic is None:
         parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic DIR")
-    if args.synthetic and args.synthetic_fraction is None:
+    if args.synthetic is not None and args.synthetic_fraction is None:
         args.synthetic_fraction = SYNTHETIC_FRACTION
     if args.momentum[0] > args.momentum[1]:
         parser.error(f"argument --momentum: {args.momentum[0]} above {args.momentum[1]}, expected LOW HIGH")
@@ -139,7 +138,10 @@ def ema_decay_at(step, train_steps, args):
 
 
 def evaluate(model, x, y, starts, args, rank, world_size):
-    """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks."""
+    """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks.
+
+    NaN where a logit is not finite: argmax would call it class 0.
+    """
     correct = torch.zeros(2, dtype=torch.float64, device=x.device)
     rows = torch.arange(rank, len(y), world_size, device=x.device)
     for part in rows.split(256):
@@ -147,7 +149,8 @@ def evaluate(model, x, y, starts, args, rank, world_size):
         x_adv = attacks.pgd(model, x[part], y[part], [starts[part]], **attack)
         with torch.no_grad():
             for i, inputs in enumerate((x[part], x_adv)):
-                correct[i] += (model(inputs).argmax(1) == y[part]).sum()
+                logits = model(inputs)
+                correct[i] += (logits.argmax(1) == y[part]).sum() + 0 * logits.sum()
     return (dist.sum_over_ranks(correct) / len(y)).tolist()
 
 
@@ -157,8 +160,14 @@ def evaluate(model, x, y, starts, args, rank, world_size):
 def parameter_groups(modules, weight_decay):
     """SGD groups: no weight decay on BatchNorm parameters."""
     norms = [p for m in modules for n in m.modules() if isinstance(n, _BatchNorm) for p in n.parameters()]
-    others = [p for m in modules for p in m.parameters() if not any(p is q for q in norms)]
+    spared = set(norms)
+    others = [p for m in modules for p in m.parameters() if p not in spared]
     return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+
+
+def not_finite(step, last_path):
+    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
+    return cli.UserError(message)
 
 
 def main(args):
@@ -171,7 +180,9 @@ def main(args):
     # Data: everything that can be wrong is found before the run directory is made.
     images, labels = data.load(spec, args.data_dir, "train", args.val_size)
     val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
-    synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic else None
+    synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic is not None else None
+    if rank == 0 and synthetic and synthetic.held_out < args.val_size:
+        print(f"note: the diffusion model of --synthetic has seen validation images (it held out the first {synthetic.held_out})")
     batches = data.Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
     x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
     val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
@@ -189,7 +200,8 @@ def main(args):
 
     # Resume.
     if rank == 0:
-        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at.py", args))
+        inputs = dict(synthetic_sha256=synthetic.sha256 if synthetic else None)
+        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at.py", args, **inputs))
     dist.barrier()
     last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
     if os.path.exists(last_path):
@@ -203,9 +215,7 @@ def main(args):
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
         return dist.teardown()
-    model = raw_model
-    if world_size > 1:  # two passes before one backward: broadcasting buffers between them would break autograd
-        model = DistributedDataParallel(raw_model, broadcast_buffers=False)
+    model = dist.wrap(raw_model)
 
     log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
     bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
@@ -235,7 +245,7 @@ def main(args):
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
         if not torch.isfinite(grad_norm):
-            raise cli.UserError(f"step {step}: loss or gradient not finite; {last_path} holds the last good step, if any. Try a lower --lr")
+            raise not_finite(step, last_path)
         optimizer.step()
         if world_size > 1 and device.type == "cpu":
             dist.average_bn_statistics(raw_model)
@@ -250,6 +260,9 @@ def main(args):
             images_per_s = round(n_summed * args.batch_size / (time.time() - clock), 1)
             means = {k: (dist.sum_over_ranks(v) / (n_summed * world_size)).item() for k, v in sums.items()}
             clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
+            weights = raw_model.state_dict().values()
+            if math.isnan(clean_acc + robust_acc) or not all(t.isfinite().all() for t in weights):
+                raise not_finite(step, last_path)
             if rank == 0:
                 seconds += time.time() - clock
                 rates = {"images_per_s": images_per_s, "seconds": round(seconds, 1)}

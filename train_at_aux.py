@@ -7,8 +7,7 @@ through an MLP head h, is aligned by cosine with a frozen diffusion network's fe
 
 n_i fresh Gaussian noise, g pooled over space at --block (the network is left there). The attack maximises L_AT's own
 objective only. The head is no part of the exported classifier. --shuffle-targets gives each image another image's target:
-the control that has the head, its cost and its gradients, but no information. Weight 0 gives train_at.py's very
-weights (not with --loss pgd and --align clean or both, whose extra clean pass moves the BatchNorm statistics).
+the control that has the head, its cost and its gradients, but no information. Weight 0 gives train_at.py's very weights.
 
     python train_diffusion.py && python train_at_aux.py                               # AT+DRA on digits, five minutes on two CPU cores
     python train_at_aux.py --synthetic out/synthetic-digits --out-dir out/dm_at_dra   # DM-AT+DRA
@@ -18,6 +17,7 @@ weights (not with --loss pgd and --align clean or both, whose extra clean pass m
 """
 
 import argparse
+import contextlib
 import math
 import os
 import time
@@ -26,7 +26,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from common import attacks, checkpoint, cli, data, diffusion, dist, models, runlog
 from common.ema import EMA
@@ -92,15 +91,15 @@ def parse_args(argv=None):
     group.add_argument("--eval-every", type=cli.count, help="epochs between validation with checkpoint")
     group.add_argument("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     group.add_argument("--out-dir", help="run directory (default: out/train_at_aux-<dataset>)")
-    group.add_argument("--seed", type=cli.count0, default=0, help="seed of all randomness")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS)
     args.out_dir = args.out_dir or f"out/train_at_aux-{args.dataset}"
     args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    if args.synthetic_fraction is not None and not args.synthetic:
+    if args.synthetic_fraction is not None and args.synthetic is None:
         parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic DIR")
-    if args.synthetic and args.synthetic_fraction is None:
+    if args.synthetic is not None and args.synthetic_fraction is None:
         args.synthetic_fraction = SYNTHETIC_FRACTION
     args.teacher = args.teacher or f"out/diffusion-{args.dataset}"
     if args.loss == "standard" and args.align != "clean":
@@ -193,7 +192,10 @@ def ema_decay_at(step, train_steps, args):
 
 
 def evaluate(model, x, y, starts, args, rank, world_size):
-    """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks."""
+    """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks.
+
+    NaN where a logit is not finite: argmax would call it class 0.
+    """
     correct = torch.zeros(2, dtype=torch.float64, device=x.device)
     rows = torch.arange(rank, len(y), world_size, device=x.device)
     for part in rows.split(256):
@@ -201,7 +203,8 @@ def evaluate(model, x, y, starts, args, rank, world_size):
         x_adv = attacks.pgd(model, x[part], y[part], [starts[part]], **attack)
         with torch.no_grad():
             for i, inputs in enumerate((x[part], x_adv)):
-                correct[i] += (model(inputs).argmax(1) == y[part]).sum()
+                logits = model(inputs)
+                correct[i] += (logits.argmax(1) == y[part]).sum() + 0 * logits.sum()
     return (dist.sum_over_ranks(correct) / len(y)).tolist()
 
 
@@ -211,8 +214,14 @@ def evaluate(model, x, y, starts, args, rank, world_size):
 def parameter_groups(modules, weight_decay):
     """SGD groups: no weight decay on BatchNorm parameters."""
     norms = [p for m in modules for n in m.modules() if isinstance(n, _BatchNorm) for p in n.parameters()]
-    others = [p for m in modules for p in m.parameters() if not any(p is q for q in norms)]
+    spared = set(norms)
+    others = [p for m in modules for p in m.parameters() if p not in spared]
     return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+
+
+def not_finite(step, last_path):
+    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
+    return cli.UserError(message)
 
 
 def main(args):
@@ -225,13 +234,17 @@ def main(args):
     # Data: everything that can be wrong is found before the run directory is made.
     images, labels = data.load(spec, args.data_dir, "train", args.val_size)
     val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
-    synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic else None
+    synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic is not None else None
+    if rank == 0 and synthetic and synthetic.held_out < args.val_size:
+        print(f"note: the diffusion model of --synthetic has seen validation images (it held out the first {synthetic.held_out})")
     batches = data.Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
     x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
     val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
     teacher = diffusion.load_diffusion(args.teacher, device)
     teacher.check_fits(f"--teacher {args.teacher}", spec)
     teacher.check_blocks([args.block])
+    if rank == 0 and teacher.val_size < args.val_size:
+        print(f"note: the diffusion model of --teacher has seen validation images (it held out the first {teacher.val_size})")
     if rank == 0 and args.teacher_label == "none" and teacher.label_dropout == 0:
         print(f"warning: {args.teacher} was trained without label dropout: it has never seen the null label")
     val_noise = torch.randn(x_val.shape, generator=data.stream(args.seed, "validation-teacher", 0, device), device=device)
@@ -253,7 +266,8 @@ def main(args):
 
     # Resume.
     if rank == 0:
-        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at_aux.py", args))
+        inputs = dict(synthetic_sha256=synthetic.sha256 if synthetic else None, teacher_sha256=teacher.sha256)
+        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at_aux.py", args, **inputs))
     dist.barrier()
     last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
     if os.path.exists(last_path):
@@ -268,10 +282,7 @@ def main(args):
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
         return dist.teardown()
-    model, head = raw_model, raw_head
-    if world_size > 1:  # two passes before one backward: broadcasting buffers between them would break autograd
-        model = DistributedDataParallel(raw_model, broadcast_buffers=False)
-        head = DistributedDataParallel(raw_head)
+    model, head = dist.wrap(raw_model), dist.wrap(raw_head)
 
     log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
     bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
@@ -288,8 +299,10 @@ def main(args):
         start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
 
         # The clean pass comes first: with batch statistics, its logits are the very reference of the KL attack.
+        # PGD-AT has none: one for the alignment alone leaves the running statistics as they are.
         needs_clean = args.loss != "pgd" or args.align != "adv"
-        logits, features = model(x, with_features=True) if needs_clean else (None, None)
+        with attacks.frozen_statistics(raw_model) if args.loss == "pgd" else contextlib.nullcontext():
+            logits, features = model(x, with_features=True) if needs_clean else (None, None)
         x_adv, logits_adv, features_adv = x, None, None
         if args.loss != "standard":
             attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.n_steps, bn=args.attack_bn)
@@ -311,7 +324,7 @@ def main(args):
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
         if not torch.isfinite(grad_norm):
-            raise cli.UserError(f"step {step}: loss or gradient not finite; {last_path} holds the last good step, if any. Try a lower --lr")
+            raise not_finite(step, last_path)
         optimizer.step()
         if world_size > 1 and device.type == "cpu":
             dist.average_bn_statistics(raw_model)
@@ -326,6 +339,9 @@ def main(args):
             images_per_s = round(n_summed * args.batch_size / (time.time() - clock), 1)
             means = {k: (dist.sum_over_ranks(v) / (n_summed * world_size)).item() for k, v in sums.items()}
             clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
+            weights = [*raw_model.state_dict().values(), *raw_head.state_dict().values()]
+            if math.isnan(clean_acc + robust_acc) or not all(t.isfinite().all() for t in weights):
+                raise not_finite(step, last_path)
             if rank == 0:
                 means["val_align"] = validation_alignment(raw_model, raw_head, x_val, val_targets)
                 seconds += time.time() - clock

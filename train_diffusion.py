@@ -8,7 +8,7 @@ The network F is a diffusers UNet2DModel under EDM preconditioning (Karras et al
 with x in [-1, 1]. The label is dropped with probability --label-dropout, so that the one network is conditional (it
 generates labelled images) and unconditional (it gives DRA representations that cannot leak the label).
 
-    python train_diffusion.py                        # digits, about 3 minutes on two CPU cores; into out/diffusion-digits
+    python train_diffusion.py                        # digits, about 2 minutes on two CPU cores; into out/diffusion-digits
     torchrun --nproc_per_node 8 train_diffusion.py   # the same with 8 processes
 
 The averaged network is saved with save_pretrained: diffusers.UNet2DModel.from_pretrained("out/diffusion-digits") reads it.
@@ -16,11 +16,12 @@ Running the same command again resumes.
 """
 
 import dataclasses
+import math
 import os
-import tempfile
+import shutil
 
+import safetensors
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, cli, data, diffusion, dist, runlog
 from common.ema import EMA
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("run")
     group.add_argument("--eval-every", type=cli.count, default=200, help="steps between validation, sample grid and checkpoint")
     group.add_argument("--out-dir", help="run directory (default: out/diffusion-<dataset>)")
-    group.add_argument("--seed", type=cli.count0, default=0, help="seed of all randomness")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or f"out/diffusion-{args.dataset}"
     if any(c % 8 for c in args.channels):
@@ -108,13 +109,23 @@ def samples(net, spec, args, device):
 
 def save_diffusers(net, out_dir):
     """Write config.json and the weights as diffusers reads them; config.json, which marks a finished model, comes last."""
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
+    folder = os.path.join(out_dir, "model.writing")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+    try:
         net.save_pretrained(folder)
-        for name in sorted(os.listdir(folder), reverse=True):
-            os.replace(os.path.join(folder, name), os.path.join(out_dir, name))
+    except safetensors.SafetensorError as error:  # what a full disk raises here
+        raise cli.UserError(f"{folder}: {error}") from None
+    for name in sorted(os.listdir(folder), reverse=True):
+        os.replace(os.path.join(folder, name), os.path.join(out_dir, name))
+    os.rmdir(folder)
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing
+
+
+def not_finite(step, last_path):
+    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
+    return cli.UserError(message)
 
 
 def main(args):
@@ -124,9 +135,6 @@ def main(args):
     spec = data.DATASETS[args.dataset]
     if spec.image_size % 2 ** (len(args.channels) - 1):
         raise cli.UserError(f"--channels {args.channels}: {len(args.channels)} resolutions do not divide {spec.image_size} pixels")
-    if rank == 0:
-        runlog.claim_directory(args.out_dir, runlog.identity_of("train_diffusion.py", args))
-    dist.barrier()
 
     # Data: no crops; mirrored where the data set's classes do not mind.
     images, labels = data.load(spec, args.data_dir, "train", args.val_size)
@@ -150,12 +158,15 @@ def main(args):
         norm_num_groups=8,
         num_class_embeds=spec.num_classes + 1,
     ).to(device, memory_format=torch.channels_last)
-    net.register_to_config(sigma_data=args.sigma_data, label_dropout=args.label_dropout)
+    net.register_to_config(sigma_data=args.sigma_data, label_dropout=args.label_dropout, val_size=args.val_size)
     ema = EMA(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    ddp = DistributedDataParallel(net) if world_size > 1 else net
+    ddp = dist.wrap(net)
 
     # Resume.
+    if rank == 0:
+        runlog.claim_directory(args.out_dir, runlog.identity_of("train_diffusion.py", args))
+    dist.barrier()
     start_step, last_path = 0, os.path.join(args.out_dir, "last.pt")
     if os.path.exists(last_path):
         state = checkpoint.load(last_path, {"step": int, "net": dict, "ema": dict, "optimizer": dict}, device)
@@ -183,7 +194,7 @@ def main(args):
         losses.mean().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), float("inf"))
         if not torch.isfinite(grad_norm):
-            raise cli.UserError(f"step {step}: loss or gradient not finite; {last_path} holds the last good step, if any. Try a lower --lr")
+            raise not_finite(step, last_path)
         optimizer.step()
         ema.update(net, min(args.ema_decay, (1 + step) / (10 + step)))
         loss_sum += losses.detach().sum()
@@ -194,6 +205,8 @@ def main(args):
             loss_mean = (dist.sum_over_ranks(loss_sum) / (n_summed * args.batch_size)).item()
             if rank == 0:
                 val_loss = validate(ema.model, x_val, y_val, args)
+                if not math.isfinite(val_loss) or not all(t.isfinite().all() for t in net.state_dict().values()):
+                    raise not_finite(step, last_path)
                 log.write(done, loss=loss_mean, val_loss=val_loss, lr=lr_at(step, args))
                 bar.set_postfix(loss=f"{loss_mean:.3f}", val_loss=f"{val_loss:.3f}")
                 runlog.save_images(samples(ema.model, spec, args, device), os.path.join(args.out_dir, "samples.png"), columns=10)

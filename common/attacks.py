@@ -3,7 +3,7 @@
 Conventions: x in [0, 1], NCHW; `eps` and `step_size` in the same units; the model returns logits.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +21,32 @@ def attack_mode(model, bn):
     """
     modules, parameters = list(model.modules()), list(model.parameters())
     training = [m.training for m in modules]
-    norms = [(m, m.track_running_stats) for m in modules if isinstance(m, _BatchNorm)]
     trainable = [p.requires_grad for p in parameters]
     try:
         model.train(bn == "batch")
-        for norm, _ in norms if bn == "batch" else ():
-            norm.track_running_stats = False
         for parameter in parameters:
             parameter.requires_grad_(False)
-        yield
+        with frozen_statistics(model) if bn == "batch" else nullcontext():
+            yield
     finally:
         for module, flag in zip(modules, training):
             module.training = flag
-        for norm, flag in norms:
-            norm.track_running_stats = flag
         for parameter, flag in zip(parameters, trainable):
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def frozen_statistics(model):
+    """In train mode, BatchNorm uses the batch's statistics as always, and neither reads nor updates its running ones."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm, flag in zip(norms, tracking):
+            norm.track_running_stats = flag
 
 
 def random_start(shape, norm, eps, generator):

@@ -24,9 +24,11 @@ def atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path  # a write on a full disk does not say of which file
         raise
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
@@ -87,7 +89,7 @@ def read_json(path):
             value = json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({_first_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -108,6 +110,8 @@ def open_npy(path, dtype, shape=None):
         raise UserError(f"{path}: missing") from None
     except (ValueError, EOFError, OSError, SyntaxError) as error:
         raise UserError(f"{path}: truncated or not an .npy array ({_first_line(error)})") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: is an .npz archive, expected an .npy array")
     fits = shape is None or (array.ndim == len(shape) and all(s in (None, a) for s, a in zip(shape, array.shape)))
     if array.dtype != np.dtype(dtype) or not fits:
         wanted = "" if shape is None else " " + str(tuple("any" if s is None else s for s in shape)).replace("'", "")

@@ -7,7 +7,10 @@ import sys
 import time
 
 # What a full, read-only or forbidden disk raises; anything else is a bug and keeps its traceback.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR}
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 
 
 class UserError(Exception):
@@ -17,12 +20,12 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line and whose help shows every default."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
+    def __init__(self, description, **kwargs):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def parse_with_presets(self, argv, recipe, presets):
         """parse_args with the defaults recipe | presets[--dataset]; a flag given on the command line wins, --help shows them."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = Parser(None, add_help=False)
         first.add_argument("--dataset", default=self.get_default("dataset"))
         self.set_defaults(**recipe | presets.get(first.parse_known_args(argv)[0].dataset, {}))
         return self.parse_args(argv)
@@ -75,6 +78,11 @@ def count(text):
 def count0(text):
     """argparse type: a whole number of at least 0."""
     return _checked(_whole(text), lambda v: v >= 0, "a whole number of at least 0", text)
+
+
+def seed(text):
+    """argparse type: a whole number of at least 0 and below 2^32, what every library takes as a seed."""
+    return _checked(_whole(text), lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295", text)
 
 
 def _whole(text):

@@ -18,13 +18,27 @@ from common.cli import UserError
 
 
 def seed_of(seed, use, step=0):
-    """A 63-bit seed for one use of randomness at one step (or image id)."""
+    """A seed for one use of randomness at one step, below 2^63. torch's CPU generator takes its lower 32 bits only."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{use}/{step}".encode()).digest()[:8], "big") >> 1
 
 
 def stream(seed, use, step=0, device="cpu"):
-    """A torch.Generator on `device` for one use of randomness at one step (or image id)."""
+    """A torch.Generator on `device` for one use of randomness at one step.
+
+    Not for image ids: of a million streams on the CPU, over a hundred pairs share their 32 bits.
+    """
     return torch.Generator(device).manual_seed(seed_of(seed, use, step))
+
+
+def id_streams(seed, use, ids):
+    """One numpy Generator per image id, each keyed by 128 bits: no two alike in any set that can be made."""
+    digests = [hashlib.sha256(f"{seed}/{use}/{i}".encode()).digest() for i in ids]
+    return [np.random.Generator(np.random.Philox(key=int.from_bytes(d[:16], "big"))) for d in digests]
+
+
+def normal_of(generators, shape):
+    """The next standard normal draw of each numpy generator: float32 (len(generators), *shape), on the CPU."""
+    return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators]))
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -88,12 +102,14 @@ class SyntheticSet:
             if not isinstance(self.manifest.get(key), int) or self.manifest[key] < 1:
                 raise UserError(f"{directory}/manifest.json: '{key}' is {self.manifest.get(key)}, expected a whole number of at least 1")
         shape = [spec.image_size, spec.image_size, spec.channels]
-        found = self.manifest.get("image_shape"), self.manifest.get("num_classes")
-        if found != (shape, spec.num_classes):
+        found = tuple(self.manifest.get(key) for key in ("dataset", "image_shape", "num_classes"))
+        if found != (spec.name, shape, spec.num_classes):
             raise UserError(
-                f"--synthetic {directory}: images {found[0]} of {found[1]} classes, {spec.name} wants {shape} of {spec.num_classes}"
+                f"--synthetic {directory}: images of {found[0]}, {found[1]}, {found[2]} classes; expected "
+                f"{spec.name}, {shape}, {spec.num_classes} classes"
             )
         n, self.shard_size = self.manifest["n"], self.manifest["shard_size"]
+        self.held_out = self.manifest.get("held_out", 0)  # first training images that its diffusion model has not seen
         self.images, self.labels = [], []
         for shard in range(-(-n // self.shard_size)):
             size = min(self.shard_size, n - shard * self.shard_size)
@@ -102,17 +118,20 @@ class SyntheticSet:
             self.labels.append(checkpoint.open_npy(labels_path, np.int64, (size,)))
             if self.labels[-1].min() < 0 or self.labels[-1].max() >= spec.num_classes:
                 raise UserError(f"{labels_path}: labels outside 0..{spec.num_classes - 1}")
-        selection = os.path.join(directory, "selection.npy")
-        self.rows = checkpoint.open_npy(selection, np.int64, (None,)) if os.path.exists(selection) else np.arange(n)
-        if len(self.rows) == 0 or self.rows.min() < 0 or self.rows.max() >= n:
-            raise UserError(f"{selection}: empty, or rows outside 0..{n - 1}")
+        self.rows, hashed = None, [os.path.join(directory, "manifest.json")]  # None: all of them, without an array that says so
+        if self.manifest.get("selection"):
+            hashed.append(os.path.join(directory, "selection.npy"))
+            self.rows = checkpoint.open_npy(hashed[-1], np.int64, (None,))
+            if len(self.rows) == 0 or self.rows.min() < 0 or self.rows.max() >= n:
+                raise UserError(f"{hashed[-1]}: empty, or rows outside 0..{n - 1}")
+        self.sha256 = [checkpoint.sha256(path) for path in hashed]  # what a run's identity records of the set
 
     def __len__(self):
-        return len(self.rows)
+        return self.manifest["n"] if self.rows is None else len(self.rows)
 
     def gather(self, indices):
         """Images uint8 (B, H, W, C) and labels int64 (B,) of the given indices, each shard read in ascending order."""
-        rows = self.rows[indices]
+        rows = np.asarray(indices) if self.rows is None else self.rows[indices]
         images = np.empty((len(rows), *self.images[0].shape[1:]), np.uint8)
         labels = np.empty(len(rows), np.int64)
         order = np.argsort(rows, kind="stable")

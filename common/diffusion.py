@@ -17,6 +17,8 @@ def load_diffusion(path, device):
 
     Raises UserError where the directory is missing, broken, or holds another kind of network.
     """
+    if not os.path.exists(os.path.join(path, "config.json")):
+        raise UserError(f"{path}/config.json: no such file; train_diffusion.py makes such a directory")
     config = checkpoint.read_json(os.path.join(path, "config.json"))
     for key, kind, low in (("sigma_data", float, 1e-6), ("label_dropout", float | int, 0), ("num_class_embeds", int, 2)):
         if not isinstance(config.get(key), kind) or not low <= config[key]:
@@ -30,6 +32,9 @@ def load_diffusion(path, device):
     try:
         how = dict(local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True)
         net, info = diffusers.UNet2DModel.from_pretrained(path, **how)
+        model = Diffusion(net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False))
+        with torch.no_grad():  # a config.json may name a network that can be built and not run
+            model.denoise(torch.zeros(1, model.channels, model.image_size, model.image_size, device=device), 1.0)
     except Exception as error:  # diffusers raises its own, huggingface_hub's, safetensors' and torch's errors here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable diffusers UNet2DModel ({reason[:200]})") from None
@@ -37,7 +42,8 @@ def load_diffusion(path, device):
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"{path}: weights do not fit config.json ({kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]})")
-    return Diffusion(net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False))
+    model.sha256 = checkpoint.sha256(os.path.join(path, "diffusion_pytorch_model.safetensors"))
+    return model
 
 
 class _Reached(Exception):
@@ -50,6 +56,7 @@ class Diffusion:
     def __init__(self, net):
         self.net = net
         self.sigma_data, self.label_dropout = net.config.sigma_data, net.config.label_dropout
+        self.val_size = int(net.config.get("val_size", 0))  # first training images that it has not seen
         self.image_size, self.channels = net.config.sample_size, net.config.in_channels
         self.num_classes = net.config.num_class_embeds - 1
         self.blocks = unet_blocks(net)

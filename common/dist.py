@@ -1,18 +1,21 @@
 """Processes: one on a laptop, many under torchrun (gloo on CPU, NCCL on GPU). The launcher's environment decides."""
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def setup():
-    """Join the process group if torchrun started us. Returns (rank, world_size, device)."""
+    """Join the process group if torchrun started us; float32 is float32 from here on. Returns (rank, world_size, device)."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions with 10 bits of mantissa
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
@@ -22,6 +25,18 @@ def teardown():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wrap(module):
+    """The module whose gradients are averaged over ranks; the module itself on one process.
+
+    Buffers are not broadcast: two passes come before one backward, and a broadcast between them would break autograd.
+    """
+    if not dist.is_initialized():
+        return module
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is unknown to older releases
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def barrier():

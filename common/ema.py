@@ -14,6 +14,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model, decay):
         """average <- decay * average + (1 - decay) * model; decay 0 is a plain copy."""
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        for mine, theirs in zip(self.model.parameters(), model.parameters()):
+            mine.lerp_(theirs, 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)

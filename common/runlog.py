@@ -1,5 +1,7 @@
 """One run, one directory: args.json, env.json, log.jsonl, TensorBoard events, a progress bar. Other ranks get a null object."""
 
+import fcntl
+import importlib.metadata
 import json
 import os
 import platform
@@ -13,53 +15,85 @@ from tqdm import tqdm
 from common import checkpoint
 from common.cli import UserError
 
+_locks = {}  # real path of a run directory: its file descriptor, locked until this process ends
 
-def claim_directory(out_dir, identity, name="args.json"):
+
+def claim_directory(out_dir, identity, name="args.json", later=()):
     """Make `out_dir` that of `identity` (a dict), or find that it is: the JSON file `name` there must hold the same entries.
 
-    Raises UserError where the directory holds something else; nothing is ever deleted. Call it on rank 0 alone.
+    later: entries that the run itself may add to the file. Raises UserError where the directory holds something else or
+    another process works there; nothing is ever deleted. Call it on rank 0 alone.
     """
     path = os.path.join(out_dir, name)
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise UserError(f"--out-dir {out_dir}: is a file, expected a directory")
+    os.makedirs(out_dir, exist_ok=True)
+    _lock(out_dir)
     identity = json.loads(json.dumps(identity))
     if os.path.exists(path):
         found = checkpoint.read_json(path)
-        for key in sorted(identity.keys() | found.keys()):
+        for key in sorted((identity.keys() | found.keys()) - set(later)):
             if identity.get(key) != found.get(key):
                 raise UserError(
                     f"--out-dir {out_dir}: holds another run ({key} is {found.get(key)} there, {identity.get(key)} here); "
                     "choose another directory"
                 )
-    elif os.path.isdir(out_dir) and {f for f in os.listdir(out_dir) if not f.endswith(".writing")} - {"env.json"}:
+    elif {f for f in os.listdir(out_dir) if not f.endswith(".writing")} - {"env.json"}:
         raise UserError(f"--out-dir {out_dir}: not empty and without {name}; choose another directory")
     else:
         checkpoint.write_json(environment(), os.path.join(out_dir, "env.json"))
         checkpoint.write_json(identity, path)
 
 
-def identity_of(script, args):
-    """What makes a training run that run: its script and arguments, but for where it is kept."""
-    return {"script": script} | {k: v for k, v in sorted(vars(args).items()) if k != "out_dir"}
+def _lock(out_dir):
+    """Keep other processes out; a kill gives the directory free. File systems that cannot lock are used without."""
+    key = os.path.realpath(out_dir)
+    if key in _locks:
+        return
+    handle = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--out-dir {out_dir}: another process is at work there") from None
+    except OSError:
+        pass
+    _locks[key] = handle
+
+
+def identity_of(script, args, **inputs):
+    """What makes a training run that run: its script, arguments (but for where it is kept) and the hashes of its inputs."""
+    return {"script": script} | {k: v for k, v in sorted(vars(args).items()) if k != "out_dir"} | inputs
 
 
 def environment():
     """Versions, device and commit that a number depends on."""
-    import numpy
-
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__))
         commit = git.stdout.strip() if git.returncode == 0 else None
     except OSError:  # no git on this machine
         commit = None
+    packages = ("torchvision", "diffusers", "numpy", "scipy", "scikit-learn")
     return {
         "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "command": sys.argv,
     }
+
+
+def _cpu():
+    """The processor's name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def progress(iterable=None, rank=0, **kwargs):

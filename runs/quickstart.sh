@@ -28,10 +28,10 @@ wait $first
 wait $second
 
 stage "5/6 attack the four on all 797 test images (APGD-CE+T, linf 0.15)"
-torchrun --nproc_per_node 2 evaluate.py --attack apgd --batch-size 200 --checkpoint $out/at/best.pt
-torchrun --nproc_per_node 2 evaluate.py --attack apgd --batch-size 200 --checkpoint $out/at_dra/best.pt
-torchrun --nproc_per_node 2 evaluate.py --attack apgd --batch-size 200 --checkpoint $out/dm_at/best.pt
-torchrun --nproc_per_node 2 evaluate.py --attack apgd --batch-size 200 --checkpoint $out/dm_at_dra/best.pt
+torchrun --nproc_per_node 2 evaluate.py --attack apgd --checkpoint $out/at/best.pt
+torchrun --nproc_per_node 2 evaluate.py --attack apgd --checkpoint $out/at_dra/best.pt
+torchrun --nproc_per_node 2 evaluate.py --attack apgd --checkpoint $out/dm_at/best.pt
+torchrun --nproc_per_node 2 evaluate.py --attack apgd --checkpoint $out/dm_at_dra/best.pt
 
 stage "6/6 table and picture"
 python -m runs.report --runs $out --synthetic out/synthetic-digits

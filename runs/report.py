@@ -6,6 +6,7 @@ python -m runs.report --runs out/quickstart --synthetic out/synthetic-digits
 import itertools
 import json
 import os
+import zipfile
 
 import matplotlib
 
@@ -18,6 +19,10 @@ from scipy.stats import binomtest
 from common import attacks, checkpoint, cli, data, models
 
 ROWS = {"at": "AT", "at_dra": "AT+DRA", "dm_at": "DM-AT", "dm_at_dra": "DM-AT+DRA"}
+KEYS = {  # of a result, that the table shows or keeps
+    *("clean", "clean_interval", "robust", "robust_interval", "n", "attack", "attack_name", "norm", "eps", "version", "warnings"),
+    *("seconds", "checkpoint_sha256", "batch_size", "environment"),
+}
 COLOURS = dict(zip(ROWS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7")))  # Okabe and Ito's palette, safe for the colour-blind
 
 
@@ -33,22 +38,31 @@ def table(args):
     """One dict per run: what was measured, on what, how long it took."""
     rows = []
     for run, name in ROWS.items():
-        result = checkpoint.read_json(os.path.join(args.runs, run, args.result))
-        log = read_log(os.path.join(args.runs, run))
-        keys = ("clean", "clean_interval", "robust", "robust_interval", "n", "attack", "attack_name", "norm", "eps", "version", "warnings")
-        seconds = {"train_seconds": log[-1]["seconds"], "evaluate_seconds": result["seconds"]}
-        versions = {k: result["environment"][k] for k in ("python", "torch", "numpy", "commit", "device")}
-        row = {"name": name} | {k: result[k] for k in keys} | seconds | {"seconds": sum(seconds.values())}
-        rows.append(row | {"versions": versions | {"attack": result["version"]}})
+        path = os.path.join(args.runs, run, args.result)
+        result, settings = checkpoint.read_json(path), checkpoint.read_json(os.path.join(args.runs, run, "args.json"))
+        if not KEYS <= result.keys() or result["robust"] is None:
+            raise cli.UserError(f"{path}: not a result of evaluate.py with an attack (lacks {sorted(KEYS - result.keys())})")
+        seconds = {"train_seconds": read_log(os.path.join(args.runs, run))[-1]["seconds"], "evaluate_seconds": result["seconds"]}
+        row = {"name": name, "seed": settings.get("seed"), "val_size": settings.get("val_size")}
+        row |= {key: result[key] for key in sorted(KEYS - {"environment", "version"})}
+        row |= seconds | {"seconds": sum(seconds.values()), "versions": result["environment"] | {"attack": result["version"]}}
+        rows.append(row)
     return rows
 
 
 def read_log(run_dir):
+    """The lines of a training log, at least one."""
     path = os.path.join(run_dir, "log.jsonl")
-    if not os.path.exists(path):
-        raise cli.UserError(f"{path}: no such file; train that run first")
-    with open(path) as file:
-        return [json.loads(line) for line in file]
+    try:
+        with open(path) as file:
+            lines = [json.loads(line) for line in file]
+        if lines and all({"step", "loss", "clean_acc", "robust_acc", "seconds"} <= line.keys() for line in lines):
+            return lines
+    except FileNotFoundError:
+        raise cli.UserError(f"{path}: no such file; train that run first") from None
+    except (ValueError, AttributeError):
+        pass
+    raise cli.UserError(f"{path}: empty, or a line is no record of a validation")
 
 
 def print_table(rows):
@@ -58,7 +72,8 @@ def print_table(rows):
         times = f"{r['train_seconds']:>9.0f} s{r['evaluate_seconds']:>7.0f} s"
         print(f"{r['name']:<11}{r['clean']:>8.1%}{clean:>18}{r['robust']:>9.1%}{robust:>18}{times}")
     r = rows[0]
-    print(f"n = {r['n']} test images; robust: {r['attack_name']}, {r['norm']} {r['eps']:g}; torch {r['versions']['torch']}; one seed")
+    threat = f"{r['attack_name']}, {r['norm']} {r['eps']:g}"
+    print(f"n = {r['n']} test images; robust: {threat}; seed {r['seed']}; torch {r['versions']['torch']}")
     for row in rows:
         for warning in row["warnings"]:
             print(f"WARNING ({row['name']}): {warning}")
@@ -68,8 +83,12 @@ def print_pairs(args):
     """Images on which only one of two models is robust, and McNemar's exact test: the rows share their images."""
     verdicts = {}
     for run in ROWS:
-        with np.load(os.path.join(args.runs, run, os.path.splitext(args.result)[0] + ".npz"), allow_pickle=False) as per_image:
-            verdicts[run] = per_image["robust"]
+        path = os.path.join(args.runs, run, os.path.splitext(args.result)[0] + ".npz")
+        try:
+            with np.load(path, allow_pickle=False) as per_image:
+                verdicts[run] = per_image["robust"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            raise cli.UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
     print("robust on one model alone, and p of McNemar's exact test (six pairs: below 0.008 is significant at 5 %)")
     for a, b in itertools.combinations(ROWS, 2):
         only_a, only_b = int((verdicts[a] & ~verdicts[b]).sum()), int((verdicts[b] & ~verdicts[a]).sum())
@@ -77,10 +96,15 @@ def print_pairs(args):
         print(f"  {ROWS[a]:<10}{only_a:>4}   {ROWS[b]:<10}{only_b:>4}   p = {p:.2f}")
 
 
-def report_png(args, path):
+def report_png(args, rows, path):
     """Synthetic samples; clean and adversarial test images with predictions; training curves of the four runs."""
     spec = data.DATASETS["digits"]
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9.4), layout="constrained")
+    figure.suptitle(
+        f"Digits, seed {rows[0]['seed']}: {rows[0]['attack_name']}, {rows[0]['norm']} {rows[0]['eps']:g}, {rows[0]['n']} test images: "
+        + ", ".join(f"{row['name']} {row['robust']:.1%}" for row in rows),
+        fontsize=11,
+    )
 
     synthetic = data.SyntheticSet(args.synthetic, spec)
     images, labels = synthetic.gather(np.arange(min(1000, len(synthetic))))
@@ -97,12 +121,12 @@ def report_png(args, path):
     x_adv = attacks.pgd(model, x, y, [start], **attack)
     with torch.no_grad():
         predicted, predicted_adv = model(x).argmax(1), model(x_adv).argmax(1)
-    order = torch.argsort((predicted_adv == y).int(), stable=True)[:20].tolist()
+    fooled = (predicted == y) & (predicted_adv != y)
+    order = torch.argsort((~fooled).int(), stable=True)[:20].tolist()
     show_predictions(axes[0, 1], x, x_adv, y, predicted, predicted_adv, order)
-    fooled = (predicted_adv != y).sum().item()
     axes[0, 1].set_title(
         f"DM-AT+DRA: test images above, their adversarial versions below ({state['norm']} {state['eps']:g}, PGD-40)\n"
-        f"with predictions, red where wrong; the {fooled} of the first 40 that were fooled come first",
+        f"with predictions, red where wrong; the {fooled.sum()} of the first 40 that were fooled come first",
         fontsize=9.5,
     )
 
@@ -113,8 +137,13 @@ def report_png(args, path):
         loss_axis.plot(steps, [line["loss"] for line in log], color=COLOURS[run], marker="o", markersize=3, label=name)
         accuracy_axis.plot(steps, [100 * line["robust_acc"] for line in log], color=COLOURS[run], marker="o", markersize=3, label=name)
         accuracy_axis.plot(steps, [100 * line["clean_acc"] for line in log], color=COLOURS[run], linestyle=":")
+        best = max(log, key=lambda line: (line["robust_acc"], line["clean_acc"]))  # as train_at.py chooses; the first of equals
+        accuracy_axis.plot(best["step"], 100 * best["robust_acc"], color=COLOURS[run], marker="*", markersize=13)
     loss_axis.set(title="Training loss", xlabel="step", ylabel="loss (DRA rows include the alignment term)")
-    accuracy_axis.set(title="Accuracy on held-out training images", xlabel="step", ylabel="accuracy, % (solid: under PGD, dotted: clean)")
+    accuracy_axis.plot([], [], color="black", linestyle=":", label="clean")
+    accuracy_axis.plot([], [], color="black", marker="*", markersize=13, linestyle="none", label="best.pt")
+    title = f"Accuracy on {rows[0]['val_size']} held-out training images (solid: under PGD)"
+    accuracy_axis.set(title=title, xlabel="step", ylabel="accuracy, %")
     for axis in axes[1]:
         axis.legend()
         axis.grid(alpha=0.3)
@@ -150,7 +179,7 @@ def main(args):
     print_table(rows)
     print_pairs(args)
     checkpoint.write_json(rows, os.path.join(args.runs, "table.json"))
-    report_png(args, os.path.join(args.runs, "report.png"))
+    report_png(args, rows, os.path.join(args.runs, "report.png"))
     print(f"{args.runs}/table.json, {args.runs}/report.png")
 
 

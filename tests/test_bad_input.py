@@ -6,14 +6,17 @@ Alone: python -m pytest tests/test_bad_input.py
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import python
+from conftest import ROOT, python
 
+import evaluate
 import train_at
 from common import checkpoint, cli
 
@@ -74,6 +77,12 @@ FLAGS = [
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "fgsm"], ["--attack", "fgsm", "autoattack"]),
     ("evaluate", ["--checkpoint", "x.pt", "--out", "x.npz"], ["--out", "ends in .json"]),
     ("evaluate", [], ["--checkpoint"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--seed", str(2**64)], ["--seed", "4294967295"]),
+    ("train_at", ["--dataset"], ["--dataset", "expected one argument"]),
+    ("train_at", ["--synthetic", ""], ["manifest.json", "no such file"]),
+    ("train_diffusion", ["--val-size", "1000"], ["--val-size 1000", "1000 training images"]),
+    ("generate_synthetic", ["--s-tmin", "3", "--s-tmax", "2"], ["--s-tmin", "--s-tmax"]),
+    ("generate_synthetic", ["--rho", "0.001"], ["--rho", "at least 0.1"]),
 ]
 
 
@@ -136,6 +145,7 @@ def test_labels_out_of_range(fails, synthetic_dir, tmp_path):
 MANIFESTS = [
     ({"image_shape": [32, 32, 3]}, "[32, 32, 3]"),
     ({"num_classes": 100}, "100 classes"),
+    ({"dataset": "optdigits"}, "optdigits"),
     ({"n": None}, "'n' is None"),
     ({"n": -3}, "'n' is -3"),
     ({"shard_size": 0}, "'shard_size' is 0"),
@@ -173,6 +183,8 @@ def test_damaged_diffusion_models(damage, fails, diffusion_dir, tmp_path):
         {"sigma_data": "x"},
         {"sigma_data": -1.0},
         {"block_out_channels": [8, 24]},
+        {"freq_shift": "z"},
+        {"val_size": "x"},
     ],
 )
 def test_diffusion_models_that_do_not_fit(change, fails, diffusion_dir, tmp_path):
@@ -230,6 +242,89 @@ def test_checkpoints(fails, best, tmp_path):
     fails("evaluate", ["--n-images 798", "797"], "--checkpoint", best, "--n-images", "798")
 
 
+def test_an_output_that_cannot_be_written_is_found_before_the_attack(fails, best, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(evaluate, "attack_chunk", None)
+    fails("evaluate", [str(tmp_path / "file")], "--checkpoint", best, "--out", tmp_path / "file" / "y.json")
+
+
+def test_output_directories_that_cannot_be(fails, tmp_path):
+    (tmp_path / "file").write_text("x")
+    fails("train_at", ["is a file"], "--out-dir", tmp_path / "file")
+    fails("train_at", ["name too long"], "--out-dir", tmp_path / ("x" * 300))
+
+
+def test_what_is_too_little_or_too_late(fails, diffusion_dir, tmp_path):
+    fails("generate_synthetic", ["--val-size 1000"], "--diffusion", diffusion_dir, "--val-size", "1000")
+    fails("extract_features", ["--val-size 999", "--probe"], "--diffusion", diffusion_dir, "--val-size", "999", "--probe")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_process_in_the_directory_is_noticed(best, tmp_path):
+    """A second process on a run directory is refused while the first lives; a killed one gives the directory free."""
+    out = shutil.copytree(best.parent, tmp_path / "run")
+    program = f"from common import runlog; import time; runlog._lock({str(out)!r}); print('locked', flush=True); time.sleep(60)"
+    argv = ["train_at.py", "--epochs", "1", "--n-steps", "1", "--eval-n-steps", "1", "--out-dir", out]
+    holder = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    assert "another process is at work there" in python(*argv, expect=2).stderr
+    holder.kill()
+    holder.wait()
+    assert "finished, nothing to do" in python(*argv).stdout
+
+
+def test_inputs_that_changed_since_the_run_began_are_noticed(fails, synthetic_dir, diffusion_dir, tmp_path):
+    """A run belongs to its very synthetic set and teacher, not to their paths."""
+    argv = ["--epochs", "1", "--n-steps", "1", "--eval-n-steps", "1"]
+    synthetic = copy(synthetic_dir, tmp_path)
+    teacher = shutil.copytree(diffusion_dir, tmp_path / "teacher")
+    aux = ["--synthetic", synthetic, "--teacher", teacher, "--block", "mid_block"]
+    for script, more in (("train_at", aux[:2]), ("train_at_aux", aux)):
+        module = importlib.import_module(script)
+        module.main(module.parse_args([*argv, *map(str, more), "--out-dir", str(tmp_path / script)]))
+    manifest = json.loads((synthetic / "manifest.json").read_text())
+    (synthetic / "manifest.json").write_text(json.dumps(manifest | {"seed": 1}))
+    fails("train_at", ["holds another run", "synthetic_sha256"], *argv, *aux[:2], "--out-dir", tmp_path / "train_at")
+    (synthetic / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    weights = safetensors.torch.load_file(teacher / "diffusion_pytorch_model.safetensors")
+    weights["conv_in.bias"] += 1
+    safetensors.torch.save_file(weights, teacher / "diffusion_pytorch_model.safetensors")
+    fails("train_at_aux", ["holds another run", "teacher_sha256"], *argv, *aux, "--out-dir", tmp_path / "train_at_aux")
+
+
+def test_weights_that_are_not_finite_are_never_saved(fails, tmp_path):
+    """One step an epoch at an absurd rate: the gradient is finite, the weights after it are not, or their logits are not."""
+    for lr in ("9e29", "1e20"):
+        out = tmp_path / lr
+        argv = ["--batch-size", "800", "--lr", lr, "--n-steps", "1", "--eval-n-steps", "1", "--eval-every", "1", "--epochs", "3"]
+        fails("train_at", ["not finite", "--lr"], *argv, "--out-dir", out)
+        assert not (out / "best.pt").exists() or checkpoint.load(out / "best.pt", {})["val_robust_acc"] >= 0
+        for path in out.glob("*.pt"):
+            state = checkpoint.load(path, {})
+            assert all(v.isfinite().all() for v in state["weights"].values())
+
+
+def test_a_report_of_broken_runs(best, tmp_path, capsys, monkeypatch):
+    from runs import report
+
+    def says(*words):
+        monkeypatch.setattr("sys.argv", ["report.py"])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(report.main, report.parse_args(["--runs", str(tmp_path), "--result", "r.json"]))
+        printed = capsys.readouterr().err
+        assert exit_info.value.code == 2 and all(word in printed for word in words), printed
+
+    says("r.json", "no such file")
+    shutil.copytree(best.parent, tmp_path / "at")
+    (tmp_path / "at" / "r.json").write_text('{"clean": 1}')
+    says("r.json", "not a result", "attack_name")
+    (tmp_path / "at" / "r.json").write_text(json.dumps(dict.fromkeys(report.KEYS, 1) | {"robust": 1}))
+    (tmp_path / "at" / "log.jsonl").write_text("")
+    says("log.jsonl", "empty")
+    (tmp_path / "at" / "log.jsonl").write_text("[1]\n")
+    says("log.jsonl", "no record")
+
+
 def test_runs_with_damaged_state(fails, best, tmp_path):
     """last.pt or log.jsonl of a run in progress were changed by hand."""
     argv = ["--epochs", "1", "--n-steps", "1", "--eval-n-steps", "1"]
@@ -252,6 +347,8 @@ def test_runs_with_damaged_state(fails, best, tmp_path):
 def test_selections_that_do_not_fit(rows, fails, synthetic_dir, tmp_path):
     broken = copy(synthetic_dir, tmp_path)
     np.save(broken / "selection.npy", rows)
+    manifest = json.loads((broken / "manifest.json").read_text()) | {"selection": {"keep_fraction": 0.5}}
+    (broken / "manifest.json").write_text(json.dumps(manifest))
     fails("train_at", ["selection.npy"], "--synthetic", broken)
 
 
@@ -269,8 +366,6 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(best, tmp_path):
     """A file-size limit stands for a full disk: the run stops with one line, and the older checkpoint still loads."""
     out = tmp_path / "run"
     shutil.copytree(best.parent, out)
-    before = (out / "last.pt").read_bytes()
-    (out / "last.pt").write_bytes(before)
     state = checkpoint.load(out / "last.pt", {})
     checkpoint.save(state | {"step": 3}, out / "last.pt")  # pretend that it was cut in the middle of its epoch
     kept = (out / "last.pt").read_bytes()
@@ -281,7 +376,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(best, tmp_path):
     )
     argv = ["--epochs", "1", "--n-steps", "1", "--eval-n-steps", "1", "--out-dir", out]
     done = python("-c", program, "train_at.py", *argv, expect=2)
-    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert ".pt: File too large" in done.stderr and "Traceback" not in done.stderr
     assert (out / "last.pt").read_bytes() == kept
 
 

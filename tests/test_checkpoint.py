@@ -100,6 +100,13 @@ def test_missing_wrong_and_foreign_files_are_named(tmp_path):
         checkpoint.read_json(tmp_path / "b.json")
     with pytest.raises(cli.UserError, match=r"found float32 \(3, 2\), expected uint8 \(any, 2\)"):
         checkpoint.open_npy(tmp_path / "c.npy", np.uint8, (None, 2))
+    np.savez(tmp_path / "z.npz", a=np.zeros(3))
+    (tmp_path / "z.npz").rename(tmp_path / "z.npy")
+    with pytest.raises(cli.UserError, match="z.npy: is an .npz archive"):
+        checkpoint.open_npy(tmp_path / "z.npy", np.float32)
+    (tmp_path / "b.json").write_text("[" * 100_000)
+    with pytest.raises(cli.UserError, match="not valid JSON"):
+        checkpoint.read_json(tmp_path / "b.json")
     whole = (tmp_path / "c.npy").read_bytes()
     for size in (0, 5, 50, 100, len(whole) - 1):
         (tmp_path / "d.npy").write_bytes(whole[:size])

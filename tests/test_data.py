@@ -44,6 +44,19 @@ def test_streams_are_independent_functions_of_seed_use_and_step():
     assert len({tuple(o.tolist()) for o in others}) == 4
 
 
+def test_image_ids_have_streams_of_their_own():
+    """ids 521948 and 903268 shared torch's 32 bits of seed, and with them every pixel of their noise; 128 bits do not collide."""
+    ids = [0, 521948, 903268, 1]
+    noise = data.normal_of(data.id_streams(0, "generate", ids), (1, 8, 8))
+    assert noise.shape == (4, 1, 8, 8) and noise.dtype == torch.float32
+    assert len({tuple(n.flatten().tolist()) for n in noise}) == 4
+    assert torch.equal(noise[2:3], data.normal_of(data.id_streams(0, "generate", [903268]), (1, 8, 8)))
+    many = data.normal_of(data.id_streams(0, "generate", range(2000)), (1, 8, 8)).flatten()
+    assert abs(many.mean()) < 5 / len(many) ** 0.5 and abs(many.std() - 1) < 5 / (2 * len(many)) ** 0.5
+    one = data.id_streams(0, "generate", [7])
+    assert not torch.equal(data.normal_of(one, (2,)), data.normal_of(one, (2,)))  # a stream goes on
+
+
 def test_to_x_is_nchw_in_0_1_and_channels_last():
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     x = data.to_x(images)

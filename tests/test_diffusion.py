@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import extract_features
 import generate_synthetic
 import train_diffusion
-from common import diffusion
+from common import data, diffusion
 
 
 def tiny_net(classes=3, **kwargs):
@@ -196,3 +197,53 @@ def test_features_equal_a_whole_pass_and_skip_the_rest():
         assert torch.equal(feature, whole[name].mean((2, 3)))
     assert not any(m._forward_hooks for n, m in net.named_modules() if n in asked)  # no hook is left behind
     assert [f.shape[1] for f in features] == [16, 16]
+
+
+def test_samples_depend_on_seed_id_and_churn_and_on_nothing_else(diffusion_dir):
+    model = diffusion.load_diffusion(diffusion_dir, "cpu")
+
+    def sample(ids, *argv):
+        args = generate_synthetic.parse_args(["--diffusion", diffusion_dir, "--n-steps", "4", *argv])
+        return generate_synthetic.sample(model, np.array(ids), args)[0].astype(int)
+
+    base = sample([3, 4, 13])
+    assert np.abs(sample([4]) - base[1:2]).max() <= 1  # alone or in a batch, up to rounding
+    assert (base[0] != base[2]).any()  # two images of one class
+    assert (sample([3], "--seed", "1") != base[:1]).any()
+    churned = sample([3], "--s-churn", "20")
+    assert (churned != base[:1]).any() and (churned == sample([3], "--s-churn", "20")).all()
+    assert (sample([3], "--s-churn", "20", "--s-tmin", "90", "--s-tmax", "100") == base[:1]).all()  # no noise level lies there
+    assert (sample([3], "--s-churn", "20", "--s-noise", "1.5") != churned).any()
+
+
+def test_nearest_distances_are_those_of_a_slow_search():
+    rng = np.random.default_rng(0)
+    images, train = (rng.integers(0, 256, (n, 3, 3, 2), dtype=np.uint8) for n in (1100, 7))
+    train[2] = images[5]
+    slow = [min(np.sqrt((((a / 255.0) - (b / 255.0)) ** 2).sum()) for b in train) for a in images[:50]]
+    fast = generate_synthetic.nearest_distances(images, train, "cpu")
+    assert fast.shape == (1100,) and fast[:50].numpy() == pytest.approx(slow, abs=2e-3) and fast[5] < 2e-3
+
+
+def test_stored_features_are_those_of_a_direct_call(diffusion_dir, tmp_path):
+    argv = [
+        "--diffusion",
+        diffusion_dir,
+        "--blocks",
+        "mid_block",
+        "--sigmas",
+        "0.3",
+        "--batch-size",
+        "100",
+        "--out-dir",
+        str(tmp_path / "f"),
+    ]
+    extract_features.main(extract_features.parse_args(argv))
+    stored = np.load(tmp_path / "f" / "test-mid_block-sigma0.3.npy")
+    model = diffusion.load_diffusion(diffusion_dir, "cpu")
+    images, labels = data.load(data.DATASETS["digits"], None, "test")
+    ids = [0, 99, 100, 796]
+    noise = data.normal_of(data.id_streams(0, "features-test", ids), (1, 8, 8))
+    direct = model.features(data.to_x(images[ids]), 0.3, None, ["mid_block"], noise)[0].numpy()
+    assert stored.shape == (797, 16) and stored[ids] == pytest.approx(direct, abs=1e-5)
+    assert np.array_equal(np.load(tmp_path / "f" / "test-labels.npy"), labels)

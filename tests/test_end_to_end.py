@@ -5,7 +5,7 @@ import json
 import numpy as np
 from conftest import DIGITS, python, read_log
 
-from common import data
+from common import checkpoint, data, models
 
 
 def test_from_digits_to_a_table(tmp_path):
@@ -56,10 +56,11 @@ def test_from_digits_to_a_table(tmp_path):
     python("generate_synthetic.py", *argv, *chosen)  # nothing left to do
     python("generate_synthetic.py", *argv, *chosen[:2], "--keep-fraction", "0.5", expect=2)
     selected = data.SyntheticSet(str(synthetic), DIGITS)
-    from common import models
-
     model, _ = models.load_classifier(str(runs / "at" / "best.pt"), DIGITS, "cpu")
-    (synthetic / "selection.npy").rename(tmp_path / "selection.npy")
+    manifest = json.loads((synthetic / "manifest.json").read_text())
+    assert manifest["selection"] == {"keep_fraction": 0.2, "classifier_sha256": checkpoint.sha256(runs / "at" / "best.pt")}
+    del manifest["selection"]
+    (synthetic / "manifest.json").write_text(json.dumps(manifest))
     images, labels = data.SyntheticSet(str(synthetic), DIGITS).gather(np.arange(300))
     confidence = model(data.to_x(images)).softmax(1).numpy()[np.arange(300), labels]
     for label in range(10):

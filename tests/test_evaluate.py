@@ -11,7 +11,7 @@ from torch import nn
 
 import evaluate
 import train_at
-from common import checkpoint, cli, data, models
+from common import attacks, checkpoint, cli, data, models
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def run(best, tmp_path, *argv):
 
 @pytest.mark.parametrize("norm,eps,attack", [("linf", 0.1, "autoattack"), ("l2", 0.5, "apgd")])
 def test_verdicts_are_those_of_pyautoattack_called_directly(norm, eps, attack, best, tmp_path):
-    n, chunk, seed = (16, 16, 3) if attack == "autoattack" else (24, 12, 3)
+    n, chunk, seed = (16, 10, 3) if attack == "autoattack" else (24, 12, 3)  # two chunks, the last one smaller
     argv = ["--attack", attack, "--norm", norm, "--eps", str(eps), "--n-images", str(n), "--batch-size", str(chunk), "--seed", str(seed)]
     result, per_image = run(best, tmp_path, *argv)
     model, _ = models.load_classifier(best, DIGITS, "cpu")
@@ -42,13 +42,13 @@ def test_verdicts_are_those_of_pyautoattack_called_directly(norm, eps, attack, b
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         adversary = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed, version="standard", device="cpu")
-        adversary.attacks_to_run = evaluate.AUTOATTACK[attack]
+        adversary.attacks_to_run = evaluate.ATTACKS[attack][1]
         x_adv, _ = adversary.run_standard_evaluation(x[part], y[part], batch_size=chunk)
         robust.append(model(x_adv).argmax(1) == y[part])
     robust = torch.cat(robust).numpy()
     assert np.array_equal(per_image["robust"], robust)
     assert result["robust_correct"] == robust.sum() and 0 < robust.sum() < per_image["clean_correct"].sum()
-    assert result["attacks"] == evaluate.AUTOATTACK[attack] and result["version"].startswith("pyautoattack 0.")
+    assert result["attacks"] == evaluate.ATTACKS[attack][1] and result["version"].startswith("pyautoattack 0.")
 
 
 def test_result_says_what_it_is(best, tmp_path):
@@ -64,6 +64,29 @@ def test_result_says_what_it_is(best, tmp_path):
     assert np.array_equal(per_image["clean_correct"], correct)
     assert np.array_equal(per_image["fooled_by"] == -1, ~correct)
     assert np.array_equal(per_image["fooled_by"] == 1, per_image["robust"])
+
+
+def test_every_flag_of_pgd_counts(best, tmp_path):
+    """More steps, more restarts and the other loss change the verdicts in the direction they must; verdicts are attacks.pgd's."""
+
+    def robust(name, *argv):
+        (tmp_path / name).mkdir()
+        argv = ["--attack", "pgd", "--n-images", "200", "--n-steps", "1", "--n-restarts", "1", "--step-size", "0.03", *argv]
+        return run(best, tmp_path / name, *argv)[1]["robust"]
+
+    base = robust("base")
+    assert robust("steps", "--n-steps", "20").sum() < base.sum()
+    restarts = robust("restarts", "--n-restarts", "8")
+    assert restarts.sum() < base.sum() and not (restarts & ~base).any()  # the first restart is the single one's
+    assert (robust("loss", "--loss", "ce", "--n-steps", "4") != robust("margin", "--n-steps", "4")).any()
+    assert (robust("seed", "--seed", "1") != base).any()
+    model, _ = models.load_classifier(best, DIGITS, "cpu")
+    images, labels = data.load(DIGITS, None, "test")
+    x, y = data.to_x(images[:200]), torch.from_numpy(labels[:200])
+    start = attacks.random_start(x.shape, "linf", 0.15, data.stream(0, "evaluate-pgd", 0))
+    x_adv = attacks.pgd(model, x, y, [start], norm="linf", eps=0.15, step_size=0.03, n_steps=1, loss="margin")
+    direct = (model(x).argmax(1) == y) & (model(x_adv).argmax(1) == y)
+    assert np.array_equal(base, direct.numpy())
 
 
 def test_radius_counts_and_falls_to_zero(best, tmp_path):

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import python, read_log
+from conftest import assert_equal_states, python, read_log
 
 from common import checkpoint
 
@@ -42,6 +42,31 @@ def test_ranks_end_bit_equal_and_rank_0_alone_writes(tmp_path, diffusion_dir):
     assert any("running_mean" in key for key in digests[0])
     assert len([p for p in out.iterdir() if p.name.startswith("events")]) == 1
     assert [line["step"] for line in read_log(out)] == [8, 16]
+
+
+def test_resume_under_two_ranks(tmp_path):
+    """Cut after its first epoch and started again under two ranks: the weights and the log of two ranks without a cut."""
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    python("train_at.py", *SHORT, "--out-dir", straight, ranks=2)
+    kept = "import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; import train_at; from common import dist, attacks, cli"
+    stop = "real, calls = attacks.pgd, []; attacks.pgd = lambda *a, **k: (calls.append(1), real(*a, **k) if len(calls) < 12 else 1 / 0)[1]"
+    (tmp_path / "stop.py").write_text(f"{kept}\n{stop}\ntrain_at.main(train_at.parse_args(sys.argv[1:]))\n")
+    done = python(tmp_path / "stop.py", "train_at.py", *SHORT, "--out-dir", cut, ranks=2, expect=1)
+    assert "ZeroDivisionError" in done.stderr and checkpoint.load(cut / "last.pt", {})["step"] == 8
+    python("train_at.py", *SHORT, "--out-dir", cut, ranks=2)
+    assert_equal_states(checkpoint.load(cut / "last.pt", {}), checkpoint.load(straight / "last.pt", {}))
+    assert read_log(cut) == read_log(straight)
+
+
+def test_an_error_of_another_rank_alone_is_printed(tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, '.'); from common import cli, dist\n"
+        "def main(args):\n    rank, _, _ = dist.setup()\n"
+        "    if rank == 1: raise cli.UserError('--flag 3: found by this rank alone')\n    dist.barrier()\n"
+        "cli.run(main, None)\n"
+    )
+    (tmp_path / "one.py").write_text(program)
+    assert "[rank 1] one.py: error: --flag 3: found by this rank alone" in python(tmp_path / "one.py", ranks=2, expect=1).stderr
 
 
 def test_generation_does_not_depend_on_ranks(tmp_path, diffusion_dir, synthetic_dir):

@@ -76,6 +76,19 @@ def test_weight_zero_gives_the_very_weights_of_train_at(tmp_path, plain_run, dif
     assert not torch.equal(one["model"]["init_conv.weight"], plain_run[1]["model"]["init_conv.weight"])
 
 
+@pytest.mark.parametrize("loss", ["trades", "pgd", "standard"])
+@pytest.mark.parametrize("align", ["adv", "clean", "both"])
+def test_weight_zero_whatever_is_aligned(loss, align, tmp_path, diffusion_dir):
+    """A clean pass that only the alignment needs (PGD-AT) moves no running statistics."""
+    if (loss, align) in (("standard", "adv"), ("standard", "both")):
+        pytest.skip("refused: there is no adversarial image")
+    argv = ["--epochs", "1", "--loss", loss]
+    plain = run_at(tmp_path / "at", *argv)
+    zero = run_aux(tmp_path / "aux", diffusion_dir, *argv, "--align", align, "--aux-weight", "0")
+    for key in ("model", "weights"):
+        assert_equal_states(zero[key], plain[key])
+
+
 def test_shuffled_targets_are_those_of_other_images(tmp_path, diffusion_dir, monkeypatch):
     """The control sees the very same targets, noise and all, in another order."""
     real, seen = train_at_aux.alignment, {"true": [], "shuffled": []}
@@ -101,6 +114,8 @@ VARIANTS = {
     "l2": ["--norm", "l2"],
     "eval-mode attack": ["--attack-bn", "running"],
     "other seed": ["--seed", "5"],
+    "clipping": ["--clip-norm", "0.01"],
+    "batches that do not divide the data": ["--batch-size", "150"],
 }
 
 
@@ -190,11 +205,12 @@ def test_kill_9_and_run_again(moment, tmp_path, plain_run):
     while process.poll() is None and seen < wanted:
         if last.exists() and last.stat().st_mtime_ns != stamp:
             stamp, seen = last.stat().st_mtime_ns, seen + 1
-        if moment == "late" and (tmp_path / "run" / "last.pt.writing").exists():
+        if moment == "late" and seen and (tmp_path / "run" / "last.pt.writing").exists():
             break
-        time.sleep(0.0005)
+        time.sleep(0.0005 if moment == "early" else 0)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    assert moment == "early" or (tmp_path / "run" / "last.pt.writing").exists()  # the kill did fall into the write
     assert_equal_states(run_at(tmp_path / "run"), plain_run[1])
     assert read_log(tmp_path / "run") == read_log(plain_run[0])
 
@@ -233,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return (loss * float("nan") if len(calls) == 7 else loss), parts
 
     monkeypatch.setattr(train_at, "at_loss", failing)
-    with pytest.raises(cli.UserError, match="step 6: loss or gradient not finite"):
+    with pytest.raises(cli.UserError, match="step 6: loss, gradient or weights not finite"):
         run_at(tmp_path / "run")
     state = checkpoint.load(tmp_path / "run" / "last.pt", {})
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
