@@ -15,6 +15,7 @@ bench: .venv/runtime
 	.venv/bin/python benchmarks/train_step.py
 
 .venv/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; try: make PYTHON=python3.12")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@

@@ -16,6 +16,7 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions with 10 bits of mantissa
+        torch.backends.cudnn.deterministic = True  # or two equal runs differ, and resume with them; no cost was seen on digits
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
