@@ -7,13 +7,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from common.cli import UserError
+
 
 def setup():
     """Join the process group if torchrun started us; float32 is float32 from here on. Returns (rank, world_size, device)."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise UserError(f"--nproc_per_node: process {local_rank + 1} of this node has no GPU, torch sees {n_gpus}")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions with 10 bits of mantissa
         torch.backends.cudnn.deterministic = True  # or two equal runs differ, and resume with them; no cost was seen on digits

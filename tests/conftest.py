@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# On the CPU also where there is a GPU: golden losses and two processes want it. CUDA_VISIBLE_DEVICES=0 make test runs the rest there.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import assert_equal_states, python, read_log
 
-from common import checkpoint
+from common import checkpoint, cli, dist
 
 SHORT = ["--epochs", "2", "--batch-size", "100", "--n-steps", "2", "--eval-every", "1", "--eval-n-steps", "2", "--lr", "0.05"]
 
@@ -96,3 +96,11 @@ def test_evaluation_does_not_depend_on_ranks(tmp_path):
     for key in one.files:
         assert np.array_equal(one[key], two[key]), key
     assert 0 < one["robust"].sum() < 70
+
+
+def test_a_process_without_a_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(cli.UserError, match="--nproc_per_node: process 2 of this node has no GPU, torch sees 1"):
+        dist.setup()
