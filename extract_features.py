@@ -108,7 +108,7 @@ def main(args):
     blocks = args.blocks or model.blocks
     model.check_blocks(blocks)
     manifest = {
-        "format": 1,
+        "format": 2,
         "dataset": spec.name,
         "val_size": args.val_size,
         "seed": args.seed,

@@ -135,7 +135,7 @@ def manifest_of(args, spec, model):
     """Everything that the shards' bytes depend on; "selection" is added when images have been selected."""
     sampler = ("n_steps", "sigma_min", "sigma_max", "rho", "guidance_scale", "s_churn", "s_tmin", "s_tmax", "s_noise", "batch_size")
     return {
-        "format": 1,
+        "format": 2,
         "dataset": spec.name,
         "n": args.n_images,
         "ids": [0, args.n_images],

@@ -182,7 +182,7 @@ def main(args):
     val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
     synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic is not None else None
     if rank == 0 and synthetic and synthetic.held_out < args.val_size:
-        print(f"note: the diffusion model of --synthetic has seen validation images (it held out the first {synthetic.held_out})")
+        print("note: the diffusion model of --synthetic is not known to have held out the validation images")
     batches = data.Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
     x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
     val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))

@@ -236,7 +236,7 @@ def main(args):
     val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
     synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic is not None else None
     if rank == 0 and synthetic and synthetic.held_out < args.val_size:
-        print(f"note: the diffusion model of --synthetic has seen validation images (it held out the first {synthetic.held_out})")
+        print("note: the diffusion model of --synthetic is not known to have held out the validation images")
     batches = data.Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
     x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
     val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
@@ -244,7 +244,7 @@ def main(args):
     teacher.check_fits(f"--teacher {args.teacher}", spec)
     teacher.check_blocks([args.block])
     if rank == 0 and teacher.val_size < args.val_size:
-        print(f"note: the diffusion model of --teacher has seen validation images (it held out the first {teacher.val_size})")
+        print("note: the diffusion model of --teacher is not known to have held out the validation images")
     if rank == 0 and args.teacher_label == "none" and teacher.label_dropout == 0:
         print(f"warning: {args.teacher} was trained without label dropout: it has never seen the null label")
     val_noise = torch.randn(x_val.shape, generator=data.stream(args.seed, "validation-teacher", 0, device), device=device)

@@ -98,9 +98,12 @@ class SyntheticSet:
     def __init__(self, directory, spec):
         """Open and check every shard; raises UserError where one is missing, broken, or does not fit the data set."""
         self.manifest = checkpoint.read_json(os.path.join(directory, "manifest.json"))
-        for key in ("n", "shard_size"):
-            if not isinstance(self.manifest.get(key), int) or self.manifest[key] < 1:
-                raise UserError(f"{directory}/manifest.json: '{key}' is {self.manifest.get(key)}, expected a whole number of at least 1")
+        if self.manifest.get("format") != 2:
+            raise UserError(f"{directory}/manifest.json: format {self.manifest.get('format')}, expected 2; generate the set again")
+        for key, low in (("n", 1), ("shard_size", 1), ("held_out", 0)):
+            value = self.manifest.get(key)
+            if not isinstance(value, int) or value < low:
+                raise UserError(f"{directory}/manifest.json: '{key}' is {value}, expected a whole number of at least {low}")
         shape = [spec.image_size, spec.image_size, spec.channels]
         found = tuple(self.manifest.get(key) for key in ("dataset", "image_shape", "num_classes"))
         if found != (spec.name, shape, spec.num_classes):
@@ -109,7 +112,7 @@ class SyntheticSet:
                 f"{spec.name}, {shape}, {spec.num_classes} classes"
             )
         n, self.shard_size = self.manifest["n"], self.manifest["shard_size"]
-        self.held_out = self.manifest.get("held_out", 0)  # first training images that its diffusion model has not seen
+        self.held_out = self.manifest["held_out"]  # first training images that its diffusion model has not seen
         self.images, self.labels = [], []
         for shard in range(-(-n // self.shard_size)):
             size = min(self.shard_size, n - shard * self.shard_size)
@@ -119,7 +122,7 @@ class SyntheticSet:
             if self.labels[-1].min() < 0 or self.labels[-1].max() >= spec.num_classes:
                 raise UserError(f"{labels_path}: labels outside 0..{spec.num_classes - 1}")
         self.rows, hashed = None, [os.path.join(directory, "manifest.json")]  # None: all of them, without an array that says so
-        if self.manifest.get("selection"):
+        if "selection" in self.manifest:
             hashed.append(os.path.join(directory, "selection.npy"))
             self.rows = checkpoint.open_npy(hashed[-1], np.int64, (None,))
             if len(self.rows) == 0 or self.rows.min() < 0 or self.rows.max() >= n:

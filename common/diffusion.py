@@ -32,9 +32,9 @@ def load_diffusion(path, device):
     try:
         how = dict(local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True)
         net, info = diffusers.UNet2DModel.from_pretrained(path, **how)
-        model = Diffusion(net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False))
+        model = Diffusion(net.eval().requires_grad_(False))
         with torch.no_grad():  # a config.json may name a network that can be built and not run
-            model.denoise(torch.zeros(1, model.channels, model.image_size, model.image_size, device=device), 1.0)
+            model.denoise(torch.zeros(1, model.channels, model.image_size, model.image_size), 1.0)
     except Exception as error:  # diffusers raises its own, huggingface_hub's, safetensors' and torch's errors here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable diffusers UNet2DModel ({reason[:200]})") from None
@@ -42,7 +42,9 @@ def load_diffusion(path, device):
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"{path}: weights do not fit config.json ({kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]})")
-    model.sha256 = checkpoint.sha256(os.path.join(path, "diffusion_pytorch_model.safetensors"))
+    model = Diffusion(net.to(device, memory_format=torch.channels_last))
+    files = sorted(name for name in os.listdir(path) if name == "config.json" or name.endswith(".safetensors"))
+    model.sha256 = [checkpoint.sha256(os.path.join(path, name)) for name in files]
     return model
 
 

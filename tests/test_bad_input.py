@@ -149,6 +149,8 @@ MANIFESTS = [
     ({"n": None}, "'n' is None"),
     ({"n": -3}, "'n' is -3"),
     ({"shard_size": 0}, "'shard_size' is 0"),
+    ({"held_out": "x"}, "'held_out' is x"),
+    ({"format": 1}, "format 1, expected 2"),
 ]
 
 
@@ -289,6 +291,10 @@ def test_inputs_that_changed_since_the_run_began_are_noticed(fails, synthetic_di
     weights = safetensors.torch.load_file(teacher / "diffusion_pytorch_model.safetensors")
     weights["conv_in.bias"] += 1
     safetensors.torch.save_file(weights, teacher / "diffusion_pytorch_model.safetensors")
+    fails("train_at_aux", ["holds another run", "teacher_sha256"], *argv, *aux, "--out-dir", tmp_path / "train_at_aux")
+    shutil.copy(Path(diffusion_dir) / "diffusion_pytorch_model.safetensors", teacher)
+    config = json.loads((teacher / "config.json").read_text()) | {"sigma_data": 0.6}
+    (teacher / "config.json").write_text(json.dumps(config))
     fails("train_at_aux", ["holds another run", "teacher_sha256"], *argv, *aux, "--out-dir", tmp_path / "train_at_aux")
 
 
