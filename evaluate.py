@@ -21,7 +21,6 @@ again, not computed again.
 import importlib.metadata
 import logging
 import os
-import tempfile
 import time
 
 import numpy as np
@@ -202,10 +201,12 @@ def main(args):
             print_result(result, args.out)
         return dist.teardown()
 
-    if rank == 0:  # hours of work are not lost to a folder that cannot be written
-        folder = os.path.dirname(os.path.abspath(args.out))
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    per_image_path = os.path.splitext(args.out)[0] + ".npz"
+    if rank == 0:  # hours of work are not lost to a place that cannot be written
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+        for path in (args.out, per_image_path):
+            open(f"{path}.writing", "wb").close()
+            os.unlink(f"{path}.writing")
     trained = (state["norm"], state["eps"])
     if rank == 0 and trained != (args.norm, args.eps):
         print(f"note: trained against {trained[0]} {trained[1]:.4g}, evaluated against {args.norm} {args.eps:.4g}")
@@ -248,7 +249,7 @@ def main(args):
             "environment": runlog.environment(),
         }
         per_image = {"index": np.arange(n), "label": labels[:n], "clean_correct": clean_correct, "robust": robust, "fooled_by": fooled_by}
-        with checkpoint.atomic(os.path.splitext(args.out)[0] + ".npz") as file:
+        with checkpoint.atomic(per_image_path) as file:
             np.savez(file, **per_image, attacks=np.array(names, str))
         checkpoint.write_json(result, args.out)
         print_result(result, args.out)

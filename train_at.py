@@ -165,11 +165,6 @@ def parameter_groups(modules, weight_decay):
     return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
 
 
-def not_finite(step, last_path):
-    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
-    return cli.UserError(message)
-
-
 def main(args):
     rank, world_size, device = dist.setup()
     if args.batch_size % world_size:
@@ -245,7 +240,7 @@ def main(args):
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
         if not torch.isfinite(grad_norm):
-            raise not_finite(step, last_path)
+            raise cli.not_finite(step, last_path)
         optimizer.step()
         if world_size > 1 and device.type == "cpu":
             dist.average_bn_statistics(raw_model)
@@ -262,7 +257,7 @@ def main(args):
             clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
             weights = raw_model.state_dict().values()
             if math.isnan(clean_acc + robust_acc) or not all(t.isfinite().all() for t in weights):
-                raise not_finite(step, last_path)
+                raise cli.not_finite(step, last_path)
             if rank == 0:
                 seconds += time.time() - clock
                 rates = {"images_per_s": images_per_s, "seconds": round(seconds, 1)}

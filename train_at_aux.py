@@ -17,7 +17,6 @@ the control that has the head, its cost and its gradients, but no information. W
 """
 
 import argparse
-import contextlib
 import math
 import os
 import time
@@ -219,11 +218,6 @@ def parameter_groups(modules, weight_decay):
     return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
 
 
-def not_finite(step, last_path):
-    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
-    return cli.UserError(message)
-
-
 def main(args):
     rank, world_size, device = dist.setup()
     if args.batch_size % world_size:
@@ -299,10 +293,12 @@ def main(args):
         start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
 
         # The clean pass comes first: with batch statistics, its logits are the very reference of the KL attack.
-        # PGD-AT has none: one for the alignment alone leaves the running statistics as they are.
-        needs_clean = args.loss != "pgd" or args.align != "adv"
-        with attacks.frozen_statistics(raw_model) if args.loss == "pgd" else contextlib.nullcontext():
-            logits, features = model(x, with_features=True) if needs_clean else (None, None)
+        logits = features = None
+        if args.loss != "pgd":
+            logits, features = model(x, with_features=True)
+        elif args.align != "adv":  # a pass for the alignment alone leaves the running statistics as they are
+            with attacks.frozen_statistics(raw_model):
+                features = model(x, with_features=True)[1]
         x_adv, logits_adv, features_adv = x, None, None
         if args.loss != "standard":
             attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.n_steps, bn=args.attack_bn)
@@ -324,7 +320,7 @@ def main(args):
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
         if not torch.isfinite(grad_norm):
-            raise not_finite(step, last_path)
+            raise cli.not_finite(step, last_path)
         optimizer.step()
         if world_size > 1 and device.type == "cpu":
             dist.average_bn_statistics(raw_model)
@@ -341,7 +337,7 @@ def main(args):
             clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
             weights = [*raw_model.state_dict().values(), *raw_head.state_dict().values()]
             if math.isnan(clean_acc + robust_acc) or not all(t.isfinite().all() for t in weights):
-                raise not_finite(step, last_path)
+                raise cli.not_finite(step, last_path)
             if rank == 0:
                 means["val_align"] = validation_alignment(raw_model, raw_head, x_val, val_targets)
                 seconds += time.time() - clock

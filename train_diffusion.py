@@ -123,11 +123,6 @@ def save_diffusers(net, out_dir):
 # ------------------------------------------------------------------------------------------------------- plumbing
 
 
-def not_finite(step, last_path):
-    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
-    return cli.UserError(message)
-
-
 def main(args):
     rank, world_size, device = dist.setup()
     if args.batch_size % world_size:
@@ -194,7 +189,7 @@ def main(args):
         losses.mean().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), float("inf"))
         if not torch.isfinite(grad_norm):
-            raise not_finite(step, last_path)
+            raise cli.not_finite(step, last_path)
         optimizer.step()
         ema.update(net, min(args.ema_decay, (1 + step) / (10 + step)))
         loss_sum += losses.detach().sum()
@@ -206,7 +201,7 @@ def main(args):
             if rank == 0:
                 val_loss = validate(ema.model, x_val, y_val, args)
                 if not math.isfinite(val_loss) or not all(t.isfinite().all() for t in net.state_dict().values()):
-                    raise not_finite(step, last_path)
+                    raise cli.not_finite(step, last_path)
                 log.write(done, loss=loss_mean, val_loss=val_loss, lr=lr_at(step, args))
                 bar.set_postfix(loss=f"{loss_mean:.3f}", val_loss=f"{val_loss:.3f}")
                 runlog.save_images(samples(ema.model, spec, args, device), os.path.join(args.out_dir, "samples.png"), columns=10)

@@ -17,6 +17,12 @@ class UserError(Exception):
     """Something the user can mend. The message names the flag or file, what was found and what was expected."""
 
 
+def not_finite(step, last_path):
+    """The UserError of a training step whose loss, gradient or weights are not finite."""
+    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
+    return UserError(message)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line and whose help shows every default."""
 

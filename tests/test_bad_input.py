@@ -248,6 +248,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_attack(fails, best
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(evaluate, "attack_chunk", None)
     fails("evaluate", [str(tmp_path / "file")], "--checkpoint", best, "--out", tmp_path / "file" / "y.json")
+    fails("evaluate", ["name too long"], "--checkpoint", best, "--out", tmp_path / ("y" * 245 + ".json"))
 
 
 def test_output_directories_that_cannot_be(fails, tmp_path):

@@ -230,7 +230,7 @@ REWRITTEN = {  # a line of train_at.py: what train_at_aux.py has in its place
     '        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at.py", args, **inputs))': '"train_at_aux.py", args, **inputs)',
     "        state = checkpoint.load(last_path, entries, device)": 'entries | {"head": dict}, device)',
     "    model = dist.wrap(raw_model)": "model, head = dist.wrap(raw_model), dist.wrap(raw_head)",
-    '        logits = model(x) if args.loss != "pgd" else None': "logits, features = model(x, with_features=True) if needs_clean",
+    '        logits = model(x) if args.loss != "pgd" else None': "            logits, features = model(x, with_features=True)",
     "        x_adv, logits_adv = x, None": "x_adv, logits_adv, features_adv = x, None, None",
     "            logits_adv = model(x_adv)": "logits_adv, features_adv = model(x_adv, with_features=True)",
     '        for name, value in ({"loss": loss, "grad_norm": grad_norm} | parts).items():': '"align": cosine} | parts).items():',
