@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint out/train_at-digits/best.pt --attack autoattack
     torchrun --nproc_per_node 8 evaluate.py --checkpoint out/train_at-digits/best.pt --attack apgd
+    python evaluate.py --dataset cifar10 --checkpoint weights-best.pt --model wrn-28-10    # a file of DM-AT or RobustBench
 
   clean       no attack
   pgd         PGD, --n-steps with --n-restarts random restarts: a sanity check, never the number to report
@@ -44,7 +45,10 @@ def parse_args(argv=None):
     group.add_argument("--checkpoint", required=True, help="best.pt or last.pt of train_at.py or train_at_aux.py")
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set, its test images")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
+    group.add_argument("--model", help="network of a checkpoint of others, such as wrn-28-10 for a file of DM-AT or RobustBench")
     group.add_argument("--n-images", type=cli.count, help="only the first n test images (default: all)")
+    group.add_argument("--image-list", help="imagenet: only those of this file, one <class folder>/<file> a line, such as RobustBench's")
     group = parser.add_argument_group("threat model")
     group.add_argument("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
     group.add_argument("--eps", type=cli.positive, help="radius, of x in [0, 1] (default: the data set's usual one)")
@@ -63,8 +67,14 @@ def parse_args(argv=None):
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
     folder, name = os.path.split(args.checkpoint)
     stem = f"results-{os.path.splitext(name)[0]}-{args.attack}-{args.norm}-{args.eps:.4g}"
-    stem += (f"-n{args.n_images}" if args.n_images else "") + (f"-seed{args.seed}" if args.seed else "")
+    stem += (
+        ("-listed" if args.image_list else "")
+        + (f"-n{args.n_images}" if args.n_images else "")
+        + (f"-seed{args.seed}" if args.seed else "")
+    )
     args.out = args.out or os.path.join(folder, f"{stem}.json")
+    if args.image_list and not data.DATASETS[args.dataset].files:
+        parser.error(f"argument --image-list: the images of {args.dataset} are not files")
     if not args.out.endswith(".json"):
         parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
     return args
@@ -169,8 +179,13 @@ def print_result(result, path):
 def main(args):
     rank, world_size, device = dist.setup()
     spec = data.DATASETS[args.dataset]
-    model, state = models.load_classifier(args.checkpoint, spec, device)
-    images, labels = data.load(spec, args.data_dir, "test")
+    model, state = models.load_classifier(args.checkpoint, spec, device, args.model)
+    if rank == 0:
+        data.prepare(spec, args.data_dir, args.download)
+    dist.barrier()
+    images, labels = data.load_test(spec, args.data_dir)
+    if args.image_list:
+        images, labels = data.listed(images, labels, args.image_list)
     n = len(labels) if args.n_images is None else args.n_images
     if n > len(labels):
         raise cli.UserError(f"--n-images {n}: {spec.name} has {len(labels)} test images")
@@ -182,6 +197,7 @@ def main(args):
         "dataset": spec.name,
         "split": "test",
         "n": n,
+        "image_list_sha256": checkpoint.sha256(args.image_list) if args.image_list else None,
         "norm": args.norm,
         "eps": args.eps,
         "attack": args.attack,
@@ -208,7 +224,7 @@ def main(args):
             open(f"{path}.writing", "wb").close()
             os.unlink(f"{path}.writing")
     trained = (state["norm"], state["eps"])
-    if rank == 0 and trained != (args.norm, args.eps):
+    if rank == 0 and trained != (None, None) and trained != (args.norm, args.eps):
         print(f"note: trained against {trained[0]} {trained[1]:.4g}, evaluated against {args.norm} {args.eps:.4g}")
     heard = WarningsOfAutoAttack()
     begun = time.time()

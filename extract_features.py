@@ -25,8 +25,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("data and model")
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
     group.add_argument("--val-size", type=cli.count, default=200, help="first training images, held out as in train_at.py")
-    group.add_argument("--diffusion", help="directory of the diffusion model (default: out/diffusion-<dataset>)")
+    group.add_argument("--diffusion", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
     group = parser.add_argument_group("features")
     group.add_argument("--blocks", nargs="+", help="blocks of the network (default: all)")
     group.add_argument("--sigmas", type=cli.positive, nargs="+", default=[0.03, 0.1, 0.3, 1.0], help="noise levels, in units of [-1, 1]")
@@ -51,7 +52,7 @@ def parse_args(argv=None):
 def features_of(model, images, ids, split, sigma, blocks, seed):
     """Pooled features, one (B, channels) array per block, of uint8 images; an image's noise depends on (seed, split, id) alone."""
     x = data.to_x(images, model.device)
-    noise = data.normal_of(data.id_streams(seed, f"features-{split}", ids), x.shape[1:])
+    noise = data.normal_of(data.id_streams(seed, f"features-{split}", ids), model.noise_shape)
     features = model.features(x, sigma, None, blocks, noise.to(model.device))
     if not all(f.isfinite().all() for f in features):
         raise cli.UserError(f"--sigmas {sigma:g}: the diffusion network's features are not finite")
@@ -104,7 +105,7 @@ def main(args):
     rank, world_size, device = dist.setup()
     spec = data.DATASETS[args.dataset]
     model = diffusion.load_diffusion(args.diffusion, device)
-    model.check_fits(f"--diffusion {args.diffusion}", spec)
+    model.check_teaches(f"--diffusion {args.diffusion}", spec, with_labels=False)
     blocks = args.blocks or model.blocks
     model.check_blocks(blocks)
     manifest = {
@@ -118,7 +119,11 @@ def main(args):
         "ids": "row i is image i of its split",
         "network_sha256": model.sha256,
     }
-    splits = {split: data.load(spec, args.data_dir, split, args.val_size) for split in ("train", "val", "test")}
+    if rank == 0:
+        data.prepare(spec, args.data_dir, args.download)
+    dist.barrier()
+    train, val = data.load_train(spec, args.data_dir, args.val_size)
+    splits = {"train": train, "val": val, "test": data.load_test(spec, args.data_dir)}
     labels = {split: split_labels for split, (_, split_labels) in splits.items()}
     if args.probe and len(np.unique(labels["train"])) < spec.num_classes:
         raise cli.UserError(f"--val-size {args.val_size}: a class has no training image left, --probe needs all {spec.num_classes}")

@@ -10,7 +10,7 @@ With --keep-fraction, the images of each class that --classifier gives the highe
 selected (selection.npy), as in DM-AT's 1 M sets (top 20 % per class; Wang et al., arXiv 2302.04638).
 
     python generate_synthetic.py                                     # 10,000 digits, about a minute on two CPU cores
-    torchrun --nproc_per_node 8 generate_synthetic.py --n-images 1000000    # shards are shared out over the processes
+    torchrun --nproc_per_node 8 generate_synthetic.py --dataset cifar10 --diffusion out/edm-cifar10-cond --n-images 1000000 --n-steps 20
 
 The directory: shard-00000-images.npy (uint8, NHWC), shard-00000-labels.npy (int64), manifest.json, samples.png.
 """
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from common import checkpoint, cli, data, diffusion, dist, models, runlog
+from common.synthetic import open_shards, shard_paths
 
 
 def parse_args(argv=None):
@@ -28,8 +29,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("data and model")
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set that the model was trained on")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
     group.add_argument("--val-size", type=cli.count0, default=200, help="held-out training images, left out of the memorisation check")
-    group.add_argument("--diffusion", help="directory of the diffusion model (default: out/diffusion-<dataset>)")
+    group.add_argument("--diffusion", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
     group = parser.add_argument_group("set")
     group.add_argument("--n-images", type=cli.count, default=10_000, help="images to generate")
     group.add_argument("--shard-size", type=cli.count, default=2_500, help="images per shard")
@@ -86,7 +88,7 @@ def sample(model, ids, args):
     generators = data.id_streams(args.seed, "generate", ids)
 
     def noise():  # drawn on the CPU, so that an image is the same on every device up to rounding
-        return data.normal_of(generators, (model.channels, model.image_size, model.image_size)).to(model.device)
+        return data.normal_of(generators, model.noise_shape).to(model.device)
 
     y = torch.from_numpy(ids % model.num_classes).to(model.device)
     x = diffusion.heun(
@@ -100,19 +102,25 @@ def sample(model, ids, args):
     )
     if not x.isfinite().all():  # as bytes they would be black images with a label
         raise cli.UserError(f"--diffusion {args.diffusion}: samples not finite, a broken network or too large a --guidance-scale")
+    x = model.decode(x)
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()
 
 
 @torch.no_grad()
-def select(synthetic, classifier, keep_fraction, batch_size, device):
-    """Rows, ascending, of the ceil(keep_fraction * n_class) images of each class with the highest probability of their label."""
-    confidence = np.empty(len(synthetic), np.float32)
-    labels = np.empty(len(synthetic), np.int64)
-    for start in range(0, len(synthetic), batch_size):
+def confidences(synthetic, classifier, batch_size, device, rank, world_size):
+    """The classifier's probability of each image's own label, float32 (N,); batches are shared out over ranks."""
+    confidence = torch.zeros(len(synthetic), device=device)
+    starts = range(rank * batch_size, len(synthetic), world_size * batch_size)
+    for start in runlog.progress(starts, rank, desc="select", unit="batch"):
         rows = np.arange(start, min(start + batch_size, len(synthetic)))
-        images, labels[rows] = synthetic.gather(rows)
-        probs = classifier(data.to_x(images, device)).softmax(1).cpu()
-        confidence[rows] = probs[torch.arange(len(rows)), torch.from_numpy(labels[rows])]
+        images, labels = synthetic.gather(rows)
+        probs = classifier(data.to_x(images, device)).softmax(1)
+        confidence[start : start + len(rows)] = probs.gather(1, torch.from_numpy(labels).to(device)[:, None])[:, 0]
+    return dist.sum_over_ranks(confidence).cpu().numpy()
+
+
+def select(confidence, labels, keep_fraction):
+    """Rows, ascending, of the ceil(keep_fraction * n_class) images of each class with the highest confidence."""
     kept = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -123,9 +131,10 @@ def select(synthetic, classifier, keep_fraction, batch_size, device):
 
 def nearest_distances(images, train, device):
     """l2 distance, in units of x in [0, 1], of each image to its nearest neighbour in `train`: (N,). Both uint8 NHWC."""
-    train = torch.from_numpy(train).flatten(1).to(device).float() / 255
-    chunks = torch.from_numpy(images).flatten(1).split(1000)
-    return torch.cat([torch.cdist(chunk.to(device).float() / 255, train).amin(1).cpu() for chunk in chunks])
+    images, nearest = torch.from_numpy(images).flatten(1).to(device).float() / 255, []
+    for chunk in torch.from_numpy(train).flatten(1).split(1000):
+        nearest.append(torch.cdist(images, chunk.to(device).float() / 255).amin(1))
+    return torch.stack(nearest).amin(0).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing
@@ -141,7 +150,7 @@ def manifest_of(args, spec, model):
         "ids": [0, args.n_images],
         "label": "id % num_classes",
         "num_classes": spec.num_classes,
-        "image_shape": [spec.image_size, spec.image_size, spec.channels],
+        "image_shape": [model.image_size, model.image_size, model.channels],
         "shard_size": args.shard_size,
         "seed": args.seed,
         "network_sha256": model.sha256,
@@ -154,18 +163,20 @@ def main(args):
     rank, world_size, device = dist.setup()
     spec = data.DATASETS[args.dataset]
     model = diffusion.load_diffusion(args.diffusion, device)
-    model.check_fits(f"--diffusion {args.diffusion}", spec)
+    model.check_generates(f"--diffusion {args.diffusion}", spec)
     if args.guidance_scale != 1 and model.label_dropout == 0:
         raise cli.UserError(f"--guidance-scale {args.guidance_scale}: {args.diffusion} was trained without label dropout")
-    train, _ = data.load(spec, args.data_dir, "train", args.val_size)
-    test, _ = data.load(spec, args.data_dir, "test")
-    classifier = None
+    train = test = classifier = None
+    if rank == 0 and not spec.files:  # for the memorisation check
+        data.prepare(spec, args.data_dir, args.download)
+        (train, _), _ = data.load_train(spec, args.data_dir, args.val_size)
+        test, _ = data.load_test(spec, args.data_dir)
     if args.classifier:
         classifier, _ = models.load_classifier(args.classifier, spec, device)
     if rank == 0:
         runlog.claim_directory(args.out_dir, manifest_of(args, spec, model), "manifest.json", later=["selection"])
     # Listed before the barrier: after it, another rank may already be writing, and the lists would differ.
-    shards = [s for s in range(-(-args.n_images // args.shard_size)) if not all(map(os.path.exists, data.shard_paths(args.out_dir, s)))]
+    shards = [s for s in range(-(-args.n_images // args.shard_size)) if not all(map(os.path.exists, shard_paths(args.out_dir, s)))]
     dist.barrier()
 
     # Generate: whole shards are shared out over ranks, so that a shard's batches are the same for any number of them.
@@ -177,37 +188,39 @@ def main(args):
             for batch in np.split(ids, range(args.batch_size, len(ids), args.batch_size)):
                 parts.append(sample(model, batch, args))
                 bar.update(len(batch))
-            images_path, labels_path = data.shard_paths(args.out_dir, shard)
+            images_path, labels_path = shard_paths(args.out_dir, shard)
             checkpoint.write_npy(np.concatenate([images for images, _ in parts]), images_path)
             checkpoint.write_npy(np.concatenate([labels for _, labels in parts]), labels_path)
     dist.barrier()
 
+    if classifier is not None:
+        synthetic = open_shards(args.out_dir, spec)
+        how = {"keep_fraction": args.keep_fraction, "classifier_sha256": checkpoint.sha256(args.classifier)}
+        if synthetic.manifest.get("selection", how) != how:
+            raise cli.UserError(f"--out-dir {args.out_dir}: another selection was made there; generate into another directory")
+        if "selection" not in synthetic.manifest:
+            confidence = confidences(synthetic, classifier, args.batch_size, device, rank, world_size)
+            if rank == 0:
+                rows = select(confidence, np.concatenate(synthetic.labels), args.keep_fraction)
+                checkpoint.write_npy(rows, os.path.join(args.out_dir, "selection.npy"))
+                checkpoint.write_json(synthetic.manifest | {"selection": how}, os.path.join(args.out_dir, "manifest.json"))
     if rank == 0:
-        report(args, spec, train, test, classifier, device)
+        report(args, spec, train, test, device)
     dist.teardown()
 
 
-def report(args, spec, train, test, classifier, device):
-    """Select, check for memorisation against `train` (uint8 NHWC; `test` for comparison), count classes, draw samples."""
-    synthetic = data.SyntheticSet(args.out_dir, spec)
-    if classifier is not None:
-        how = {"keep_fraction": args.keep_fraction, "classifier_sha256": checkpoint.sha256(args.classifier)}
-        if "selection" not in synthetic.manifest:
-            rows = select(synthetic, classifier, args.keep_fraction, args.batch_size, device)
-            checkpoint.write_npy(rows, os.path.join(args.out_dir, "selection.npy"))
-            checkpoint.write_json(synthetic.manifest | {"selection": how}, os.path.join(args.out_dir, "manifest.json"))
-            synthetic = data.SyntheticSet(args.out_dir, spec)
-        elif synthetic.manifest["selection"] != how:
-            raise cli.UserError(f"--out-dir {args.out_dir}: another selection was made there; generate into another directory")
-
-    images, labels = synthetic.gather(np.arange(min(10_000, len(synthetic))))
-    generated, held_out = nearest_distances(images, train, device), nearest_distances(test, train, device)
+def report(args, spec, train, test, device):
+    """Check for memorisation against `train` (uint8 NHWC; `test` for comparison), count classes, draw samples."""
+    synthetic = open_shards(args.out_dir, spec)
+    images, labels = synthetic.gather(np.arange(min(10_000 if train is not None else 1000, len(synthetic))))
     counts = np.bincount(labels, minlength=spec.num_classes)
     print(f"{args.out_dir}: {len(synthetic)} images; classes of the first {len(labels)}: {' '.join(map(str, counts))}")
-    print(
-        "nearest training image, mean l2 distance (memorised images lie near 0): "
-        f"generated {generated.mean():.3f}, test images {held_out.mean():.3f}; generated below 0.1: {(generated < 0.1).sum()}"
-    )
+    if train is not None:  # in a million files it would take days, and pixels tell little at 256 x 256
+        generated, held_out = nearest_distances(images, train, device), nearest_distances(test, train, device)
+        print(
+            "nearest training image, mean l2 distance (memorised images lie near 0): "
+            f"generated {generated.mean():.3f}, test images {held_out.mean():.3f}; generated below 0.1: {(generated < 0.1).sum()}"
+        )
     first = [np.flatnonzero(labels == k)[:10] for k in range(min(10, spec.num_classes))]
     runlog.save_images(data.to_x(images[np.concatenate(first)]), os.path.join(args.out_dir, "samples.png"), columns=10)
 

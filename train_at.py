@@ -9,13 +9,15 @@ DM-AT (Wang et al., arXiv 2302.04638): RECIPE below is its CIFAR-10 command, PRE
 
     python train_at.py                                                            # AT on digits, about a minute on two CPU cores
     python train_at.py --synthetic out/synthetic-digits --out-dir out/dm_at       # DM-AT
-    torchrun --nproc_per_node 8 train_at.py                                       # the same with 8 processes
+    torchrun --nproc_per_node 8 train_at.py --dataset cifar10 --download          # the base recipe, WRN-28-10, 400 epochs
 
 Writes best.pt (the averaged model with the best robust accuracy on held-out training images, or with --loss standard clean
 accuracy; nothing is chosen on test images), best.safetensors, last.pt, log.jsonl and TensorBoard events to --out-dir.
 Running the same command again resumes.
 """
 
+import argparse
+import functools
 import math
 import os
 import time
@@ -26,12 +28,14 @@ import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import attacks, checkpoint, cli, data, dist, models, runlog
+from common import synthetic as synthetic_sets
 from common.ema import EMA
 
 # fmt: off
 RECIPE = dict(
     model="wrn-28-10", val_size=1024, n_steps=10, beta=5.0, label_smoothing=0.1, epochs=400, batch_size=512,
-    lr=0.2, warmup_fraction=0.025, momentum=(0.85, 0.95), weight_decay=5e-4, bn_momentum=0.01, ema_decay=0.995,
+    loss="trades", attack="pgd", attack_bn="batch", mixup=0.0, cutmix=0.0, optimizer="sgd", lr=0.2, warmup_fraction=0.025,
+    momentum=(0.85, 0.95), betas=(0.9, 0.95), final_lr=5e-6, weight_decay=5e-4, bn_momentum=0.01, ema_decay=0.995,
     eval_every=1, eval_n_steps=40,
 )
 SYNTHETIC_FRACTION = 0.7  # of each batch, where there is a synthetic set; the base uses 0.8 above 1 M images
@@ -40,7 +44,17 @@ PRESETS = {
     "digits": dict(
         model="wrn-10-1", val_size=200, n_steps=5, epochs=100, batch_size=128, clip_norm=5.0, eval_every=10, eval_n_steps=20,
     ),
+    "fashion-mnist": dict(
+        model="wrn-10-1", n_steps=5, epochs=10, batch_size=128, lr=0.1, warmup_fraction=0.2, clip_norm=5.0, eval_n_steps=10,
+    ),
+    # That of Singh et al. (arXiv 2303.01870); start from clean weights (--init). No color jitter: timm has none beside RandAugment.
+    "imagenet": dict(
+        model="convnext_tiny", loss="pgd", attack="apgd", n_steps=2, attack_bn="running", mixup=0.8, cutmix=1.0, optimizer="adamw",
+        lr=1e-3, warmup_fraction=0.1, weight_decay=0.05, epochs=50, batch_size=1024, ema_decay=0.9999, eval_n_steps=10,
+    ),
 }
+# Small ViTs: ours, there is no base. AdamW, warm-up and cosine, clipping.
+MODEL_PRESETS = {"vit": dict(optimizer="adamw", lr=1e-3, warmup_fraction=0.05, weight_decay=0.05, clip_norm=1.0)}
 # fmt: on
 
 
@@ -49,28 +63,39 @@ def parse_args(argv=None):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set; decides the defaults below")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
-    group.add_argument("--synthetic", help="directory of generate_synthetic.py: turns AT into DM-AT")
+    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
+    group.add_argument("--workers", type=cli.count0, default=8, help="processes per rank that decode images (imagenet)")
+    group.add_argument("--synthetic", nargs="+", help="directories of generate_synthetic.py or .npz files, each PATH or PATH=SHARE: DM-AT")
     group.add_argument("--synthetic-fraction", type=cli.fraction, help=f"its share of each batch (default: {SYNTHETIC_FRACTION})")
     group.add_argument("--val-size", type=cli.count, help="first training images, held out to choose the best checkpoint")
+    group.add_argument("--n-train", type=cli.count, help="train on the next so many images only (default: all others)")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="wrn-<depth>-<width>")
+    group.add_argument("--model", help="wrn-<depth>-<width>, preact-18, vit-s-2, vit-b-2; imagenet: resnet50, convnext_tiny, ...")
+    group.add_argument("--init", help="file of weights to start from, of this project or others, or `torchvision`")
     group = parser.add_argument_group("threat model and attack in training")
     group.add_argument("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
     group.add_argument("--eps", type=cli.non_negative, help="radius, of x in [0, 1] (default: the data set's usual one)")
-    group.add_argument("--step-size", type=cli.positive, help="step, of x in [0, 1] (default: eps / 4)")
-    group.add_argument("--n-steps", type=cli.count, help="steps of PGD")
-    group.add_argument("--attack-bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics that the attack uses")
+    group.add_argument("--attack", choices=["pgd", "apgd"], help="apgd: Auto-PGD from x itself (--loss pgd)")
+    group.add_argument("--step-size", type=cli.positive, help="step of pgd, of x in [0, 1] (default: eps / 4)")
+    group.add_argument("--n-steps", type=cli.count, help="steps of the attack")
+    group.add_argument("--attack-bn", choices=["batch", "running"], help="BatchNorm statistics that the attack uses (running: eval mode)")
     group = parser.add_argument_group("loss")
-    group.add_argument("--loss", choices=["trades", "pgd", "standard"], default="trades", help="standard: no attack, CE(f(x), y)")
+    group.add_argument("--loss", choices=["trades", "pgd", "standard"], help="standard: no attack, CE(f(x), y)")
     group.add_argument("--beta", type=cli.non_negative, help="weight of TRADES' KL term")
     group.add_argument("--label-smoothing", type=cli.fraction, help="probability spread over all classes, in CE")
-    group = parser.add_argument_group("optimisation (SGD with Nesterov momentum, one cycle)")
+    group.add_argument("--mixup", type=cli.non_negative, help="alpha of MixUp; 0 is off")
+    group.add_argument("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp on too, either one is drawn for a batch")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--optimizer", choices=["sgd", "adamw"], help="sgd: Nesterov, one cycle per epoch; adamw: warm-up, cosine per step")
     group.add_argument("--epochs", type=cli.count, help="one epoch is ceil(real training images / batch size) steps, synthetic or not")
     group.add_argument("--batch-size", type=cli.count, help="global batch size, images")
     group.add_argument("--lr", type=cli.positive, help="peak learning rate")
     group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
-    group.add_argument("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="momentum at the peak, at the ends")
-    group.add_argument("--weight-decay", type=cli.non_negative, help="not on BatchNorm parameters")
+    group.add_argument("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="of sgd, at the peak and at the ends")
+    group.add_argument("--betas", type=cli.fraction, nargs=2, metavar=("BETA1", "BETA2"), help="of adamw")
+    group.add_argument("--final-lr", type=cli.non_negative, help="learning rate at the end, of adamw")
+    group.add_argument("--weight-decay", type=cli.non_negative, help="not on BatchNorm parameters; adamw: nor on any bias or scale")
+    group.add_argument("--accumulate", type=cli.count, default=1, help="parts that a rank splits its batch into, to save memory")
     group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient, where there is a limit")
     group.add_argument("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at the first step")
     group.add_argument("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
@@ -78,9 +103,11 @@ def parse_args(argv=None):
     group.add_argument("--eval-every", type=cli.count, help="epochs between validation with checkpoint")
     group.add_argument("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     group.add_argument("--out-dir", help="run directory (default: out/train_at-<dataset>)")
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks' passes; losses and updates are fp32")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the classifier")
     group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
-    args = parser.parse_with_presets(argv, RECIPE, PRESETS)
+    args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)
     args.out_dir = args.out_dir or f"out/train_at-{args.dataset}"
     args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
@@ -88,6 +115,8 @@ def parse_args(argv=None):
         parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic DIR")
     if args.synthetic is not None and args.synthetic_fraction is None:
         args.synthetic_fraction = SYNTHETIC_FRACTION
+    if args.attack == "apgd" and args.loss == "trades":
+        parser.error("argument --attack: apgd maximises cross-entropy, it goes with --loss pgd")
     if args.momentum[0] > args.momentum[1]:
         parser.error(f"argument --momentum: {args.momentum[0]} above {args.momentum[1]}, expected LOW HIGH")
     return args
@@ -115,6 +144,31 @@ def at_loss(logits, logits_adv, y, args):
     return loss_clean, {"loss_clean": loss_clean, "loss_robust": zero}
 
 
+def adversarial_loss(model, raw_model, x, y, start, args):
+    """(L_AT, its parts, x_adv) for images x, labels or label probabilities y and the attack's `start`, like x.
+
+    model: what the gradient is taken through (DDP); raw_model: the same network, to attack.
+    """
+    # The clean pass comes first: with batch statistics, its logits are the very reference of the KL attack.
+    logits = model(x) if args.loss != "pgd" else None
+    x_adv, logits_adv = x, None
+    if args.loss != "standard":
+        x_adv = attack_in_training(raw_model, x, y, start, logits, args)
+        logits_adv = model(x_adv)
+    loss, parts = at_loss(logits, logits_adv, y, args)
+    return loss, parts, x_adv
+
+
+def attack_in_training(raw_model, x, y, start, logits, args):
+    """Adversarial images for L_AT; `logits` of the clean pass, in train mode, where there was one."""
+    attack = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, bn=args.attack_bn)
+    if args.attack == "apgd":
+        return attacks.apgd(raw_model, x, y, **attack)
+    reference = logits.detach() if args.loss == "trades" and args.attack_bn == "batch" else None
+    kind = "kl" if args.loss == "trades" else "ce"
+    return attacks.pgd(raw_model, x, y, [start], step_size=args.step_size, loss=kind, reference=reference, **attack)
+
+
 def one_cycle(epoch, args):
     """(learning rate, momentum) of an epoch, counted from 0: torch's OneCycleLR stepped once per epoch, as a pure function.
 
@@ -129,6 +183,15 @@ def one_cycle(epoch, args):
     peak = max(peak, 0)
     weight = 0.5 * (1 - math.cos(math.pi * (epoch - peak) / max(args.epochs - 1 - peak, 1)))
     return args.lr + weight * (args.lr / 25e4 - args.lr), low + weight * (high - low)
+
+
+def warmup_cosine(step, train_steps, args):
+    """Learning rate of a step: linear from 0 to lr over the warm-up, half a cosine to final_lr at the last step."""
+    warm = max(args.warmup_fraction * train_steps, 1)
+    if step < warm:
+        return args.lr * (step + 1) / warm if step + 1 < warm else args.lr
+    progress = (step - warm) / max(train_steps - 1 - warm, 1)
+    return args.final_lr + (args.lr - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def ema_decay_at(step, train_steps, args):
@@ -157,45 +220,51 @@ def evaluate(model, x, y, starts, args, rank, world_size):
 # ------------------------------------------------------------------------------------------------------- plumbing
 
 
-def parameter_groups(modules, weight_decay):
-    """SGD groups: no weight decay on BatchNorm parameters."""
-    norms = [p for m in modules for n in m.modules() if isinstance(n, _BatchNorm) for p in n.parameters()]
-    spared = set(norms)
-    others = [p for m in modules for p in m.parameters() if p not in spared]
-    return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
-
-
 def main(args):
     rank, world_size, device = dist.setup()
-    if args.batch_size % world_size:
-        raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
+    if args.batch_size % (world_size * args.accumulate):
+        parts = f" with --accumulate {args.accumulate}" if args.accumulate > 1 else ""
+        raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes{parts}")
     spec = data.DATASETS[args.dataset]
-    models.parse_model(args.model)
+    models.check_model(args.model, spec)
 
     # Data: everything that can be wrong is found before the run directory is made.
-    images, labels = data.load(spec, args.data_dir, "train", args.val_size)
-    val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
-    synthetic = data.SyntheticSet(args.synthetic, spec) if args.synthetic is not None else None
+    if rank == 0:
+        data.prepare(spec, args.data_dir, args.download)
+        synthetic_sets.prepare(args.synthetic or [], spec)
+    dist.barrier()
+    (images, labels), (val_images, val_labels) = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
+    synthetic = synthetic_sets.SyntheticSet(args.synthetic, spec) if args.synthetic else None
     if rank == 0 and synthetic and synthetic.held_out < args.val_size:
         print("note: the diffusion model of --synthetic is not known to have held out the validation images")
-    batches = data.Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
-    x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
+    Batches = functools.partial(data.FileBatches, workers=args.workers) if spec.files else data.Batches
+    batches = Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
+    x_val, y_val = data.to_x(val_images[:], device), torch.from_numpy(val_labels).to(device)
     val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
     steps_per_epoch = math.ceil(len(labels) / args.batch_size)
     train_steps = args.epochs * steps_per_epoch
 
     # Model, average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
     torch.manual_seed(data.seed_of(args.seed, "init"))
-    raw_model = models.build(args.model, spec).to(device)
+    raw_model = models.build(args.model, spec)
+    if args.init and not models.load_weights(raw_model, args.init) and rank == 0:
+        print(f"note: {args.init} is of another number of classes, the last layer starts afresh")
+    raw_model.to(device)
     if world_size > 1 and device.type == "cuda":
         raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
     norms = [m for m in raw_model.modules() if isinstance(m, _BatchNorm)]
     ema = EMA(raw_model)
-    optimizer = torch.optim.SGD(parameter_groups([raw_model], args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True)
+    fused = device.type == "cuda"
+    groups = models.parameter_groups([raw_model], args.weight_decay, biases=args.optimizer == "sgd")
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum[1], nesterov=True, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, args.lr, args.betas, fused=fused)
 
     # Resume.
     if rank == 0:
-        inputs = dict(synthetic_sha256=synthetic.sha256 if synthetic else None)
+        init_sha256 = checkpoint.sha256(args.init) if args.init and os.path.exists(args.init) else None
+        inputs = dict(synthetic_sha256=synthetic and synthetic.identity, init_sha256=init_sha256)
         runlog.claim_directory(args.out_dir, runlog.identity_of("train_at.py", args, **inputs))
     dist.barrier()
     last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
@@ -210,34 +279,40 @@ def main(args):
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
         return dist.teardown()
+    if args.compile:
+        raw_model.compile()
     model = dist.wrap(raw_model)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
     bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
     sums, n_summed, clock = {}, 0, time.time()
     for step in bar:
-        lr, momentum = one_cycle(step // steps_per_epoch, args)
+        if args.optimizer == "sgd":
+            lr, momentum = one_cycle(step // steps_per_epoch, args)
+            rates = {"lr": lr, "momentum": momentum}
+        else:
+            rates = {"lr": warmup_cosine(step, train_steps, args)}
         for param_group in optimizer.param_groups:
-            param_group["lr"], param_group["momentum"] = lr, momentum
+            param_group.update(rates)
         for norm in norms:
             norm.momentum = 1.0 if step == 0 else args.bn_momentum
 
         x, y = batches(step)
+        if args.mixup or args.cutmix:
+            x, y = data.mix(x, y, spec.num_classes, args.mixup, args.cutmix, data.seed_of(args.seed, "mix", step))
         shape = (args.batch_size, *x.shape[1:])
         start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
 
-        # The clean pass comes first: with batch statistics, its logits are the very reference of the KL attack.
-        logits = model(x) if args.loss != "pgd" else None
-        x_adv, logits_adv = x, None
-        if args.loss != "standard":
-            attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.n_steps, bn=args.attack_bn)
-            reference = logits.detach() if args.loss == "trades" and args.attack_bn == "batch" else None
-            x_adv = attacks.pgd(raw_model, x, y, [start], loss="kl" if args.loss == "trades" else "ce", reference=reference, **attack)
-            logits_adv = model(x_adv)
-        loss, parts = at_loss(logits, logits_adv, y, args)
-
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in range(args.accumulate):
+            mine = slice(part, None, args.accumulate)
+            with dist.no_sync([model], when=part < args.accumulate - 1):
+                with autocast():
+                    loss, parts, x_adv = adversarial_loss(model, raw_model, x[mine], y[mine], start[mine], args)
+                (loss / args.accumulate).backward()
+            for name, value in ({"loss": loss} | parts).items():
+                sums[name] = sums.get(name, 0) + value.detach() / args.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
         if not torch.isfinite(grad_norm):
             raise cli.not_finite(step, last_path)
@@ -245,8 +320,7 @@ def main(args):
         if world_size > 1 and device.type == "cpu":
             dist.average_bn_statistics(raw_model)
         ema.update(raw_model, ema_decay_at(step, train_steps, args))
-        for name, value in ({"loss": loss, "grad_norm": grad_norm} | parts).items():
-            sums[name] = sums.get(name, 0) + value.detach()
+        sums["grad_norm"] = sums.get("grad_norm", 0) + grad_norm
         n_summed += 1
 
         # Validation and checkpoint.
@@ -260,10 +334,10 @@ def main(args):
                 raise cli.not_finite(step, last_path)
             if rank == 0:
                 seconds += time.time() - clock
-                rates = {"images_per_s": images_per_s, "seconds": round(seconds, 1)}
-                log.write(done, **means, lr=lr, clean_acc=clean_acc, robust_acc=robust_acc, **rates)
+                speed = {"images_per_s": images_per_s, "seconds": round(seconds, 1)}
+                log.write(done, **means, lr=optimizer.param_groups[0]["lr"], clean_acc=clean_acc, robust_acc=robust_acc, **speed)
                 bar.set_postfix(loss=f"{means['loss']:.3f}", clean=f"{clean_acc:.1%}", robust=f"{robust_acc:.1%}")
-                runlog.save_images(torch.cat([x[:10], x_adv[:10]]), os.path.join(args.out_dir, "samples.png"), columns=10)
+                runlog.save_images(torch.cat([x[mine][:10], x_adv[:10]]), os.path.join(args.out_dir, "samples.png"), columns=10)
                 classifier = models.portable(ema.model, args.model, spec)
                 classifier |= {"norm": args.norm, "eps": args.eps, "step": done, "val_clean_acc": clean_acc, "val_robust_acc": robust_acc}
                 score = [clean_acc, robust_acc] if args.loss == "standard" else [robust_acc, clean_acc]

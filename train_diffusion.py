@@ -32,7 +32,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
     group.add_argument("--val-size", type=cli.count, default=200, help="first training images, held out here as in train_at.py")
+    group.add_argument("--n-train", type=cli.count, help="train on the next so many images only (default: all others)")
     group = parser.add_argument_group("network")
     group.add_argument("--channels", type=cli.count, nargs="+", default=[24, 48], help="channels of each resolution, multiples of 8")
     group.add_argument("--layers-per-block", type=cli.count, default=1, help="residual blocks per resolution")
@@ -128,14 +130,20 @@ def main(args):
     if args.batch_size % world_size:
         raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes")
     spec = data.DATASETS[args.dataset]
+    if spec.files:
+        raise cli.UserError(f"--dataset {spec.name}: too large for this script; use a public model (hub:facebook/DiT-XL-2-256)")
     if spec.image_size % 2 ** (len(args.channels) - 1):
         raise cli.UserError(f"--channels {args.channels}: {len(args.channels)} resolutions do not divide {spec.image_size} pixels")
 
     # Data: no crops; mirrored where the data set's classes do not mind.
-    images, labels = data.load(spec, args.data_dir, "train", args.val_size)
-    val_images, val_labels = data.load(spec, args.data_dir, "val", args.val_size)
+    if rank == 0:
+        data.prepare(spec, args.data_dir, args.download)
+    dist.barrier()
+    (images, labels), (val_images, val_labels) = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
     x_val, y_val = data.to_x(val_images, device), torch.from_numpy(val_labels).to(device)
-    batches = data.Batches(images, labels, None, 0, args.batch_size, dataclasses.replace(spec, crop_padding=0), args.seed, device)
+    batches = data.Batches(
+        images, labels, None, 0, args.batch_size, dataclasses.replace(spec, crop_padding=0, rotation=0.0), args.seed, device
+    )
 
     # Network, average, optimiser.
     import diffusers

@@ -94,8 +94,56 @@ def pgd(model, x, y, starts, *, norm, eps, step_size, n_steps, loss, bn="running
     return chosen if select else x_adv.detach()
 
 
+def apgd(model, x, y, *, norm, eps, n_steps, loss="ce", bn="running"):
+    """Adversarial images of Auto-PGD (Croce & Hein, arXiv 2003.01690) from x itself: the iterate of highest loss per image.
+
+    The step starts at 2 eps and is halved, back at the best iterate, at checkpoints where too few steps (75 %) raised the
+    loss; momentum 0.75 from the second step on. With n_steps=2 it is the attack of ImageNet training in Singh et al.
+    (arXiv 2303.01870). Arguments as in `pgd`, of which it leaves the model as it was, too.
+    """
+    interval, shortest, shrink = (max(int(share * n_steps), 1) for share in (0.22, 0.06, 0.03))
+    x = x.detach()
+    x_adv = previous = best = x
+    step_size = torch.full((len(x), 1, 1, 1), 2 * eps, dtype=x.dtype, device=x.device)
+    n_raised, since = torch.zeros(len(x), device=x.device), 0  # since the last checkpoint
+    halved = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    with attack_mode(model, bn):
+        for step in range(n_steps + 1):
+            last = step == n_steps
+            x_adv = x_adv.detach().requires_grad_(not last)
+            losses = attack_losses(model(x_adv), y, loss)
+            gradient = torch.zeros_like(x) if last else torch.autograd.grad(losses.sum(), x_adv)[0]
+            x_adv, losses = x_adv.detach(), losses.detach()
+            if step == 0:
+                best_loss = best_at_checkpoint = before = losses
+                best_gradient = gradient
+            else:
+                better = losses > best_loss
+                best = torch.where(better.view(-1, 1, 1, 1), x_adv, best)
+                best_gradient = torch.where(better.view(-1, 1, 1, 1), gradient, best_gradient)
+                best_loss = torch.where(better, losses, best_loss)
+                # The first step is not counted against the start, but against 0: so it is in the authors' code.
+                n_raised, since, before = n_raised + (losses > (before if step > 1 else 0)), since + 1, losses
+                if since == interval and not last:
+                    stuck = (n_raised <= 0.75 * since) | (~halved & (best_at_checkpoint >= best_loss))
+                    step_size = torch.where(stuck.view(-1, 1, 1, 1), step_size / 2, step_size)
+                    x_adv = torch.where(stuck.view(-1, 1, 1, 1), best, x_adv)
+                    gradient = torch.where(stuck.view(-1, 1, 1, 1), best_gradient, gradient)
+                    halved, best_at_checkpoint = stuck, best_loss
+                    n_raised, since, interval = torch.zeros_like(n_raised), 0, max(interval - shrink, shortest)
+            if not last:
+                stepped = project(ascend(x_adv, gradient, norm, step_size), x, norm, eps)
+                momentum = 0.75 if step > 0 else 1.0
+                stepped = project(x_adv + momentum * (stepped - x_adv) + (1 - momentum) * (x_adv - previous), x, norm, eps)
+                previous, x_adv = x_adv, stepped
+    return best
+
+
 def attack_losses(logits, y, loss, reference=None):
-    """The attacker's objective per image, (B,), in at least float32: half-precision logits are raised first."""
+    """The attacker's objective per image, (B,), in at least float32: half-precision logits are raised first.
+
+    y: (B,) labels or, for "ce", (B, K) probabilities.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if loss == "ce":
         return F.cross_entropy(logits, y, reduction="none")

@@ -29,11 +29,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
-    def parse_with_presets(self, argv, recipe, presets):
-        """parse_args with the defaults recipe | presets[--dataset]; a flag given on the command line wins, --help shows them."""
+    def parse_with_presets(self, argv, recipe, presets, model_presets):
+        """parse_args with the defaults recipe | presets[--dataset] | model_presets[family of --model], such as "vit" of vit-b-2.
+
+        A flag given on the command line wins; --help shows the defaults that hold for its --dataset and --model.
+        """
         first = Parser(None, add_help=False)
         first.add_argument("--dataset", default=self.get_default("dataset"))
-        self.set_defaults(**recipe | presets.get(first.parse_known_args(argv)[0].dataset, {}))
+        first.add_argument("--model")
+        given = first.parse_known_args(argv)[0]
+        defaults = recipe | presets.get(given.dataset, {})
+        family = (given.model or defaults["model"]).split("-")[0]
+        self.set_defaults(**defaults | model_presets.get(family, {}))
         return self.parse_args(argv)
 
     def error(self, message):

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,16 @@ def wrap(module):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is unknown to older releases
         return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+@contextmanager
+def no_sync(modules, when):
+    """In backward passes of this block, if `when`, gradients stay on their rank and add up: all but the last of an accumulation."""
+    with ExitStack() as stack:
+        for module in modules:
+            if when and isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 def barrier():

@@ -17,6 +17,7 @@ import torch
 from scipy.stats import binomtest
 
 from common import attacks, checkpoint, cli, data, models
+from common.synthetic import open_shards
 
 ROWS = {"at": "AT", "at_dra": "AT+DRA", "dm_at": "DM-AT", "dm_at_dra": "DM-AT+DRA"}
 KEYS = {  # of a result, that the table shows or keeps
@@ -106,7 +107,7 @@ def report_png(args, rows, path):
         fontsize=11,
     )
 
-    synthetic = data.SyntheticSet(args.synthetic, spec)
+    synthetic = open_shards(args.synthetic, spec)
     images, labels = synthetic.gather(np.arange(min(1000, len(synthetic))))
     per_class = min(12, np.bincount(labels, minlength=10).min())
     chosen = np.stack([np.flatnonzero(labels == k)[:per_class] for k in range(10)], axis=1)
@@ -114,7 +115,7 @@ def report_png(args, rows, path):
     axes[0, 0].set_title("Synthetic digits (columns: class 0 to 9)", fontsize=10)
 
     model, state = models.load_classifier(os.path.join(args.runs, "dm_at_dra", "best.pt"), spec, "cpu")
-    images, labels = data.load(spec, None, "test")
+    images, labels = data.load_test(spec, None)
     x, y = data.to_x(images[:40]), torch.from_numpy(labels[:40])
     start = attacks.random_start(x.shape, state["norm"], state["eps"], data.stream(0, "report"))
     attack = dict(norm=state["norm"], eps=state["eps"], step_size=state["eps"] / 4, n_steps=40, loss="margin")

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 # On the CPU also where there is a GPU: golden losses and two processes want it. CUDA_VISIBLE_DEVICES=0 make test runs the rest there.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -51,6 +54,65 @@ def synthetic_dir(tmp_path_factory, diffusion_dir):
     ]
     generate_synthetic.main(generate_synthetic.parse_args(argv))
     return str(path)
+
+
+@pytest.fixture
+def nvlabs(monkeypatch, tmp_path):
+    """Stand-ins for NVlabs' modules while a test writes pickles; `marker` exists once any code of a pickle has run."""
+    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+    marker = tmp_path / "ran"
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("called")
+
+    class EasyDict(dict):
+        def __getattr__(self, name):
+            try:
+                return self[name]
+            except KeyError:
+                raise AttributeError(name) from None
+
+    class Persistent(nn.Module):
+        def __reduce__(self):
+            state = dict(self.__dict__)
+            meta = dict(type="class", version=6, module_src=f"open({str(marker)!r}, 'w')", class_name=state.pop("name"), state=state)
+            return _reconstruct_persistent_obj, (meta,)
+
+    for module, thing in ((persistence, _reconstruct_persistent_obj), (util, EasyDict)):
+        thing.__module__, thing.__qualname__ = module.__name__, thing.__name__
+        setattr(module, thing.__name__, thing)
+        monkeypatch.setitem(sys.modules, module.__name__.split(".")[0], types.ModuleType(module.__name__.split(".")[0]))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def wrap(module, **attributes):
+        """A module of ours as NVlabs' persistent object with real parameters inside; ModuleDicts stay torch's own."""
+        if isinstance(module, nn.ModuleDict):
+            return nn.ModuleDict({key: wrap(child) for key, child in module.items()})
+        copy = Persistent()
+        copy.name, copy._init_args, copy._init_kwargs = type(module).__name__, (), {}
+        for key, value in attributes.items():
+            setattr(copy, key, value)
+        for key, value in module._parameters.items():
+            copy.register_parameter(key, value)
+        for key, value in module._buffers.items():
+            copy.register_buffer(key, value)
+        if isinstance(module, nn.Conv2d) and not module._buffers:
+            copy.register_buffer("resample_filter", None)
+        for key, child in module._modules.items():
+            copy.register_module(key, child and wrap(child))
+        return copy
+
+    def content(net, config, **changes):
+        init = dict(config["init"])
+        args = [init.pop("img_resolution"), init.pop("img_channels")]
+        init = EasyDict(init)
+        ema = wrap(net, name=config["precond"], _init_args=tuple(args), _init_kwargs=init, **changes)
+        loss, augment = wrap(nn.Module(), name="EDMLoss", P_mean=np.float64(-1.2)), wrap(nn.Module(), name="AugmentPipe", p=0.12)
+        return {"ema": ema, "loss_fn": loss, "augment_pipe": augment, "dataset_kwargs": EasyDict(path="cifar10.zip", max_size=np.int64(5))}
+
+    return types.SimpleNamespace(
+        content=content, marker=marker, EasyDict=EasyDict, Persistent=Persistent, wrap=wrap, path=tmp_path / "x.pkl"
+    )
 
 
 def python(*command, expect=0, ranks=1, env=None, **kwargs):

@@ -207,3 +207,40 @@ def test_half_precision_logits_are_raised():
     logits = torch.tensor([[30.0, 10.0]], dtype=torch.bfloat16)
     for loss in ("ce", "margin", "kl"):
         assert attacks.attack_losses(logits, torch.tensor([0]), loss, logits).dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm,eps", [("linf", 0.1), ("l2", 0.5)])
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 10, 40])
+def test_apgd_is_the_authors(norm, eps, n_steps):
+    """Iterate by iterate: pyautoattack's APGD-CE started at x returns the same images and losses."""
+    from pyautoattack.autopgd_base import APGDAttack
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5))
+    for layer in (model[1], model[3]):
+        layer.weight.data *= 3  # curved enough for steps that fail and are halved
+    x, y = torch.rand(40, 3, 4, 4), torch.arange(40) % 5
+    ours = attacks.apgd(model, x, y, norm=norm, eps=eps, n_steps=n_steps)
+    theirs = APGDAttack(model, n_iter=n_steps, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, device="cpu")
+    theirs.init_hyperparam(x)
+    expected, _, loss, _ = theirs.attack_single_run(x, y, x_init=x)
+    # At 40 steps in l2, rounding decides whether a loss that has converged rose once more.
+    long = (norm, n_steps) == ("l2", 40)
+    assert long or torch.allclose(ours, expected, atol=1e-5)
+    assert torch.allclose(attacks.attack_losses(model(ours), y, "ce"), loss, atol=1e-2 if long else 1e-5)
+    assert (attacks.attack_losses(model(ours), y, "ce") >= attacks.attack_losses(model(x), y, "ce")).all()
+
+
+def test_apgd_takes_label_probabilities_and_leaves_no_trace():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 3)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x, hard = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
+    one_hot = torch.nn.functional.one_hot(hard, 3).float()
+    a = attacks.apgd(model, x, hard, norm="linf", eps=0.1, n_steps=3)
+    b = attacks.apgd(model, x, one_hot, norm="linf", eps=0.1, n_steps=3)
+    assert torch.allclose(a, b, atol=1e-6) and (a - x).abs().max() <= 0.1 + 1e-6 and not torch.equal(a, x)
+    mixed = attacks.apgd(model, x, (one_hot + one_hot.roll(1, 0)) / 2, norm="linf", eps=0.1, n_steps=3)
+    assert not torch.allclose(a, mixed)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())

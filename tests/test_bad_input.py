@@ -192,7 +192,8 @@ def test_damaged_diffusion_models(damage, fails, diffusion_dir, tmp_path):
 def test_diffusion_models_that_do_not_fit(change, fails, diffusion_dir, tmp_path):
     broken = copy(diffusion_dir, tmp_path)
     (broken / "config.json").write_text(json.dumps(json.loads((broken / "config.json").read_text()) | change))
-    fails("train_at_aux", ["copy"], "--teacher", broken)
+    if "sample_size" not in change:  # a teacher of another size is shown resized images
+        fails("train_at_aux", ["copy"], "--teacher", broken)
     fails("generate_synthetic", ["copy"], "--diffusion", broken)
 
 

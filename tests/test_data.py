@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from conftest import DIGITS
 
 from common import cli, data
+from common.synthetic import SyntheticSet
 
 
 def batches(batch_size=32, synthetic=None, fraction=0.5, seed=3, rank=0, world_size=1, spec=DIGITS):
-    images, labels = data.load(DIGITS, None, "train", 200)
+    images, labels = data.load_train(DIGITS, None, 200)[0]
     return data.Batches(images, labels, synthetic, fraction, batch_size, spec, seed, "cpu", rank, world_size)
 
 
 def test_digits_are_the_fixed_split():
     """The very images: a new scikit-learn that split otherwise would change every number in the README."""
-    train, test = data.load(DIGITS, None, "train"), data.load(DIGITS, None, "test")
+    train, test = data.load_train(DIGITS, None, 0)[0], data.load_test(DIGITS, None)
     digest = hashlib.sha256(b"".join(a.tobytes() for a in (*train, *test))).hexdigest()
     assert digest == "33ab7689fa8ddc04f6ed4538b5ff066fe47665809652fb9851212b3bcadbdc5c"
     assert train[0].shape == (1000, 8, 8, 1) and test[0].shape == (797, 8, 8, 1)
@@ -29,10 +30,11 @@ def test_digits_are_the_fixed_split():
 
 
 def test_validation_is_the_head_of_train_and_disjoint():
-    whole, train, val = (data.load(DIGITS, None, *s)[0] for s in (("train", 0), ("train", 200), ("val", 200)))
+    (whole, _), _ = data.load_train(DIGITS, None, 0)
+    (train, _), (val, _) = data.load_train(DIGITS, None, 200)
     assert np.array_equal(np.concatenate([val, train]), whole)
     with pytest.raises(cli.UserError, match="--val-size"):
-        data.load(DIGITS, None, "train", 1000)
+        data.load_train(DIGITS, None, 1000)
 
 
 def test_streams_are_independent_functions_of_seed_use_and_step():
@@ -66,7 +68,7 @@ def test_to_x_is_nchw_in_0_1_and_channels_last():
 
 def test_augmentation_equals_cropping_and_mirroring_image_by_image():
     images = torch.randint(0, 256, (50, 6, 6, 2), dtype=torch.uint8)
-    fast = data.augment(images, 2, True, torch.Generator().manual_seed(7))
+    fast = data.augment(images, dataclasses.replace(DIGITS, crop_padding=2, flip=True), torch.Generator().manual_seed(7), 50, slice(None))
     generator = torch.Generator().manual_seed(7)
     corners = torch.randint(0, 5, (2, 50), generator=generator)
     mirrored = torch.randint(0, 2, (50,), generator=generator).bool()
@@ -76,7 +78,7 @@ def test_augmentation_equals_cropping_and_mirroring_image_by_image():
         slow = (crop.flip(2) if mirrored[i] else crop).permute(1, 2, 0)
         assert torch.equal(fast[i], slow)
     assert mirrored.any() and not mirrored.all() and len(corners.unique()) == 5
-    same = data.augment(images, 0, False, torch.Generator())
+    same = data.augment(images, dataclasses.replace(DIGITS, crop_padding=0), torch.Generator(), 50, slice(None))
     assert torch.equal(same, images)
 
 
@@ -98,7 +100,7 @@ def test_sampler_is_a_function_of_the_step():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_out_the_batch_of_one_process(world_size, synthetic_dir):
-    synthetic = data.SyntheticSet(synthetic_dir, DIGITS)
+    synthetic = SyntheticSet([synthetic_dir], DIGITS)
     whole = batches(synthetic=synthetic)(5)
     parts = [batches(synthetic=synthetic, rank=r, world_size=world_size)(5) for r in range(world_size)]
     for tensor, pieces in zip(whole, zip(*parts)):
@@ -108,7 +110,7 @@ def test_ranks_share_out_the_batch_of_one_process(world_size, synthetic_dir):
 @pytest.mark.parametrize("fraction,expected", [(0.7, 358), (0.0, 0), (1.0, 512), (0.875, 448)])
 def test_count_of_synthetic_images(fraction, expected, synthetic_dir):
     """512 = 154 + 358 at 0.7, as in the base code."""
-    synthetic = data.SyntheticSet(synthetic_dir, DIGITS)
+    synthetic = SyntheticSet([synthetic_dir], DIGITS)
     sampler = batches(512, synthetic, fraction, spec=dataclasses.replace(DIGITS, crop_padding=0))
     x, y = sampler(0)
     assert sampler.n_synthetic == expected and len(x) == 512
@@ -122,11 +124,11 @@ def test_without_a_synthetic_set_batches_are_real():
 
 
 def test_gather_across_shards(synthetic_dir):
-    synthetic = data.SyntheticSet(synthetic_dir, DIGITS)
-    assert len(synthetic) == 64 and len(synthetic.images) == 3
+    synthetic = SyntheticSet([synthetic_dir], DIGITS)
+    assert len(synthetic) == 64 and len(synthetic.sources[0].images) == 3
     order = np.random.default_rng(0).permutation(64).repeat(2)
     images, labels = synthetic.gather(order)
-    every = np.concatenate([np.array(shard) for shard in synthetic.images])
+    every = np.concatenate([np.array(shard) for shard in synthetic.sources[0].images])
     assert np.array_equal(images, every[order])
     assert np.array_equal(labels, order % 10)  # the label of image id is id % num_classes
-    assert all(isinstance(shard, np.memmap) for shard in synthetic.images)
+    assert all(isinstance(shard, np.memmap) for shard in synthetic.sources[0].images)

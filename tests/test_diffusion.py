@@ -125,7 +125,7 @@ def test_noise_levels_are_those_of_diffusers():
 def test_diffusers_own_euler_agrees(diffusion_dir):
     """First-order sampling by diffusers' scheduler and ours coincide on a saved network: same scale, same preconditioning."""
     model = diffusion.load_diffusion(diffusion_dir, "cpu")
-    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=model.sigma_data, rho=7)
+    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=model.net.config.sigma_data, rho=7)
     scheduler.set_timesteps(5)
     y, noise = torch.tensor([1, 2]), torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = noise * scheduler.sigmas[0]
@@ -148,14 +148,14 @@ def test_diffusers_loads_what_training_saved(diffusion_dir):
 
 
 def test_no_label_is_the_null_label():
-    model, (noisy, sigmas) = diffusion.Diffusion(tiny_net()), noisy_batch()
+    model, (noisy, sigmas) = diffusion.EDMUNet(tiny_net()), noisy_batch()
     with torch.no_grad():
         assert torch.equal(model.denoise(noisy, sigmas), model.denoise(noisy, sigmas, torch.full((3,), 3)))
         assert not torch.equal(model.denoise(noisy, sigmas), model.denoise(noisy, sigmas, torch.zeros(3, dtype=torch.long)))
 
 
 def test_guidance_extrapolates_from_the_unconditional_denoiser():
-    model, (noisy, _) = diffusion.Diffusion(tiny_net()), noisy_batch()
+    model, (noisy, _) = diffusion.EDMUNet(tiny_net()), noisy_batch()
     y = torch.tensor([0, 1, 2])
     with torch.no_grad():
         with_label, without = model.denoise(noisy, 0.7, y), model.denoise(noisy, 0.7)
@@ -170,14 +170,14 @@ def test_blocks_are_listed_in_the_order_they_run():
     for name in names:
         net.get_submodule(name).register_forward_hook(lambda module, inputs, output, name=name: ran.append(name))
     noisy, sigmas = noisy_batch()
-    diffusion.Diffusion(net).denoise(noisy, sigmas)
+    diffusion.EDMUNet(net).denoise(noisy, sigmas)
     assert ran == names
     assert "down_blocks.1.attentions.0" in names and "up_blocks.0.attentions.2" in names
 
 
 def test_features_equal_a_whole_pass_and_skip_the_rest():
     net = tiny_net()
-    model, calls, whole = diffusion.Diffusion(net), [], {}
+    model, calls, whole = diffusion.EDMUNet(net), [], {}
     x, noise = torch.rand(3, 1, 8, 8, dtype=torch.float64), noisy_batch()[0]
     watched = [(n, m) for n, m in net.named_modules() if not list(m.children())]
     for name, module in watched:
@@ -241,7 +241,7 @@ def test_stored_features_are_those_of_a_direct_call(diffusion_dir, tmp_path):
     extract_features.main(extract_features.parse_args(argv))
     stored = np.load(tmp_path / "f" / "test-mid_block-sigma0.3.npy")
     model = diffusion.load_diffusion(diffusion_dir, "cpu")
-    images, labels = data.load(data.DATASETS["digits"], None, "test")
+    images, labels = data.load_test(data.DATASETS["digits"], None)
     ids = [0, 99, 100, 796]
     noise = data.normal_of(data.id_streams(0, "features-test", ids), (1, 8, 8))
     direct = model.features(data.to_x(images[ids]), 0.3, None, ["mid_block"], noise)[0].numpy()

@@ -6,6 +6,7 @@ import numpy as np
 from conftest import DIGITS, python, read_log
 
 from common import checkpoint, data, models
+from common.synthetic import SyntheticSet
 
 
 def test_from_digits_to_a_table(tmp_path):
@@ -55,15 +56,15 @@ def test_from_digits_to_a_table(tmp_path):
     assert "60 images; classes of the first 60: " + " ".join(["6"] * 10) in python("generate_synthetic.py", *argv, *chosen).stdout
     python("generate_synthetic.py", *argv, *chosen)  # nothing left to do
     python("generate_synthetic.py", *argv, *chosen[:2], "--keep-fraction", "0.5", expect=2)
-    selected = data.SyntheticSet(str(synthetic), DIGITS)
+    selected = SyntheticSet([str(synthetic)], DIGITS)
     model, _ = models.load_classifier(str(runs / "at" / "best.pt"), DIGITS, "cpu")
     manifest = json.loads((synthetic / "manifest.json").read_text())
     assert manifest["selection"] == {"keep_fraction": 0.2, "classifier_sha256": checkpoint.sha256(runs / "at" / "best.pt")}
     del manifest["selection"]
     (synthetic / "manifest.json").write_text(json.dumps(manifest))
-    images, labels = data.SyntheticSet(str(synthetic), DIGITS).gather(np.arange(300))
+    images, labels = SyntheticSet([str(synthetic)], DIGITS).gather(np.arange(300))
     confidence = model(data.to_x(images)).softmax(1).numpy()[np.arange(300), labels]
     for label in range(10):
         rows = np.flatnonzero(labels == label)
-        kept = np.intersect1d(rows, selected.rows)
+        kept = np.intersect1d(rows, selected.sources[0].rows)
         assert confidence[kept].min() >= np.delete(confidence[rows], np.searchsorted(rows, kept)).max()

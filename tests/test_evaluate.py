@@ -36,7 +36,7 @@ def test_verdicts_are_those_of_pyautoattack_called_directly(norm, eps, attack, b
     argv = ["--attack", attack, "--norm", norm, "--eps", str(eps), "--n-images", str(n), "--batch-size", str(chunk), "--seed", str(seed)]
     result, per_image = run(best, tmp_path, *argv)
     model, _ = models.load_classifier(best, DIGITS, "cpu")
-    images, labels = data.load(DIGITS, None, "test")
+    images, labels = data.load_test(DIGITS, None)
     x, y = data.to_x(images[:n]), torch.from_numpy(labels[:n])
     robust = []
     for start in range(0, n, chunk):
@@ -57,7 +57,7 @@ def test_result_says_what_it_is(best, tmp_path):
     assert result["checkpoint_sha256"] == checkpoint.sha256(best)
     assert result["clean"] == per_image["clean_correct"].mean() and result["robust"] == per_image["robust"].mean()
     assert result["clean_interval"][0] < result["clean"] < result["clean_interval"][1]
-    images, labels = data.load(DIGITS, None, "test")
+    images, labels = data.load_test(DIGITS, None)
     assert np.array_equal(per_image["label"], labels[:100]) and np.array_equal(per_image["index"], np.arange(100))
     model, _ = models.load_classifier(best, DIGITS, "cpu")
     correct = model(data.to_x(images[:100])).argmax(1).numpy() == labels[:100]
@@ -81,7 +81,7 @@ def test_every_flag_of_pgd_counts(best, tmp_path):
     assert (robust("loss", "--loss", "ce", "--n-steps", "4") != robust("margin", "--n-steps", "4")).any()
     assert (robust("seed", "--seed", "1") != base).any()
     model, _ = models.load_classifier(best, DIGITS, "cpu")
-    images, labels = data.load(DIGITS, None, "test")
+    images, labels = data.load_test(DIGITS, None)
     x, y = data.to_x(images[:200]), torch.from_numpy(labels[:200])
     start = attacks.random_start(x.shape, "linf", 0.15, data.stream(0, "evaluate-pgd", 0))
     x_adv = attacks.pgd(model, x, y, [start], norm="linf", eps=0.15, step_size=0.03, n_steps=1, loss="margin")
