@@ -4,6 +4,7 @@ Randomness is a function of (seed, use, step): every use (order of the data, cro
 a stream of its own, so that switching one part on or off leaves the others as they were, and resume is exact.
 """
 
+import copy
 import fcntl
 import gzip
 import hashlib
@@ -468,10 +469,12 @@ class FileBatches(Batches):
 
     def __call__(self, step):
         if step != self.expected:  # the first call, of a fresh or a resumed run
+            self.loader = None
+            keys = copy.copy(self)._keys(step)  # of a copy: in a cycle with what holds it, a loader takes 5 s to end each worker
             crops = _Crops(self.images, self.labels, self.synthetic, self.spec, self.seed)
             how = dict(num_workers=self.workers, multiprocessing_context="fork" if self.workers else None)
             how |= dict(pin_memory=torch.device(self.device).type == "cuda", generator=torch.Generator())  # or it draws from the global one
-            self.loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=self._keys(step), **how))
+            self.loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=keys, **how))
         self.expected = step + 1
         try:
             images, labels = next(self.loader)

@@ -80,14 +80,15 @@ class _Rows:
 
     def __getitem__(self, rows):
         like, size = self.arrays[0], self.arrays[0][:1].nbytes
-        places = zip(*(numbers.tolist() for numbers in np.divmod(rows, self.shard_size)))
+        order = np.argsort(rows, kind="stable")  # each shard from its beginning to its end
+        places = zip(*(numbers.tolist() for numbers in np.divmod(rows[order], self.shard_size)))
         places = [(self.files[shard], self.arrays[shard].offset + row * size) for shard, row in places]
         if hasattr(os, "posix_fadvise"):  # not on macOS; all are asked for before the first is waited for
             for file, start in places:
                 os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
         found = np.empty((len(rows), size), np.uint8)
-        for row, (file, start) in zip(found, places):
-            if os.preadv(file.fileno(), [row], start) < size:
+        for place, (file, start) in zip(order, places):
+            if os.preadv(file.fileno(), [found[place]], start) < size:
                 raise UserError(f"{file.name}: truncated since it was opened")
         return found.view(like.dtype).reshape(len(rows), *like.shape[1:])
 

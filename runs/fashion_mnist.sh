@@ -17,8 +17,8 @@ python train_at_aux.py --dataset fashion-mnist --data-dir /usr/share/datasets/fa
 python train_at.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --n-train 6400 --synthetic out/synthetic-fashion-mnist --out-dir out/fashion/dm_at
 python train_at_aux.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --n-train 6400 --synthetic out/synthetic-fashion-mnist --out-dir out/fashion/dm_at_dra
 
-# APGD-CE+T (an upper bound on robust accuracy) on the first 1,000 test images.
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 1000 --checkpoint out/fashion/at/best.pt
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 1000 --checkpoint out/fashion/at_dra/best.pt
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 1000 --checkpoint out/fashion/dm_at/best.pt
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 1000 --checkpoint out/fashion/dm_at_dra/best.pt
+# APGD-CE+T (an upper bound on robust accuracy) on the first 500 test images.
+torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/at/best.pt
+torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/at_dra/best.pt
+torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/dm_at/best.pt
+torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/dm_at_dra/best.pt

@@ -11,6 +11,7 @@ import torch
 from conftest import DIGITS, assert_equal_states, python, read_log
 from test_train import GOLDEN, TINY, run_at, run_aux
 
+import evaluate
 import train_at
 import train_at_aux
 from common import attacks, checkpoint, cli, data, models
@@ -222,6 +223,15 @@ def test_init_starts_from_other_weights(tmp_path, capsys):
         starts[name] = run_at(tmp_path / name, "--init", str(file), "--epochs", "1", "--lr", "1e-6", "--warmup-fraction", "0")
     assert_equal_states(starts["own"]["model"], starts["foreign"]["model"])
     assert starts["own"]["val_clean_acc"] > 0.5  # of ten classes, after steps too small to learn anything
+    results = {}
+    for name, file, more in (("own", tmp_path / "first" / "best.pt", []), ("foreign", foreign, ["--model", "wrn-10-1"])):
+        argv = ["--checkpoint", str(file), *more, "--attack", "clean", "--out", str(tmp_path / f"{name}.json")]
+        evaluate.main(evaluate.parse_args(argv))
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["own"]["clean_correct"] == results["foreign"]["clean_correct"] > 150  # of 797, ten classes
+    assert "note: trained against" not in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="name the network of its weights with --model"):
+        evaluate.main(evaluate.parse_args(["--checkpoint", str(foreign)]))
     best["weights"]["logits.bias"] += 1
     checkpoint.save(best, tmp_path / "first" / "best.pt")
     with pytest.raises(cli.UserError, match="holds another run.*init_sha256"):

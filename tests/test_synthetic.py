@@ -1,0 +1,739 @@
+"""Synthetic sets: shards, published .npz files, several sources, bad input, and 50 million images in flat memory.
+
+Alone: python -m pytest -n 0 tests/test_synthetic.py      (-s shows the figures of the 50 million images)
+"""
+
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS, ROOT
+
+import train_at
+from common import cli, data, synthetic
+from common.synthetic import SyntheticSet, shard_paths
+
+IMAGENET = data.DATASETS["imagenet"]
+
+
+def made(n, seed=0, shape=(8, 8, 1), num_classes=10):
+    """n random images and labels; no two images are alike."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, *shape), dtype=np.uint8), rng.integers(0, num_classes, n)
+
+
+def write_shards(directory, images, labels, shard_size, spec=DIGITS, selection=None, **changes):
+    """A directory as generate_synthetic.py writes it."""
+    directory.mkdir()
+    for shard, start in enumerate(range(0, len(images), shard_size)):
+        for array, path in zip((images, labels.astype(np.int64)), shard_paths(directory, shard)):
+            np.save(path, array[start : start + shard_size])
+    manifest = {"format": 2, "dataset": spec.name, "n": len(images), "num_classes": spec.num_classes, "held_out": 100}
+    manifest |= {"image_shape": list(images.shape[1:]), "shard_size": shard_size} | changes
+    if selection is not None:
+        np.save(directory / "selection.npy", selection)
+        manifest["selection"] = {}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return str(directory)
+
+
+def opened(*sources, spec=DIGITS):
+    synthetic.prepare(sources, spec)
+    return SyntheticSet(sources, spec)
+
+
+def assert_holds(found, images, labels, seed=1):
+    """gather gives the very images and labels, in any order and more than once."""
+    assert len(found) == len(images)
+    order = np.random.default_rng(seed).permutation(len(images)).repeat(2)
+    got_images, got_labels = found.gather(order)
+    assert got_images.dtype == np.uint8 and got_labels.dtype == np.int64
+    assert np.array_equal(got_images, images[order]) and np.array_equal(got_labels, labels[order])
+
+
+def refused(sources, *words, spec=DIGITS):
+    """Opening the sources ends with a UserError of one line that holds all the words."""
+    with pytest.raises(cli.UserError) as info:
+        opened(*map(str, sources), spec=spec)
+    message = str(info.value)
+    assert "\n" not in message and len(message) < 500, message
+    for word in words:
+        assert word in message, message
+
+
+def in_children(count, function):
+    """Run `function` in that many forked processes at the same time; returns their exit statuses."""
+    children = [multiprocessing.get_context("fork").Process(target=function) for _ in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    return [child.exitcode for child in children]
+
+
+# -------------------------------------------------------------------------------------------- published .npz files
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, ">i2"])
+def test_a_stored_npz_is_mapped_in_place(dtype, tmp_path):
+    images, labels = made(50)
+    np.savez(tmp_path / "set.npz", image=images, label=labels.astype(dtype))
+    found = opened(str(tmp_path / "set.npz"))
+    source = found.sources[0]
+    for array, values in ((source.images[0], images), (source.labels[0], labels)):
+        assert isinstance(array, np.memmap) and array.filename == str(tmp_path / "set.npz") and array.mode == "r"
+        assert array.base is not None and np.array_equal(array, values)
+    assert os.listdir(tmp_path) == ["set.npz"]  # neither unpacked nor locked
+    assert found.held_out == 0
+    assert found.identity == [
+        {"image": [crc_of(images), 50 * 64 + 128], "label": [crc_of(labels.astype(dtype)), labels.astype(dtype).nbytes + 128]}
+    ]
+    assert_holds(found, images, labels)
+
+
+def crc_of(array):
+    """CRC-32 of an array as an .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return zlib.crc32(file.getvalue())
+
+
+@pytest.mark.parametrize("zip64,before", [(False, 0), (True, 0), (True, 1), (False, 3)])
+def test_members_are_found_wherever_they_lie(zip64, before, tmp_path):
+    """With zip64's extra fields, at odd offsets, behind other members, in the other order, under a comment."""
+    images, labels = made(30)
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.comment = b"PK\x05\x06 not the end"[4:]
+        archive.writestr("extra.npy", b"x" * before)
+        for name, array in (("label", labels), ("image", images)):
+            with archive.open(f"{name}.npy", "w", force_zip64=zip64) as file:
+                np.save(file, array)
+    found = opened(str(tmp_path / "set.npz"))
+    assert_holds(found, images, labels)
+    assert found.sources[0].labels[0].offset != found.sources[0].images[0].offset
+
+
+def test_a_compressed_npz_is_unpacked_once(tmp_path):
+    images, labels = made(50)
+    path = str(tmp_path / "set.npz")
+    np.savez_compressed(path, image=images, label=labels.astype(np.int32))
+    synthetic.unpack(path, DIGITS, shard_size=20)
+    folder = tmp_path / "set.npz.unpacked"
+    names = {f"shard-0000{s}-{kind}.npy" for s in range(3) for kind in ("images", "labels")}
+    assert {p.name for p in folder.iterdir()} == names | {"manifest.json", "manifest.json.lock"}
+    for shard, (start, stop) in enumerate(((0, 20), (20, 40), (40, 50))):
+        found = [np.load(p) for p in shard_paths(folder, shard)]
+        assert np.array_equal(found[0], images[start:stop]) and np.array_equal(found[1], labels[start:stop])
+        assert found[0].dtype == np.uint8 and found[1].dtype == np.int64
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    found = opened(path)  # with the usual shard size; it does nothing
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    assert all(isinstance(shard, np.memmap) for shard in found.sources[0].images)
+    assert_holds(found, images, labels)
+
+
+def test_one_compressed_member_is_enough(tmp_path):
+    """Labels compressed, images not: both are unpacked."""
+    images, labels = made(20)
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for name, array, method in (("image", images, zipfile.ZIP_STORED), ("label", labels, zipfile.ZIP_DEFLATED)):
+            np.save(tmp_path / f"{name}.npy", array)
+            archive.write(tmp_path / f"{name}.npy", f"{name}.npy", method)
+    assert_holds(opened(str(tmp_path / "set.npz")), images, labels)
+    assert (tmp_path / "set.npz.unpacked" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_unpacking_survives_a_kill(replaced, tmp_path):
+    """Killed in the second shard; then the same file, or another one in its place, is unpacked without a trace of the first."""
+    path = str(tmp_path / "set.npz")
+    images, labels = made(50)
+    np.savez_compressed(path, image=images, label=labels)
+
+    def killed():
+        calls, fsync = itertools.count(), os.fsync
+        os.fsync = lambda file: os._exit(9) if next(calls) == 6 else fsync(file)  # two calls a file: its content, its directory
+        synthetic.unpack(path, DIGITS, shard_size=20)
+
+    assert in_children(1, killed) == [9]
+    left = sorted(p.name for p in (tmp_path / "set.npz.unpacked").iterdir())
+    assert left == ["manifest.json.lock"] + [
+        f"shard-0000{name}" for name in ("0-images.npy", "0-labels.npy", "1-images.npy", "1-labels.npy.writing")
+    ]
+    with pytest.raises(cli.UserError, match="manifest.json: no such file"):
+        SyntheticSet([path], DIGITS)
+    if replaced:
+        images, labels = made(50, seed=5)
+        np.savez_compressed(path, image=images, label=labels)
+    synthetic.unpack(path, DIGITS, shard_size=20)
+    assert_holds(opened(path), images, labels)
+    assert not list((tmp_path / "set.npz.unpacked").glob("*.writing"))
+
+
+def test_another_npz_of_the_same_name_is_refused(tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez_compressed(path, **dict(zip(("image", "label"), made(50))))
+    opened(str(path))
+    np.savez_compressed(path, **dict(zip(("image", "label"), made(50, seed=5))))
+    refused([path], "set.npz.unpacked: was unpacked from another set.npz", "remove it")
+
+
+def test_several_processes_unpack_an_npz_once(tmp_path, monkeypatch):
+    """Runs that are started together: one unpacks, the others wait for it and read the same."""
+    images, labels = made(50)
+    path, log = str(tmp_path / "set.npz"), tmp_path / "log"
+    np.savez_compressed(path, image=images, label=labels)
+    unpack = synthetic._unpack
+
+    def slow_and_logged(*args):
+        with open(log, "a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        unpack(*args)
+
+    monkeypatch.setattr(synthetic, "_unpack", slow_and_logged)
+    assert in_children(4, lambda: assert_holds(opened(path), images, labels)) == [0, 0, 0, 0]
+    assert log.read_text() == "x"
+
+
+def test_an_unpacked_set_in_a_read_only_place_opens(tmp_path, monkeypatch):
+    """A shared folder that its owner has unpacked; as root a mode does not stop a write, hence a check of every open."""
+    images, labels = made(20)
+    path = str(tmp_path / "set.npz")
+    np.savez_compressed(path, image=images, label=labels)
+    opened(path)
+    (tmp_path / "set.npz.unpacked" / "manifest.json.lock").unlink()
+    monkeypatch.setattr(data, "open", None, raising=False)  # what takes the lock
+    monkeypatch.setattr(synthetic.checkpoint, "atomic", None)
+    assert_holds(opened(path), images, labels)
+
+
+# -------------------------------------------------------------------------------------------------- several sources
+
+
+def test_sources_of_every_kind_in_one_set(tmp_path):
+    parts = [made(n, seed) for n, seed in ((40, 0), (15, 1), (33, 2))]
+    directory = write_shards(tmp_path / "shards", *parts[0], shard_size=16)
+    np.savez(tmp_path / "stored.npz", image=parts[1][0], label=parts[1][1])
+    np.savez_compressed(tmp_path / "compressed.npz", image=parts[2][0], label=parts[2][1])
+    found = opened(directory, str(tmp_path / "stored.npz"), str(tmp_path / "compressed.npz"))
+    images, labels = (np.concatenate(kind) for kind in zip(*parts))
+    assert_holds(found, images, labels)
+    assert found.held_out == 0 and len(found.identity) == 3
+    assert found.starts.tolist() == [0, 40, 55, 88]
+
+
+def test_held_out_is_the_least_of_the_sources(tmp_path):
+    sources = [write_shards(tmp_path / f"{h}", *made(9, h), shard_size=4, held_out=h) for h in (300, 200)]
+    assert opened(*sources).held_out == 200
+
+
+def test_selected_rows_alone_are_drawn_and_gathered(tmp_path):
+    images, labels = made(50)
+    rows = np.array([3, 7, 17, 18, 44, 49])
+    found = opened(write_shards(tmp_path / "set", images, labels, shard_size=16, selection=rows))
+    assert_holds(found, images[rows], labels[rows])
+    assert set(found.draw(500, torch.Generator().manual_seed(0)).tolist()) == set(range(6))
+
+
+def test_an_array_of_indices_of_any_kind_is_gathered(tmp_path):
+    images, labels = made(20)
+    found = opened(write_shards(tmp_path / "set", images, labels, shard_size=8))
+    for indices in ([19, 0], np.array([19, 0], np.int32), np.array([], np.int64)):
+        got = found.gather(indices)
+        assert np.array_equal(got[0], images[np.array(indices, np.int64)]) and np.array_equal(got[1], labels[np.array(indices, np.int64)])
+
+
+def test_gather_touches_only_the_shards_of_its_rows(tmp_path):
+    """A step's cost is that of its batch: no loop over all shards, however many there are."""
+
+    class Recorded(list):
+        def __getitem__(self, shard):
+            touched.add(shard)
+            return super().__getitem__(shard)
+
+        def __iter__(self):
+            touched.add("all")
+            return super().__iter__()
+
+    found = opened(write_shards(tmp_path / "set", *made(60), shard_size=3))
+    for rows in (found.sources[0].image_rows, found.sources[0].label_rows):
+        rows.arrays, rows.files = Recorded(rows.arrays), Recorded(rows.files)
+    for step in range(200):
+        touched = set()
+        drawn = found.draw(5, data.stream(0, "x", step)).numpy()
+        found.gather(drawn)
+        assert touched == {0} | set((drawn // 3).tolist())  # 0: the shape of an image
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="only Linux tells what a process has mapped")
+@pytest.mark.parametrize("kind", ["shards", "npz"])
+def test_no_page_of_a_set_stays_in_the_process(kind, tmp_path):
+    """Else what the system caches of a set, up to all of it, would count as memory of this process."""
+    images, labels = made(20_000)
+    if kind == "shards":
+        found = opened(write_shards(tmp_path / "set", images, labels, shard_size=10_000, selection=np.arange(20_000)))
+        expected = [str(tmp_path / "set" / name) for name in ("selection.npy", *(p for s in (0, 1) for p in shard_paths("", s)))]
+    else:
+        np.savez(tmp_path / "set.npz", image=images, label=labels)
+        found, expected = opened(str(tmp_path / "set.npz")), [str(tmp_path / "set.npz")] * 2
+    assert_holds(found, images, labels)
+    resident, path = {}, None
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if line.split("-")[0].isalnum():  # the first line of a mapping ends in its file
+                path = line.split(maxsplit=5)[-1].rstrip()
+            elif line.startswith("Rss:"):
+                resident.setdefault(path, []).append(int(line.split()[1]))
+    mapped = [path for path in resident if path.startswith(str(tmp_path)) for _ in resident[path]]
+    assert sorted(mapped) == sorted(expected)
+    assert all(resident[path] == [0] * len(resident[path]) for path in mapped)
+    assert max(map(max, resident.values())) > 0
+
+
+def test_a_file_cut_short_while_it_is_in_use(tmp_path):
+    """Read through a mapping, it would end the process with a bus error."""
+    images, labels = made(2000)
+    found = opened(write_shards(tmp_path / "set", images, labels, shard_size=1000))
+    os.truncate(shard_paths(tmp_path / "set", 1)[0], 1000)
+    assert np.array_equal(found.gather([999])[0], images[999:1000])
+    with pytest.raises(cli.UserError, match="shard-00001-images.npy: truncated since it was opened"):
+        found.gather([0, 1999])
+
+
+def test_draws_without_shares_are_uniform_over_the_union(tmp_path):
+    sizes, n = (10, 200, 790), 400_000
+    found = opened(*(write_shards(tmp_path / f"{k}", *made(k, k), shard_size=100) for k in sizes))
+    state = torch.get_rng_state()
+    drawn = found.draw(n, torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(drawn, found.draw(n, torch.Generator().manual_seed(3)))
+    assert drawn.dtype == torch.int64 and drawn.min() == 0 and drawn.max() == 999
+    counts = np.bincount(drawn, minlength=1000)
+    chi_square = ((counts - n / 1000) ** 2 / (n / 1000)).sum()
+    assert abs(chi_square - 999) < 4 * (2 * 999) ** 0.5
+    assert_shares(counts, sizes, [size / 1000 for size in sizes])
+
+
+def assert_shares(counts, sizes, shares):
+    """Counts per index fall on the sources in these shares, within four sigma."""
+    n, starts = counts.sum(), np.cumsum((0, *sizes))
+    for start, stop, share in zip(starts, starts[1:], shares):
+        assert abs(counts[start:stop].sum() / n - share) <= 4 * (share * (1 - share) / n) ** 0.5
+
+
+def test_draws_with_shares_keep_them(tmp_path):
+    """Shares count relative to their sum; within a source, every image is as likely as the next."""
+    sizes, n = (10, 200, 790, 50), 400_000
+    paths = [write_shards(tmp_path / f"{k}", *made(k, k), shard_size=100) for k in sizes]
+    found = opened(*(f"{path}={share}" for path, share in zip(paths, ("1/2", "1", "0.5", "0"))))
+    drawn = found.draw(n, torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, found.draw(n, torch.Generator().manual_seed(3)))
+    counts = np.bincount(drawn, minlength=1050)
+    assert len(counts) == 1050 and counts[1000:].sum() == 0
+    assert_shares(counts, sizes, [0.25, 0.5, 0.25, 0])
+    for start, size, share in ((0, 10, 0.25), (10, 200, 0.5), (210, 790, 0.25)):
+        mean = n * share / size
+        chi_square = ((counts[start : start + size] - mean) ** 2 / mean).sum()
+        assert abs(chi_square - size) < 5 * (2 * size) ** 0.5
+
+
+def test_shares_reach_the_batches(tmp_path):
+    paths = [write_shards(tmp_path / f"{k}", np.full((30, 8, 8, 1), k, np.uint8), np.zeros(30, int), shard_size=30) for k in (1, 2)]
+    spec = data.DATASETS["digits"]
+    real = np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int64)
+    batches = data.Batches(*real, opened(f"{paths[0]}=1", f"{paths[1]}=3"), 0.8, 50, spec, 0, "cpu")
+    values = torch.cat([(batches(step)[0].amax((1, 2, 3)) * 255).round() for step in range(100)])
+    assert (values == 0).sum() == 1000
+    assert abs((values == 2).sum().item() / 4000 - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5
+
+
+def test_sets_of_other_sizes_where_images_are_cropped_anyway(tmp_path):
+    """ImageNet's images are cropped and resized: sources of 256 and of 64 pixels go together, one image at a time."""
+    parts = [made(6, size, (size, size, 3), 1000) for size in (64, 48)]
+    found = opened(*(write_shards(tmp_path / f"{k}", *part, 4, IMAGENET) for k, part in enumerate(parts)), spec=IMAGENET)
+    for index in range(12):
+        images, labels = found.gather(np.array([index]))
+        assert np.array_equal(images[0], parts[index // 6][0][index % 6]) and labels[0] == parts[index // 6][1][index % 6]
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("a/b", ("a/b", None)),
+        ("a/b=2", ("a/b", 2.0)),
+        ("a.npz=1/3", ("a.npz", 1 / 3)),
+        ("cfg=2/set", ("cfg=2/set", None)),
+        ("cfg=2/set=0.5", ("cfg=2/set", 0.5)),
+        ("a=nan", ("a=nan", None)),
+        ("a=", ("a=", None)),
+        ("a=-1", ("a", -1.0)),
+        ("there=2", ("there=2", None)),  # it exists
+        ("there=2=3", ("there=2", 3.0)),
+    ],
+)
+def test_shares_are_told_from_paths(text, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there=2").mkdir()
+    assert synthetic.parse_source(text) == expected
+
+
+def test_paths_with_an_equals_sign_open(tmp_path):
+    parts = [made(12, seed) for seed in (1, 2)]
+    paths = [write_shards(tmp_path / name, *part, shard_size=5) for name, part in zip(("w=1.5", "w=2"), parts)]
+    assert_holds(opened(*paths), *(np.concatenate(kind) for kind in zip(*parts)))
+    found = opened(f"{paths[0]}=1", f"{paths[1]}=0")
+    assert set(found.draw(300, torch.Generator().manual_seed(0)).tolist()) == set(range(12))
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("shares", [("=1", ""), ("=-1", "=2"), ("=0", "=0")])
+def test_shares_that_mean_nothing(shares, tmp_path):
+    paths = [write_shards(tmp_path / f"{k}", *made(9, k), shard_size=4) for k in (1, 2)]
+    word = "to all sources or to none" if "" in shares else "at least 0 and not all 0"
+    refused([path + share for path, share in zip(paths, shares)], "--synthetic", *paths, word)
+
+
+def test_an_empty_list_of_sources_is_refused_by_the_script(capsys):
+    with pytest.raises(SystemExit) as info:
+        train_at.parse_args(["--synthetic"])
+    printed = capsys.readouterr().err
+    assert info.value.code == 2 and printed.count("\n") == 1 and "--synthetic" in printed
+
+
+class Hostile:
+    """Unpickled, it makes the directory `marker`."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+IMAGES, LABELS = made(20)
+ARRAYS = {
+    "no image": ({"label": LABELS}, ["has arrays ['label.npy']", "'image'"]),
+    "other names": ({"x": IMAGES, "y": LABELS}, ["has arrays ['x.npy', 'y.npy']"]),
+    "images of floats": ({"image": IMAGES / 255.0, "label": LABELS}, ["image float64 (20, 8, 8, 1)", "expected uint8"]),
+    "images in planes": ({"image": IMAGES.transpose(0, 3, 1, 2).copy(), "label": LABELS}, ["[1, 8, 8]", "[8, 8, 1]"]),
+    "images of another size": ({"image": IMAGES[:, :7], "label": LABELS}, ["[7, 8, 1]", "[8, 8, 1]"]),
+    "flat images": ({"image": IMAGES.reshape(20, 64), "label": LABELS}, ["(20, 64)"]),
+    "one image": ({"image": IMAGES[0], "label": LABELS[:8]}, ["(8, 8, 1)"]),
+    "a number": ({"image": np.uint8(3), "label": LABELS}, ["image uint8 ()"]),
+    "nothing": ({"image": IMAGES[:0], "label": LABELS[:0]}, ["(0, 8, 8, 1)"]),
+    "fewer labels": ({"image": IMAGES, "label": LABELS[:19]}, ["label int64 (19,)"]),
+    "labels one-hot": ({"image": IMAGES, "label": np.eye(10, dtype=np.int64)[LABELS]}, ["label int64 (20, 10)"]),
+    "labels of floats": ({"image": IMAGES, "label": LABELS.astype(float)}, ["label float64"]),
+    "labels of truth": ({"image": IMAGES, "label": LABELS > 4}, ["label bool"]),
+    "labels of text": ({"image": IMAGES, "label": LABELS.astype(str)}, ["label <U"]),
+    "structured images": ({"image": IMAGES.view([("v", "u1")]), "label": LABELS}, ["expected uint8"]),
+    "columns first": ({"image": np.asfortranarray(IMAGES), "label": LABELS}, ["Fortran order"]),
+    "a label of 10": ({"image": IMAGES, "label": np.where(np.arange(20) == 19, 10, LABELS)}, ["labels outside 0..9"]),
+    "a label of -1": ({"image": IMAGES, "label": np.where(np.arange(20) == 0, -1, LABELS)}, ["labels outside 0..9"]),
+    "a label of 2^63 + 1": ({"image": IMAGES, "label": LABELS.astype(np.uint64) + np.uint64(2**63 + 1)}, ["labels outside 0..9"]),
+}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("case", ARRAYS)
+def test_arrays_that_do_not_fit(case, save, tmp_path):
+    arrays, words = ARRAYS[case]
+    save(tmp_path / "set.npz", **arrays)
+    refused([tmp_path / "set.npz"], "set.npz", *words)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_pickled_objects_are_not_unpickled(name, save, tmp_path):
+    arrays = {"image": IMAGES, "label": LABELS} | {name: np.array([Hostile(tmp_path / "marker")] * 20, dtype=object)}
+    save(tmp_path / "set.npz", **arrays)
+    with np.load(tmp_path / "set.npz", allow_pickle=True) as content:
+        content[name]
+    os.rmdir(tmp_path / "marker")  # it was made: the file is hostile indeed
+    refused([tmp_path / "set.npz"], "set.npz", f"'{name}'", "Python objects")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_pickle_in_the_place_of_an_array_is_not_unpickled(tmp_path):
+    hostile = pickle.dumps(Hostile(tmp_path / "marker"))
+    directory = write_shards(tmp_path / "set", IMAGES, LABELS, shard_size=8)
+    (tmp_path / "set" / "shard-00001-images.npy").write_bytes(hostile)
+    refused([directory], "shard-00001-images.npy")
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("image.npy", hostile)
+        archive.writestr("label.npy", hostile)
+    refused([tmp_path / "set.npz"], "set.npz, array 'image': not an .npy array")
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_truncated_npz_is_refused_wherever_it_ends(save, tmp_path):
+    save(tmp_path / "whole.npz", image=IMAGES, label=LABELS)
+    content = (tmp_path / "whole.npz").read_bytes()
+    opened(str(tmp_path / "whole.npz"))
+    for length in [*range(0, len(content), 53), *range(len(content) - 60, len(content))]:
+        (tmp_path / "cut.npz").write_bytes(content[:length])
+        refused([tmp_path / "cut.npz"], "cut.npz: truncated or not an .npz file")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_byte_is_refused_or_changes_nothing(save, tmp_path):
+    """In the archive's own records, in NumPy's headers and, where it is compressed (and checked), anywhere."""
+    save(tmp_path / "whole.npz", image=IMAGES, label=LABELS)
+    content = (tmp_path / "whole.npz").read_bytes()
+    places = set(range(len(content))) if save is np.savez_compressed else set()
+    for mark, length in ((b"PK\x03\x04", 60), (b"PK\x01\x02", 60), (b"PK\x05\x06", 22), (b"\x93NUMPY", 128)):
+        starts = [start for start in range(len(content)) if content.startswith(mark, start)]
+        places.update(place for start in starts for place in range(start, min(start + length, len(content))))
+    rng, places, seen = np.random.default_rng(0), sorted(places), set()
+    for number in range(300):
+        broken = bytearray(content)
+        broken[rng.choice(places)] = rng.integers(256) if number % 2 else rng.choice(list(b"\0\xff(-'9\\"))
+        path = tmp_path / f"{number}.npz"
+        path.write_bytes(broken)
+        try:
+            assert_holds(opened(str(path)), IMAGES, LABELS)
+            seen.add("same")
+        except cli.UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error), error
+            seen.add("refused")
+    assert seen == {"same", "refused"}
+
+
+def npy(header, content):
+    """An .npy file with this very header."""
+    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header.encode() + content
+
+
+def described(shape, descr="|u1"):
+    return f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}\n"
+
+
+LIES = {
+    "more images": described((21, 8, 8, 1)),
+    "fewer images": described((19, 8, 8, 1)),
+    "more than any disk": described((2**62, 8, 8, 1)),
+    "a product that wraps around to the truth": described((2**64 + 20, 8, 8, 1)),
+    "negative": described((-20, -8, 8, 1)),
+    "wider numbers": described((20, 8, 8, 1), "<u2"),
+    "nothing": "",
+    "an expression": "__import__('os').mkdir('marker')",
+    "too deep": "(" * 5000,
+    "unary": "-" * 5000 + "1",
+    "not closed": "{'descr': '|u1', 'fortran_order': False, 'shape': (20, 8,",
+    "keys of two kinds": "{1: 2, 'shape': 3, 'descr': '|u1'}",
+}
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie(lie, compression, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("label.npy", LABELS)
+    with zipfile.ZipFile("set.npz", "w", compression) as archive:
+        archive.writestr("image.npy", npy(LIES[lie], IMAGES.tobytes()))
+        archive.write("label.npy")
+    refused(["set.npz"], "set.npz", "image")
+    assert not os.path.exists("marker")
+    if compression == zipfile.ZIP_STORED:  # and the truth, written in the same way, opens
+        with zipfile.ZipFile("true.npz", "w") as archive:
+            archive.writestr("image.npy", npy(described(IMAGES.shape), IMAGES.tobytes()))
+            archive.write("label.npy")
+        assert_holds(opened("true.npz"), IMAGES, LABELS)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compression_that_numpy_does_not_use(method, tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w", method) as archive:
+        for name, array in (("image", IMAGES), ("label", LABELS)):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.save(file, array)
+    refused([tmp_path / "set.npz"], "set.npz", "another method")
+
+
+def test_a_checksum_that_does_not_hold(tmp_path):
+    """The stream is whole, its content is not: found at the end, and nothing is left that would open."""
+    images, labels = made(500)  # more than zipfile reads with the header
+    np.savez_compressed(tmp_path / "set.npz", image=images, label=labels)
+    content = (tmp_path / "set.npz").read_bytes()
+    crc = zipfile.ZipFile(tmp_path / "set.npz").getinfo("image.npy").CRC.to_bytes(4, "little")
+    (tmp_path / "set.npz").write_bytes(content.replace(crc, b"abcd"))
+    refused([tmp_path / "set.npz"], "set.npz: truncated or broken", "CRC")
+    assert not (tmp_path / "set.npz.unpacked" / "manifest.json").exists()
+
+
+def test_what_is_no_set_at_all(tmp_path):
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "folder.npz").mkdir()
+    refused([tmp_path / "text.npz"], "text.npz: truncated or not an .npz file")
+    refused([tmp_path / "folder.npz"], "folder.npz", "Is a directory")
+    refused([tmp_path / "none.npz"], "none.npz: no such file")
+    refused([tmp_path / "none"], "none/manifest.json: no such file")
+
+
+@pytest.mark.parametrize("shape", [["a", "b", 3], [40, 3], [40.5, 40, 3], [31, 40, 3], [40, 40, 1], [-40, -40, 3], None, "40", {}])
+def test_image_shapes_that_are_none(shape, tmp_path):
+    images, labels = made(3, 0, (40, 40, 3))
+    refused([write_shards(tmp_path / "set", images, labels, 2, IMAGENET, image_shape=shape)], "--synthetic", "[224, 224, 3]", spec=IMAGENET)
+    assert_holds(opened(write_shards(tmp_path / "fits", images, labels, 2, IMAGENET), spec=IMAGENET), images, labels)
+
+
+def test_a_wrong_row_late_in_a_long_selection(tmp_path):
+    """Entries are checked in parts of 2^20; the bad one lies in the second."""
+    rows = np.zeros((1 << 20) + 5, np.int64)
+    opened(write_shards(tmp_path / "good", IMAGES, LABELS, shard_size=8, selection=rows))
+    for value in (20, -1):
+        rows[-1] = value
+        refused([write_shards(tmp_path / f"{value}", IMAGES, LABELS, shard_size=8, selection=rows)], "selection.npy", "outside 0..19")
+
+
+def test_a_shard_too_many_or_too_few(tmp_path):
+    refused([write_shards(tmp_path / "few", IMAGES, LABELS, shard_size=8, n=21)], "shard-00002-images.npy", "(4, 8, 8, 1)", "(5, 8, 8, 1)")
+    refused([write_shards(tmp_path / "none", IMAGES, LABELS, shard_size=8, n=25)], "shard-00002-images.npy", "(8, 8, 8, 1)")
+    refused([write_shards(tmp_path / "many", IMAGES, LABELS, shard_size=8, n=10**7)], "open files", "--shard-size")
+
+
+# --------------------------------------------------------------------------------------------------- large and many
+
+
+def test_more_files_than_a_process_may_open_at_first(tmp_path):
+    """1,500 shards in two sources where the limit is 256: it is raised; where it cannot be far enough, that is said."""
+    images, labels = made(1500)
+    sources = [write_shards(tmp_path / f"{k}", images[k::2], labels[k::2], shard_size=1) for k in (0, 1)]
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if 0 <= hard < 7000:
+        pytest.skip(f"this system lets a process open {hard} files")
+
+    def raised():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        found = opened(*sources)
+        assert_holds(found, np.concatenate([images[0::2], images[1::2]]), np.concatenate([labels[0::2], labels[1::2]]))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 7000  # no more than it takes: some programs walk through all of them
+
+    def too_low():  # for both; one source alone would do
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 5000))
+        opened(sources[1])
+        refused(sources, sources[1], "needs 3000 open files", "5000", "--shard-size")
+
+    assert in_children(1, raised) == [0]
+    assert in_children(1, too_low) == [0]
+
+
+PLANTED = (0, 12_345_678, 49_999_999)  # rows of the 50 million with known content: image r % 251 everywhere, label r % 10
+MEASURE = """
+import json, os, sys, time
+import numpy as np, torch
+from common import data, synthetic
+
+torch.set_num_threads(1)
+
+def status():
+    with open("/proc/self/status") as file:
+        lines = dict(line.split(":") for line in file)
+    return [int(lines[key].split()[0]) / 1024 for key in ("VmHWM", "VmRSS")]
+
+def measure(path, rows):
+    spec = data.DATASETS["cifar10"]
+    images, labels = np.zeros((1000, 32, 32, 3), np.uint8), np.zeros(1000, np.int64)
+    before, start = status()[1], time.perf_counter()
+    found = synthetic.SyntheticSet([path], spec)
+    seconds, opened = time.perf_counter() - start, status()[1]
+    for row in rows:
+        got_images, got_labels = found.gather(np.array([row]))
+        assert (got_images == row % 251).all() and got_labels[0] == row % 10, (row, got_images, got_labels)
+    batches = data.Batches(images, labels, found, 0.7, 512, spec, 0, "cpu")
+    assert batches.n_synthetic == 358
+    start = time.perf_counter()
+    for step in range(200):
+        batches(step)
+    per_step = (time.perf_counter() - start) / 200
+    figures = dict(path=path, n=len(found), open_seconds=seconds, step_seconds=per_step)
+    print(json.dumps(figures | dict(before=before, opened=opened, peak=status()[0], after=status()[1])), flush=True)
+
+for path, *rows in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        measure(path, rows)
+        os._exit(0)
+    if os.wait()[1] != 0:
+        sys.exit(1)
+"""
+
+
+def sparse_npy(file, dtype, shape, planted):
+    """Write an .npy array of zeros that takes no room, but for the planted rows."""
+    np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    start, row_size = file.tell(), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+    for row, value in planted:
+        file.seek(start + row * row_size)
+        file.write(np.full(shape[1:], value, dtype).tobytes())
+    file.truncate(start + shape[0] * row_size)
+    file.seek(0, os.SEEK_END)
+
+
+def sparse_npz(path, n, rows):
+    """A stored .npz of n CIFAR-size images; zipfile would write every zero, so the members' records are made by hand."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, dtype, shape, modulus in (("image", np.uint8, (n, 32, 32, 3), 251), ("label", np.int64, (n,), 10)):
+            info = zipfile.ZipInfo(f"{name}.npy")
+            info.header_offset, info.CRC = archive.fp.tell(), 0
+            info.file_size = info.compress_size = 128 + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            archive.fp.write(info.FileHeader(zip64=True))
+            begin = archive.fp.tell()
+            sparse_npy(archive.fp, dtype, shape, [(row, row % modulus) for row in rows])
+            assert archive.fp.tell() - begin == info.file_size
+            archive.filelist.append(info)
+            archive.NameToInfo[info.filename] = info
+            archive.start_dir, archive._didModify = archive.fp.tell(), True
+
+
+def sparse_shards(directory, n, shard_size, rows):
+    write_shards(directory, *made(1, 0, (32, 32, 3)), shard_size, data.DATASETS["cifar10"], n=n)
+    for shard in range(n // shard_size):
+        here = [row for row in rows if row // shard_size == shard]
+        for path, dtype, shape, modulus in zip(shard_paths(directory, shard), (np.uint8, np.int64), ((32, 32, 3), ()), (251, 10)):
+            with open(path, "wb") as file:
+                sparse_npy(file, dtype, (shard_size, *shape), [(row - shard * shard_size, row % modulus) for row in here])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells what memory a process has had")
+def test_fifty_million_images_cost_no_more_memory_than_ten_thousand(tmp_path):
+    """200 training batches with 358 of them each, from one .npz file of 154 GB and from 200 shards, all of them holes."""
+    with open(tmp_path / "hole", "wb") as file:
+        file.truncate(1 << 30)
+    if (tmp_path / "hole").stat().st_blocks * 512 > 1 << 20:
+        pytest.skip("this file system has no sparse files")
+    small, large = 10_000, 50_000_000
+    sparse_npz(tmp_path / "small.npz", small, [])
+    sparse_npz(tmp_path / "large.npz", large, PLANTED)
+    sparse_shards(tmp_path / "small", small, 5_000, [])
+    sparse_shards(tmp_path / "large", large, 250_000, PLANTED)
+    assert (tmp_path / "large.npz").stat().st_size > 153 * 10**9
+    assert sum(p.stat().st_blocks * 512 for p in tmp_path.rglob("*") if p.is_file()) < 64 << 20
+    jobs = [[str(tmp_path / name), *(PLANTED if "large" in name else ())] for name in ("small.npz", "large.npz", "small", "large")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(jobs)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in found:
+        memory = ", ".join(f"{row[key]:.0f} {key}" for key in ("before", "opened", "after", "peak"))
+        times = f"opened in {row['open_seconds']:.2f} s, {row['step_seconds'] * 1e3:.0f} ms a step"
+        print(f"\n{os.path.basename(row['path']):>9}: {row['n']:>10,} images, {times}; MB resident: {memory}", end="")
+    assert [row["n"] for row in found] == [small, large, small, large]
+    for few, many in (found[:2], found[2:]):
+        assert many["open_seconds"] < 30
+        assert many["opened"] - many["before"] < 50
+        assert many["after"] - few["after"] < 100 and many["peak"] - few["peak"] < 100
