@@ -39,6 +39,9 @@ ATTACKS = {  # --attack: (its name in tables, its parts in the order in which th
 }
 
 
+PGD_FLAGS = ("--loss", "--n-steps", "--n-restarts", "--step-size")  # the package's attacks have constants of their own
+
+
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     group = parser.add_argument_group("what")
@@ -63,6 +66,7 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=cli.seed, default=0, help="seed of the attacks")
     group.add_argument("--out", help="result file, .json (default: beside the checkpoint, see above)")
     args = parser.parse_args(argv)
+    parser.refuse_unused(argv, {flag: ("--attack pgd", args.attack == "pgd") for flag in PGD_FLAGS})
     args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
     folder, name = os.path.split(args.checkpoint)

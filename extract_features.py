@@ -108,6 +108,7 @@ def main(args):
     model.check_teaches(f"--diffusion {args.diffusion}", spec, with_labels=False)
     blocks = args.blocks or model.blocks
     model.check_blocks(blocks)
+    model.check_sigmas(args.sigmas)
     manifest = {
         "format": 2,
         "dataset": spec.name,

@@ -19,6 +19,7 @@ import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import checkpoint, cli, data, diffusion, dist, models, runlog
 from common.synthetic import open_shards, shard_paths
@@ -107,14 +108,17 @@ def sample(model, ids, args):
 
 
 @torch.no_grad()
-def confidences(synthetic, classifier, batch_size, device, rank, world_size):
-    """The classifier's probability of each image's own label, float32 (N,); batches are shared out over ranks."""
+def confidences(synthetic, classifier, size, batch_size, device, rank, world_size):
+    """The classifier's probability of each image's own label, float32 (N,); it sees `size` pixels; batches are shared out over ranks."""
     confidence = torch.zeros(len(synthetic), device=device)
     starts = range(rank * batch_size, len(synthetic), world_size * batch_size)
     for start in runlog.progress(starts, rank, desc="select", unit="batch"):
         rows = np.arange(start, min(start + batch_size, len(synthetic)))
         images, labels = synthetic.gather(rows)
-        probs = classifier(data.to_x(images, device)).softmax(1)
+        x = data.to_x(images, device)
+        if x.shape[-1] != size:  # sets of larger images, for training that crops and resizes
+            x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+        probs = classifier(x).softmax(1)
         confidence[start : start + len(rows)] = probs.gather(1, torch.from_numpy(labels).to(device)[:, None])[:, 0]
     return dist.sum_over_ranks(confidence).cpu().numpy()
 
@@ -164,11 +168,16 @@ def main(args):
     spec = data.DATASETS[args.dataset]
     model = diffusion.load_diffusion(args.diffusion, device)
     model.check_generates(f"--diffusion {args.diffusion}", spec)
+    asked, (low, high) = (args.sigma_min, args.sigma_max), model.sigma_range
+    args.sigma_min, args.sigma_max = max(args.sigma_min, low), min(args.sigma_max, high)
+    if rank == 0 and asked != (args.sigma_min, args.sigma_max):
+        print(f"note: {args.diffusion} knows noise levels {low:.4g} to {high:.4g}; sampling from {args.sigma_max:g} to {args.sigma_min:g}")
     if args.guidance_scale != 1 and model.label_dropout == 0:
         raise cli.UserError(f"--guidance-scale {args.guidance_scale}: {args.diffusion} was trained without label dropout")
     train = test = classifier = None
-    if rank == 0 and not spec.files:  # for the memorisation check
+    if rank == 0:
         data.prepare(spec, args.data_dir, args.download)
+    if rank == 0 and not spec.files:  # for the memorisation check
         (train, _), _ = data.load_train(spec, args.data_dir, args.val_size)
         test, _ = data.load_test(spec, args.data_dir)
     if args.classifier:
@@ -199,7 +208,7 @@ def main(args):
         if synthetic.manifest.get("selection", how) != how:
             raise cli.UserError(f"--out-dir {args.out_dir}: another selection was made there; generate into another directory")
         if "selection" not in synthetic.manifest:
-            confidence = confidences(synthetic, classifier, args.batch_size, device, rank, world_size)
+            confidence = confidences(synthetic, classifier, spec.image_size, args.batch_size, device, rank, world_size)
             if rank == 0:
                 rows = select(confidence, np.concatenate(synthetic.labels), args.keep_fraction)
                 checkpoint.write_npy(rows, os.path.join(args.out_dir, "selection.npy"))

@@ -44,6 +44,11 @@ PRESETS = {
     "digits": dict(
         model="wrn-10-1", val_size=200, n_steps=5, epochs=100, batch_size=128, clip_norm=5.0, eval_every=10, eval_n_steps=20,
     ),
+    # The base counts an epoch's steps from all training images, the held-out ones too: 98 at batch 512 for CIFAR, 39,200 in all.
+    "cifar10": dict(epoch_images=50_000),
+    "cifar100": dict(epoch_images=50_000),
+    "svhn": dict(epoch_images=73_257),
+    "tiny-imagenet": dict(epoch_images=100_000),
     "fashion-mnist": dict(
         model="wrn-10-1", n_steps=5, epochs=10, batch_size=128, lr=0.1, warmup_fraction=0.2, clip_norm=5.0, eval_n_steps=10,
     ),
@@ -87,7 +92,8 @@ def parse_args(argv=None):
     group.add_argument("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp on too, either one is drawn for a batch")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--optimizer", choices=["sgd", "adamw"], help="sgd: Nesterov, one cycle per epoch; adamw: warm-up, cosine per step")
-    group.add_argument("--epochs", type=cli.count, help="one epoch is ceil(real training images / batch size) steps, synthetic or not")
+    group.add_argument("--epochs", type=cli.count, help="one epoch is ceil(--epoch-images / batch size) steps, synthetic images or not")
+    group.add_argument("--epoch-images", type=cli.count, help="images that count as an epoch (default: the real ones trained on)")
     group.add_argument("--batch-size", type=cli.count, help="global batch size, images")
     group.add_argument("--lr", type=cli.positive, help="peak learning rate")
     group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
@@ -115,6 +121,19 @@ def parse_args(argv=None):
         parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic DIR")
     if args.synthetic is not None and args.synthetic_fraction is None:
         args.synthetic_fraction = SYNTHETIC_FRACTION
+    parser.refuse_unused(argv, {
+        "--beta": ("--loss trades", args.loss == "trades"),
+        "--step-size": ("--attack pgd", args.attack == "pgd" and args.loss != "standard"),
+        "--momentum": ("--optimizer sgd", args.optimizer == "sgd"),
+        "--betas": ("--optimizer adamw", args.optimizer == "adamw"),
+        "--final-lr": ("--optimizer adamw", args.optimizer == "adamw"),
+        "--workers": ("image files (imagenet)", data.DATASETS[args.dataset].files),
+    })  # fmt: skip
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(args, name) < 0.01:
+            parser.error(f"argument --{name}: {getattr(args, name)}, expected 0 or at least 0.01")
+    if max(args.betas) == 1 or args.momentum[1] == 0:
+        parser.error("argument --betas: expected below 1" if max(args.betas) == 1 else "argument --momentum: HIGH must be above 0")
     if args.attack == "apgd" and args.loss == "trades":
         parser.error("argument --attack: apgd maximises cross-entropy, it goes with --loss pgd")
     if args.momentum[0] > args.momentum[1]:
@@ -206,8 +225,8 @@ def evaluate(model, x, y, starts, args, rank, world_size):
     NaN where a logit is not finite: argmax would call it class 0.
     """
     correct = torch.zeros(2, dtype=torch.float64, device=x.device)
-    rows = torch.arange(rank, len(y), world_size, device=x.device)
-    for part in rows.split(256):
+    rows = torch.arange(len(y), device=x.device)[rank::world_size]
+    for part in rows.split(256 if x.shape[-1] < 32 else 64):  # large networks' activations
         attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.eval_n_steps, loss="margin")
         x_adv = attacks.pgd(model, x[part], y[part], [starts[part]], **attack)
         with torch.no_grad():
@@ -225,8 +244,11 @@ def main(args):
     if args.batch_size % (world_size * args.accumulate):
         parts = f" with --accumulate {args.accumulate}" if args.accumulate > 1 else ""
         raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes{parts}")
+    if (args.mixup or args.cutmix) and args.batch_size == world_size:
+        raise cli.UserError(f"--batch-size {args.batch_size}: an image per process has no other to be mixed with, see --mixup and --cutmix")
     spec = data.DATASETS[args.dataset]
     models.check_model(args.model, spec)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Data: everything that can be wrong is found before the run directory is made.
     if rank == 0:
@@ -241,7 +263,7 @@ def main(args):
     batches = Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
     x_val, y_val = data.to_x(val_images[:], device), torch.from_numpy(val_labels).to(device)
     val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
-    steps_per_epoch = math.ceil(len(labels) / args.batch_size)
+    steps_per_epoch = math.ceil((args.epoch_images or len(labels)) / args.batch_size)
     train_steps = args.epochs * steps_per_epoch
 
     # Model, average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
@@ -253,6 +275,8 @@ def main(args):
     if world_size > 1 and device.type == "cuda":
         raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
     norms = [m for m in raw_model.modules() if isinstance(m, _BatchNorm)]
+    if rank == 0 and norms and args.accumulate > 1:
+        print("note: --accumulate: BatchNorm's statistics are those of each part, not of a rank's whole batch")
     ema = EMA(raw_model)
     fused = device.type == "cuda"
     groups = models.parameter_groups([raw_model], args.weight_decay, biases=args.optimizer == "sgd")
@@ -282,7 +306,6 @@ def main(args):
     if args.compile:
         raw_model.compile()
     model = dist.wrap(raw_model)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
     bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
@@ -296,13 +319,15 @@ def main(args):
         for param_group in optimizer.param_groups:
             param_group.update(rates)
         for norm in norms:
-            norm.momentum = 1.0 if step == 0 else args.bn_momentum
+            norm.momentum = 1.0 if step == 0 and not args.init else args.bn_momentum
 
         x, y = batches(step)
         if args.mixup or args.cutmix:
             x, y = data.mix(x, y, spec.num_classes, args.mixup, args.cutmix, data.seed_of(args.seed, "mix", step))
-        shape = (args.batch_size, *x.shape[1:])
-        start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
+        start = x  # not read by an attack that has no random start
+        if args.attack == "pgd" and args.loss != "standard":
+            shape = (args.batch_size, *x.shape[1:])
+            start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
 
         optimizer.zero_grad(set_to_none=True)
         for part in range(args.accumulate):

@@ -43,6 +43,13 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**defaults | model_presets.get(family, {}))
         return self.parse_args(argv)
 
+    def refuse_unused(self, argv, uses):
+        """End with an error where a flag stands on the command line and does nothing. uses: flag -> (what needs it, whether that is on)."""
+        given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        for flag, (what, on) in uses.items():
+            if flag in given and not on:
+                self.error(f"argument {flag}: does nothing here, it goes with {what}")
+
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message}", file=sys.stderr)

@@ -222,26 +222,34 @@ class ImageFiles:
     def __init__(self, paths, resize, size):
         from torchvision.transforms import v2
 
-        self.paths, self.resize, self.size = paths, resize, size
+        # Bytes in one array, not a million Python strings, whose reference counts would copy their pages into every worker.
+        self.names = np.array([os.fsencode(path) for path in paths], np.bytes_)
+        self.resize, self.size = resize, size
         self.view = v2.Compose([v2.Resize(resize), v2.CenterCrop(size)]) if resize else lambda image: image
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
+
+    def path(self, row):
+        return os.fsdecode(self.names[row])
+
+    @property
+    def paths(self):
+        return [os.fsdecode(name) for name in self.names]
 
     def part(self, rows):
         """The images of a slice or list of rows, still in their files."""
-        paths = self.paths[rows] if isinstance(rows, slice) else [self.paths[row] for row in rows]
-        return ImageFiles(paths, self.resize, self.size)
+        return ImageFiles(self.names[rows], self.resize, self.size)
 
     def open(self, row):
         """One decoded PIL image in RGB, at its own size."""
         from PIL import Image
 
         try:
-            with Image.open(self.paths[row]) as image:
+            with Image.open(self.path(row)) as image:
                 return image.convert("RGB")
         except Exception as error:  # Pillow's many decoders raise nearly anything at a broken file
-            raise UserError(f"{self.paths[row]}: not a readable image ({error})") from None
+            raise UserError(f"{self.path(row)}: not a readable image ({error})") from None
 
     def __getitem__(self, rows):
         rows = range(len(self))[rows] if isinstance(rows, slice) else [int(row) for row in rows]
@@ -250,7 +258,7 @@ class ImageFiles:
         def decode(place):
             image = np.asarray(self.view(self.open(rows[place])))
             if image.shape != images.shape[1:]:
-                raise UserError(f"{self.paths[rows[place]]}: {image.shape}, expected {images.shape[1:]}")
+                raise UserError(f"{self.path(rows[place])}: {image.shape}, expected {images.shape[1:]}")
             images[place] = image
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes outside Python's lock

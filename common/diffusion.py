@@ -60,8 +60,9 @@ def _from_hub(name):
     try:
         how = dict(repo_id=name.removeprefix("hub:"), allow_patterns=["*.json", "*.safetensors"])
         path = huggingface_hub.snapshot_download(**how)
-        if not any(file.endswith(".safetensors") for _, _, files in os.walk(path) for file in files):
-            path = huggingface_hub.snapshot_download(**how | {"allow_patterns": ["*.json", "*.bin"]})  # read weights-only
+        folders = [files for _, _, files in os.walk(path) if "config.json" in files]
+        if not all(any(file.endswith(".safetensors") for file in files) for files in folders):
+            path = huggingface_hub.snapshot_download(**how | {"allow_patterns": ["*.json", "*.safetensors", "*.bin"]})  # read weights-only
         return path
     except Exception as error:  # the hub's, the network's and the file system's errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -135,6 +136,7 @@ class Diffusion:
     """
 
     val_size, has_null_label = 0, True
+    sigma_range = (0.0, float("inf"))  # noise levels that it was trained on, as far as it is known
 
     def __init__(self, net, image_size, channels, num_classes, label_dropout, blocks):
         self.net, self.modules, self.device = net, [net], torch.device("cpu")
@@ -169,6 +171,7 @@ class Diffusion:
 
         def keep(name):
             def hook(module, inputs, output):
+                output = output if output.dtype == torch.float64 else output.float()  # averages of bf16 are taken in float32
                 outputs[name] = output.mean((2, 3)) if output.dim() == 4 else output.mean(1)
                 if len(outputs) == len(set(blocks)):
                     raise _Reached
@@ -194,6 +197,13 @@ class Diffusion:
         for name in blocks:
             if name not in self.blocks:
                 raise UserError(f"--block {name}: the network has {', '.join(self.blocks)}")
+
+    def check_sigmas(self, sigmas):
+        """Raises UserError where a noise level lies outside of those that the network knows."""
+        low, high = self.sigma_range
+        for sigma in sigmas:
+            if not low * 0.999 <= sigma <= high * 1.001:
+                raise UserError(f"noise level {sigma:g}: the network knows {low:.4g} to {high:.4g}")
 
     def check_teaches(self, path, spec, with_labels):
         """Raises UserError where the network cannot see the images, or the labels if it is given any, of the data set `spec`."""
@@ -243,6 +253,7 @@ class DDPM(_NoisePredictor):
         config = net.config
         super().__init__(net, config.sample_size, config.in_channels, config.num_class_embeds or 0, 0.0, unet_blocks(net))
         decoder = [name for name in self.blocks if re.fullmatch(r"up_blocks\.\d+\.resnets\.\d+", name)]
+        self.sigma_range = (levels[0].item(), levels[-1].item())
         self.levels, self.default_block = levels, decoder[min(5, len(decoder) - 1)]  # the 6th from the bottleneck
         self.default_sigma = levels[11 * len(levels) // 1000].item()  # t = 11 of 1000
         self.has_null_label = self.num_classes == 0
@@ -263,15 +274,18 @@ class DiT(_NoisePredictor):
         # DiT drops labels at a rate of 0.1; diffusers keeps it in the embedding, not in the config.
         super().__init__(net, config.sample_size * shrunk, vae.config.in_channels, config.num_embeds_ada_norm, 0.1, blocks)
         self.vae, self.modules, self.levels = vae, [net, vae], levels
+        self.sigma_range = (levels[0].item(), levels[-1].item())
         self.noise_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.default_block = blocks[len(blocks) // 2 - 1]  # block 13 of DiT-XL's 28
         self.default_sigma = levels[100 * len(levels) // 1000].item()  # t = 100 of 1000
 
     def encode(self, x):
-        return self.vae.encode(2 * x - 1).latent_dist.mode() * self.vae.config.scaling_factor
+        # A few images at a time: at 256 x 256 pixels the VAE's activations are what fills a GPU.
+        latents = [self.vae.encode(2 * part - 1).latent_dist.mode() for part in x.split(32)]
+        return torch.cat(latents) * self.vae.config.scaling_factor
 
     def decode(self, clean):
-        return self.vae.decode(clean / self.vae.config.scaling_factor).sample
+        return torch.cat([self.vae.decode(part).sample for part in (clean / self.vae.config.scaling_factor).split(32)])
 
     def _denoise(self, noisy, sigma, labels):
         x_t, t = self._scaled(noisy, sigma)
@@ -286,6 +300,8 @@ class EDMNetwork(Diffusion):
         super().__init__(net, net.img_resolution, net.img_channels, net.label_dim, net.label_dropout, net.blocks)
         decoder = [name for name in self.blocks if name.startswith("dec.16x16_block")] or [n for n in self.blocks if n.startswith("dec.")]
         self.hooked = net.model
+        if net.kind == "VEPrecond":
+            self.sigma_range = (net.args["sigma_min"], net.args["sigma_max"])
         self.default_block, self.default_sigma = decoder[min(1, len(decoder) - 1)], 0.06  # the 4th of 18 levels, from below
 
     def _denoise(self, noisy, sigma, labels):

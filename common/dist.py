@@ -3,6 +3,7 @@
 import os
 import warnings
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,9 @@ def setup():
         torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions with 10 bits of mantissa
         torch.backends.cudnn.deterministic = True  # or two equal runs differ, and resume with them; no cost was seen on digits
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A day: ranks wait for the one that unpacks data, has a shard more to generate or a chunk more to attack. NCCL's ten minutes
+        # would end such work, on every rerun too.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return rank, world_size, device
 
 

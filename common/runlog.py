@@ -62,8 +62,9 @@ def _lock(out_dir):
 
 
 def identity_of(script, args, **inputs):
-    """What makes a training run that run: its script, arguments (but for where it is kept) and the hashes of its inputs."""
-    return {"script": script} | {k: v for k, v in sorted(vars(args).items()) if k != "out_dir"} | inputs
+    """What makes a training run that run: its script, the arguments that its weights depend on, and the hashes of its inputs."""
+    other = ("out_dir", "download", "workers")
+    return {"script": script} | {k: v for k, v in sorted(vars(args).items()) if k not in other} | inputs
 
 
 def environment():
@@ -101,8 +102,9 @@ def progress(iterable=None, rank=0, **kwargs):
     return tqdm(iterable, disable=True if rank else None, dynamic_ncols=True, **kwargs)
 
 
-def save_images(x, path, columns, scale=4):
-    """A grid of images x in [0, 1], (N, C, H, W), row by row, each pixel enlarged to scale x scale, as a PNG."""
+def save_images(x, path, columns):
+    """A grid of images x in [0, 1], (N, C, H, W), row by row, as a PNG; pixels of small images are enlarged to 4 x 4."""
+    scale = 4 if x.shape[-1] <= 32 else 1
     grid = make_grid(x.clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
     save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), path)
 

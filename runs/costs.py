@@ -235,7 +235,7 @@ def public_network(name):
 
 @dataclass
 class Row:
-    """One command. flop: {"fp32": FLOP, "bf16": FLOP} of the whole run, in GPU work whatever the number of GPUs."""
+    """One command. flop: {"fp32": FLOP, "bf16": FLOP} of the whole run, in GPU work, start-up counted for one GPU."""
 
     name: str
     unit: str  # what `per_image` is of
@@ -254,7 +254,8 @@ class Row:
 
 def train_steps(args):
     """Optimiser steps of train_at.py and train_at_aux.py."""
-    return args.epochs * math.ceil((N_IMAGES[args.dataset][0] - args.val_size) / args.batch_size)
+    images = args.epoch_images or args.n_train or N_IMAGES[args.dataset][0] - args.val_size
+    return args.epochs * math.ceil(images / args.batch_size)
 
 
 def step_parts(args, passes, teacher=None, head=None):

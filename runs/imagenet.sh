@@ -25,30 +25,30 @@ torchrun --nproc_per_node 8 generate_synthetic.py --dataset imagenet --data-dir 
 # ---- The table: ConvNeXt-T
 # AT: 72.4 / 48.6 (revisiting-at, Singh et al.; 72.7 / 49.5 with its ConvStem, which torchvision's network has not)
 torchrun --nproc_per_node 8 train_at.py --dataset imagenet --data-dir data/imagenet --init torchvision --precision bf16 --out-dir out/imagenet/at  # estimate: 3.78 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/at/best.pt  # estimate: 5.13 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/at/best.pt  # estimate: 5.13 H100-hours
 # AT+DRA: no public anchor
 torchrun --nproc_per_node 8 train_at_aux.py --dataset imagenet --data-dir data/imagenet --init torchvision --precision bf16 --teacher hub:facebook/DiT-XL-2-256 --out-dir out/imagenet/at_dra  # estimate: 24.0 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/at_dra/best.pt  # estimate: 5.13 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/at_dra/best.pt  # estimate: 5.13 H100-hours
 # DM-AT: no public anchor
 torchrun --nproc_per_node 8 train_at.py --dataset imagenet --data-dir data/imagenet --init torchvision --precision bf16 --synthetic out/imagenet/synthetic --synthetic-fraction 0.5 --out-dir out/imagenet/dm_at  # estimate: 3.78 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/dm_at/best.pt  # estimate: 5.13 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/dm_at/best.pt  # estimate: 5.13 H100-hours
 # DM-AT+DRA: no public anchor
 torchrun --nproc_per_node 8 train_at_aux.py --dataset imagenet --data-dir data/imagenet --init torchvision --precision bf16 --synthetic out/imagenet/synthetic --synthetic-fraction 0.5 --teacher hub:facebook/DiT-XL-2-256 --out-dir out/imagenet/dm_at_dra  # estimate: 24.0 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/dm_at_dra/best.pt  # estimate: 5.13 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/dm_at_dra/best.pt  # estimate: 5.13 H100-hours
 
 # ---- Other networks, AT and DM-AT+DRA
 # ViT-B/16, AT: 73.3 / 50.0 (revisiting-at, Singh et al.)
 torchrun --nproc_per_node 8 train_at.py --dataset imagenet --data-dir data/imagenet --model vit_b_16 --init torchvision --precision bf16 --out-dir out/imagenet/vit_b_16-at  # estimate: 15.1 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/vit_b_16-at/best.pt  # estimate: 20.4 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/vit_b_16-at/best.pt  # estimate: 20.4 H100-hours
 # ViT-B/16, DM-AT+DRA: no public anchor
 torchrun --nproc_per_node 8 train_at_aux.py --dataset imagenet --data-dir data/imagenet --model vit_b_16 --init torchvision --precision bf16 --synthetic out/imagenet/synthetic --synthetic-fraction 0.5 --teacher hub:facebook/DiT-XL-2-256 --out-dir out/imagenet/vit_b_16-dm_at_dra  # estimate: 35.2 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/vit_b_16-dm_at_dra/best.pt  # estimate: 20.4 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/vit_b_16-dm_at_dra/best.pt  # estimate: 20.4 H100-hours
 # Swin-B, AT: no public anchor
 torchrun --nproc_per_node 8 train_at.py --dataset imagenet --data-dir data/imagenet --model swin_b --init torchvision --precision bf16 --out-dir out/imagenet/swin_b-at  # estimate: 13.2 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/swin_b-at/best.pt  # estimate: 17.8 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/swin_b-at/best.pt  # estimate: 17.8 H100-hours
 # Swin-B, DM-AT+DRA: no public anchor
 torchrun --nproc_per_node 8 train_at_aux.py --dataset imagenet --data-dir data/imagenet --model swin_b --init torchvision --precision bf16 --synthetic out/imagenet/synthetic --synthetic-fraction 0.5 --teacher hub:facebook/DiT-XL-2-256 --out-dir out/imagenet/swin_b-dm_at_dra  # estimate: 33.4 H100-hours
-torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack autoattack --checkpoint out/imagenet/swin_b-dm_at_dra/best.pt  # estimate: 17.8 H100-hours
+torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack autoattack --checkpoint out/imagenet/swin_b-dm_at_dra/best.pt  # estimate: 17.8 H100-hours
 
 # ---- Ablations: ConvNeXt-T, 10 epochs; no public anchor in any row. Compare within this part alone
 # Weight of the alignment term; 0 is AT with the head in place, 1 the reference of the rows below; and the shuffled control
@@ -71,5 +71,5 @@ torchrun --nproc_per_node 8 train_at.py --dataset imagenet --data-dir data/image
 
 # Ablations are compared by AutoAttack's first two attacks, a fifth of its cost (not in the estimates)
 for run in out/imagenet/ablation/*; do
-  torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --attack apgd --checkpoint "$run/best.pt"
+  torchrun --nproc_per_node 8 evaluate.py --dataset imagenet --data-dir data/imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50 --attack apgd --checkpoint "$run/best.pt"
 done

@@ -20,31 +20,31 @@ torchrun --nproc_per_node 8 extract_features.py --dataset svhn --val-size 1024 -
 
 # ---- The table: WRN-28-10, the published 50 M set
 # AT: no public anchor
-torchrun --nproc_per_node 8 train_at.py --dataset svhn --out-dir out/svhn/at  # estimate: 98.1 H100-hours
+torchrun --nproc_per_node 8 train_at.py --dataset svhn --out-dir out/svhn/at  # estimate: 99.4 H100-hours
 torchrun --nproc_per_node 8 evaluate.py --dataset svhn --attack autoattack --checkpoint out/svhn/at/best.pt  # estimate: 31.4 H100-hours
 # AT+DRA: no public anchor
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --out-dir out/svhn/at_dra  # estimate: 99.3 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --out-dir out/svhn/at_dra  # estimate: 101 H100-hours
 torchrun --nproc_per_node 8 evaluate.py --dataset svhn --attack autoattack --checkpoint out/svhn/at_dra/best.pt  # estimate: 31.4 H100-hours
 # DM-AT: 95.56 / 64.01 (DM-AT's README)
-torchrun --nproc_per_node 8 train_at.py --dataset svhn --synthetic data/synthetic/svhn-50m-part1.npz data/synthetic/svhn-50m-part2.npz data/synthetic/svhn-50m-part3.npz data/synthetic/svhn-50m-part4.npz --synthetic-fraction 0.8 --out-dir out/svhn/dm_at  # estimate: 98.1 H100-hours
+torchrun --nproc_per_node 8 train_at.py --dataset svhn --synthetic data/synthetic/svhn-50m-part1.npz data/synthetic/svhn-50m-part2.npz data/synthetic/svhn-50m-part3.npz data/synthetic/svhn-50m-part4.npz --synthetic-fraction 0.8 --out-dir out/svhn/dm_at  # estimate: 99.4 H100-hours
 torchrun --nproc_per_node 8 evaluate.py --dataset svhn --attack autoattack --checkpoint out/svhn/dm_at/best.pt  # estimate: 31.4 H100-hours
 # DM-AT+DRA: no public anchor
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --synthetic data/synthetic/svhn-50m-part1.npz data/synthetic/svhn-50m-part2.npz data/synthetic/svhn-50m-part3.npz data/synthetic/svhn-50m-part4.npz --synthetic-fraction 0.8 --out-dir out/svhn/dm_at_dra  # estimate: 99.3 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --synthetic data/synthetic/svhn-50m-part1.npz data/synthetic/svhn-50m-part2.npz data/synthetic/svhn-50m-part3.npz data/synthetic/svhn-50m-part4.npz --synthetic-fraction 0.8 --out-dir out/svhn/dm_at_dra  # estimate: 101 H100-hours
 torchrun --nproc_per_node 8 evaluate.py --dataset svhn --attack autoattack --checkpoint out/svhn/dm_at_dra/best.pt  # estimate: 31.4 H100-hours
 
 # ---- Ablations: WRN-28-10 in bf16, validated each tenth epoch; no public anchor in any row. Compare within this part alone
 # Weight of the alignment term; 0 is AT with the head in place, 1 the reference of the rows below; and the shuffled control
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 0 --out-dir out/svhn/ablation/weight-0  # estimate: 6.86 H100-hours
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 0.3 --out-dir out/svhn/ablation/weight-0.3  # estimate: 6.86 H100-hours
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 1 --out-dir out/svhn/ablation/weight-1  # estimate: 6.86 H100-hours
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 3 --out-dir out/svhn/ablation/weight-3  # estimate: 6.86 H100-hours
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --shuffle-targets --out-dir out/svhn/ablation/shuffled  # estimate: 6.86 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 0 --out-dir out/svhn/ablation/weight-0  # estimate: 6.95 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 0.3 --out-dir out/svhn/ablation/weight-0.3  # estimate: 6.95 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 1 --out-dir out/svhn/ablation/weight-1  # estimate: 6.95 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --aux-weight 3 --out-dir out/svhn/ablation/weight-3  # estimate: 6.95 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --shuffle-targets --out-dir out/svhn/ablation/shuffled  # estimate: 6.95 H100-hours
 # Noise level (the default is 0.1) and block (the default is up_blocks.0.resnets.0)
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --sigma 0.3 --out-dir out/svhn/ablation/sigma-0.3  # estimate: 6.86 H100-hours
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --block up_blocks.1.resnets.1 --out-dir out/svhn/ablation/block-up_blocks.1.resnets.1  # estimate: 6.93 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --sigma 0.3 --out-dir out/svhn/ablation/sigma-0.3  # estimate: 6.95 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --block up_blocks.1.resnets.1 --out-dir out/svhn/ablation/block-up_blocks.1.resnets.1  # estimate: 7.02 H100-hours
 # Amount of synthetic data, DM-AT+DRA: the published 1 M; our own 1 M
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --synthetic data/synthetic/svhn-1m.npz --out-dir out/svhn/ablation/dm_at_dra-1m  # estimate: 6.86 H100-hours
-torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --synthetic out/svhn/synthetic --out-dir out/svhn/ablation/dm_at_dra-own  # estimate: 6.86 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --synthetic data/synthetic/svhn-1m.npz --out-dir out/svhn/ablation/dm_at_dra-1m  # estimate: 6.95 H100-hours
+torchrun --nproc_per_node 8 train_at_aux.py --dataset svhn --precision bf16 --eval-every 10 --synthetic out/svhn/synthetic --out-dir out/svhn/ablation/dm_at_dra-own  # estimate: 6.95 H100-hours
 
 # Ablations are compared by AutoAttack's first two attacks, a fifth of its cost (not in the estimates)
 for run in out/svhn/ablation/*; do

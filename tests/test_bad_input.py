@@ -83,6 +83,16 @@ FLAGS = [
     ("train_diffusion", ["--val-size", "1000"], ["--val-size 1000", "1000 training images"]),
     ("generate_synthetic", ["--s-tmin", "3", "--s-tmax", "2"], ["--s-tmin", "--s-tmax"]),
     ("generate_synthetic", ["--rho", "0.001"], ["--rho", "at least 0.1"]),
+    ("train_at", ["--optimizer", "adamw", "--betas", "0.9", "1"], ["--betas", "below 1"]),
+    ("train_at", ["--momentum", "0", "0"], ["--momentum", "above 0"]),
+    ("train_at", ["--loss", "pgd", "--mixup", "1e-300"], ["--mixup", "at least 0.01"]),
+    ("train_at", ["--loss", "pgd", "--mixup", "1", "--batch-size", "1"], ["--batch-size 1", "mixed with"]),
+    ("train_at", ["--loss", "pgd", "--beta", "3"], ["--beta", "does nothing here", "--loss trades"]),
+    ("train_at", ["--final-lr=0.1"], ["--final-lr", "--optimizer adamw"]),
+    ("train_at", ["--loss", "pgd", "--attack", "apgd", "--step-size", "0.1"], ["--step-size", "--attack pgd"]),
+    ("train_at", ["--workers", "3"], ["--workers", "image files"]),
+    ("train_at", ["--n-train", "900"], ["--n-train 900", "800 training images"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--attack", "apgd", "--n-steps", "1000"], ["--n-steps", "does nothing here", "--attack pgd"]),
 ]
 
 

@@ -35,8 +35,8 @@ def imagenet_dir(tmp_path_factory):
 
 
 def test_imagenet_on_two_ranks_killed_resumed_evaluated(imagenet_dir, dit_dir, tmp_path):  # noqa: F811
-    argv = ["train_at_aux.py", "--dataset", "imagenet", "--data-dir", imagenet_dir, "--teacher", dit_dir, "--model", "convnext_tiny"]
-    argv += ["--val-size", "2", "--n-train", "6", "--batch-size", "2", "--epochs", "2", "--eval-n-steps", "1", "--workers", "1"]
+    argv = ["train_at_aux.py", "--dataset", "imagenet", "--data-dir", imagenet_dir, "--teacher", dit_dir, "--model", "resnet50"]
+    argv += ["--val-size", "2", "--n-train", "12", "--batch-size", "4", "--epochs", "2", "--eval-n-steps", "1", "--workers", "1"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     python(*argv, "--out-dir", straight, ranks=2)
 

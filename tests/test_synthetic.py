@@ -256,6 +256,16 @@ def test_an_array_of_indices_of_any_kind_is_gathered(tmp_path):
         assert np.array_equal(got[0], images[np.array(indices, np.int64)]) and np.array_equal(got[1], labels[np.array(indices, np.int64)])
 
 
+def test_shards_with_headers_of_other_lengths(tmp_path):
+    """Other programs write other headers: a later version of the format, and a longer one."""
+    images, labels = made(24)
+    directory = write_shards(tmp_path / "set", images, labels, shard_size=8)
+    with open(shard_paths(directory, 1)[0], "wb") as file:
+        np.lib.format.write_array(file, images[8:16], version=(2, 0))
+    (tmp_path / "set" / "shard-00002-labels.npy").write_bytes(npy(described((8,), "<i8").rjust(500), labels[16:].tobytes()))
+    assert_holds(opened(directory), images, labels)
+
+
 def test_gather_touches_only_the_shards_of_its_rows(tmp_path):
     """A step's cost is that of its batch: no loop over all shards, however many there are."""
 
@@ -555,6 +565,32 @@ def test_headers_that_lie(lie, compression, tmp_path, monkeypatch):
             archive.writestr("image.npy", npy(described(IMAGES.shape), IMAGES.tobytes()))
             archive.write("label.npy")
         assert_holds(opened("true.npz"), IMAGES, LABELS)
+
+
+def test_labels_that_would_be_read_as_others(tmp_path):
+    """Half as wide as they are, they would be in range, and wrong."""
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("image.npy", npy(described(IMAGES.shape), IMAGES.tobytes()))
+        archive.writestr("label.npy", npy(described((20,), "<i4"), LABELS.tobytes()))
+    refused([tmp_path / "set.npz"], "set.npz, array 'label': int32 (20,) is not what lies in its")
+
+
+def test_a_directory_of_more_than_the_file_holds(tmp_path):
+    """The archive's directory and NumPy's headers agree on 2,000 images; the file ends after 20."""
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for name, array, descr in (("image", IMAGES, "|u1"), ("label", LABELS, "<i8")):
+            archive.writestr(f"{name}.npy", npy(described((2000, *array.shape[1:]), descr), array.tobytes()))
+            archive.getinfo(f"{name}.npy").file_size += 99 * array.nbytes
+    refused([tmp_path / "set.npz"], "set.npz: truncated")
+
+
+def test_an_encrypted_npz(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for name, array in (("image", IMAGES), ("label", LABELS)):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.save(file, array)
+        archive.getinfo("label.npy").flag_bits |= 1
+    refused([tmp_path / "set.npz"], "set.npz: array 'label' is encrypted")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -4,6 +4,7 @@ Random weights in the exact configurations and files; the sampling equations are
 """
 
 import dataclasses
+import json
 import os
 import pickle
 import shutil
@@ -226,6 +227,19 @@ def test_what_a_network_cannot_do_is_said(ddpm_dir, tmp_path):
     conditional.check_teaches("t", CIFAR10, with_labels=True)
     with pytest.raises(cli.UserError, match="without a null label"):
         conditional.check_teaches("t", CIFAR10, with_labels=False)
+
+
+def test_noise_levels_outside_of_the_networks_are_refused_or_left_out(ddpm_dir, dit_dir, tmp_path, capsys):
+    model = diffusion.load_diffusion(ddpm_dir, "cpu")
+    assert model.sigma_range == pytest.approx((0.01, 157.4), rel=1e-3)  # sqrt((1 - abar) / abar) at t = 0 and t = 999
+    model.check_sigmas([0.01, 1.0, 157.0])
+    for sigma in (0.002, 200.0):
+        with pytest.raises(cli.UserError, match="the network knows 0.01 to 157.4"):
+            model.check_sigmas([sigma])
+    argv = ["--dataset", "imagenet", "--diffusion", dit_dir, "--n-images", "2", "--n-steps", "2", "--out-dir", str(tmp_path / "set")]
+    generate_synthetic.main(generate_synthetic.parse_args(argv))
+    assert "knows noise levels 0.01 to 157.4; sampling from 80 to 0.01000" in capsys.readouterr().out
+    assert json.loads((tmp_path / "set" / "manifest.json").read_text())["sampler"]["sigma_min"] == pytest.approx(0.01, rel=1e-3)
 
 
 def broken(path, tmp_path, change):
