@@ -108,7 +108,7 @@ def open_npy(path, dtype, shape=None):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
+    except Exception as error:  # NumPy lets through what Python's tokenizer, parser and mmap raise over a broken header
         raise UserError(f"{path}: truncated or not an .npy array ({_first_line(error)})") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: is an .npz archive, expected an .npy array")

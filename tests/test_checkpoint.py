@@ -117,3 +117,21 @@ def test_missing_wrong_and_foreign_files_are_named(tmp_path):
 def test_misfitting_weights_are_named():
     with pytest.raises(cli.UserError, match=r"x\.pt: state does not fit"):
         checkpoint.load_state(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 3), "bias": torch.zeros(2)}, "x.pt")
+
+
+def test_flipped_bytes_of_a_header_are_one_line_or_nothing(tmp_path):
+    """NumPy's header is Python text: broken, it raises TokenError, OverflowError, RecursionError and more."""
+    checkpoint.write_npy(np.arange(24, dtype=np.int64), tmp_path / "a.npy")
+    whole, rng, refused = (tmp_path / "a.npy").read_bytes(), np.random.default_rng(0), 0
+    for _ in range(400):
+        content = bytearray(whole)
+        for place in rng.integers(0, 128, rng.integers(1, 4)):
+            content[place] = rng.integers(0, 256)
+        (tmp_path / "b.npy").write_bytes(content)
+        try:
+            array = checkpoint.open_npy(tmp_path / "b.npy", np.int64, (24,))
+            assert array.shape == (24,)
+        except cli.UserError as error:
+            assert "b.npy" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 100
