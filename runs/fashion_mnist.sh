@@ -5,6 +5,7 @@
 # Run: the rows in README come from these commands. Every command resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export CUDA_VISIBLE_DEVICES=  # the table is of CPUs; two processes would need two GPUs
 export OMP_NUM_THREADS=1
 
 # The diffusion model (600 k parameters, about 20 minutes on one core) and 5,000 images.

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 out=out/quickstart
+export CUDA_VISIBLE_DEVICES=  # the table is of CPUs; two processes would need two GPUs
 export OMP_NUM_THREADS=1  # small networks: two commands at once, one core each, beat one command on two cores
 
 stage() { printf '\n== %s\n' "$*"; }
