@@ -109,6 +109,26 @@ def samples(net, spec, args, device):
     return (x + 1) / 2
 
 
+def build_network(spec, args):
+    """F of the docstring: a UNet2DModel with a label more than the data set has, and what load_diffusion needs in its config."""
+    import diffusers
+
+    levels = len(args.channels)
+    net = diffusers.UNet2DModel(
+        sample_size=spec.image_size,
+        in_channels=spec.channels,
+        out_channels=spec.channels,
+        block_out_channels=args.channels,
+        layers_per_block=args.layers_per_block,
+        down_block_types=["DownBlock2D"] * levels,
+        up_block_types=["UpBlock2D"] * levels,
+        norm_num_groups=8,
+        num_class_embeds=spec.num_classes + 1,
+    )
+    net.register_to_config(sigma_data=args.sigma_data, label_dropout=args.label_dropout, val_size=args.val_size)
+    return net
+
+
 def save_diffusers(net, out_dir):
     """Write config.json and the weights as diffusers reads them; config.json, which marks a finished model, comes last."""
     folder = os.path.join(out_dir, "model.writing")
@@ -146,22 +166,8 @@ def main(args):
     )
 
     # Network, average, optimiser.
-    import diffusers
-
     torch.manual_seed(data.seed_of(args.seed, "init"))
-    levels = len(args.channels)
-    net = diffusers.UNet2DModel(
-        sample_size=spec.image_size,
-        in_channels=spec.channels,
-        out_channels=spec.channels,
-        block_out_channels=args.channels,
-        layers_per_block=args.layers_per_block,
-        down_block_types=["DownBlock2D"] * levels,
-        up_block_types=["UpBlock2D"] * levels,
-        norm_num_groups=8,
-        num_class_embeds=spec.num_classes + 1,
-    ).to(device, memory_format=torch.channels_last)
-    net.register_to_config(sigma_data=args.sigma_data, label_dropout=args.label_dropout, val_size=args.val_size)
+    net = build_network(spec, args).to(device, memory_format=torch.channels_last)
     ema = EMA(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     ddp = dist.wrap(net)

@@ -1,11 +1,12 @@
 """Files that survive: written beside, fsynced, renamed. Files of others are data: tensors and numbers, never code."""
 
+import fcntl
 import hashlib
 import json
 import os
 import pickle
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -117,6 +118,16 @@ def open_npy(path, dtype, shape=None):
         wanted = "" if shape is None else " " + str(tuple("any" if s is None else s for s in shape)).replace("'", "")
         raise UserError(f"{path}: found {array.dtype} {array.shape}, expected {np.dtype(dtype)}{wanted}")
     return array
+
+
+def make_once(path, make):
+    """Call make() where `path` is missing. One of the processes that want it at the same time makes it, the others wait."""
+    if not os.path.exists(path):
+        with open(f"{path}.lock", "w") as lock:
+            with suppress(OSError):  # file systems that cannot lock are used without
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.exists(path):
+                make()
 
 
 def sha256(path):

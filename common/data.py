@@ -5,7 +5,6 @@ a stream of its own, so that switching one part on or off leaves the others as t
 """
 
 import copy
-import fcntl
 import gzip
 import hashlib
 import http.client
@@ -14,7 +13,6 @@ import os
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,7 +159,7 @@ def _read_tiny_imagenet(data_dir, train):
     """Decoded once into an .npy beside the JPEGs, memory-mapped from then on: the ranks of a node share one copy."""
     paths, labels = _tiny_files(data_dir, train)
     decoded = os.path.join(data_dir, "tiny-imagenet-200", f"{'train' if train else 'val'}-decoded.npy")
-    make_once(decoded, lambda: _decode(ImageFiles(paths, resize=None, size=64), decoded))
+    checkpoint.make_once(decoded, lambda: _decode(ImageFiles(paths, resize=None, size=64), decoded))
     checkpoint.open_npy(decoded, np.uint8, (len(paths), 64, 64, 3))
     return np.load(decoded, mmap_mode="c"), labels  # copy-on-write: torch takes no read-only array without a warning
 
@@ -172,16 +170,6 @@ def _decode(images, path):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for start in range(0, len(images), 1000):
             file.write(images[start : start + 1000].tobytes())
-
-
-def make_once(path, make):
-    """Call make() where `path` is missing. One of the processes that want it at the same time makes it, the others wait."""
-    if not os.path.exists(path):
-        with open(f"{path}.lock", "w") as lock:
-            with suppress(OSError):  # file systems that cannot lock are used without
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not os.path.exists(path):
-                make()
 
 
 def _download_tiny_imagenet(data_dir):

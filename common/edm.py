@@ -518,7 +518,7 @@ def _line(error):
 
 
 def read_pickle(path):
-    """(config, state dict of float32 tensors) of an NVlabs EDM .pkl; build(config) takes the state strictly.
+    """(config, network with its float32 tensors) of an NVlabs EDM .pkl; the config is one that build takes.
 
     Raises UserError where the file is missing, broken, holds no such network, or asks for anything that could run.
     """
@@ -527,7 +527,7 @@ def read_pickle(path):
             content = _Unpickler(file).load()
         network = content.get("ema") if type(content) is dict else None
         config = _config(network)
-        return config, dict(_filled(config, dict(_tensors(network, "", set()))).state_dict())
+        return config, _filled(config, dict(_tensors(network, "", set())))
     except _Asks as error:
         asked = ascii(error.args[0])[1:-1][:100]
         raise UserError(f"{path}: refused, asks for {asked}; only the tensors and arguments of an NVlabs EDM network are read") from None
@@ -541,17 +541,14 @@ def load(path):
     Raises UserError for every defect, as read_pickle does.
     """
     if str(path).endswith(".pkl"):
-        config, state = read_pickle(path)
+        config, net = read_pickle(path)
     else:
         config, weights_path = checkpoint.read_json(os.path.join(path, "config.json")), os.path.join(path, "model.safetensors")
         try:
-            state = safetensors.torch.load_file(weights_path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{weights_path}: not readable ({_line(error)})") from None
-    try:
-        return _filled(config, state).eval().requires_grad_(False), config
-    except ValueError as error:
-        raise UserError(f"{path}: not the weights of config.json's network ({_line(error)})") from None
+            net = _filled(config, safetensors.torch.load_file(weights_path))
+        except (ValueError, OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{weights_path}: not the weights of config.json's network ({_line(error)})") from None
+    return net.eval().requires_grad_(False), config
 
 
 def parse_args(argv=None):
@@ -563,7 +560,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    config, state = read_pickle(args.network)
+    config, net = read_pickle(args.network)
     config["pickle_sha256"] = checkpoint.sha256(args.network)
     config_path, weights_path = (os.path.join(args.out_dir, name) for name in ("config.json", "model.safetensors"))
     found = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
@@ -571,7 +568,7 @@ def main(args):
     if found and not ("config.json" in found and checkpoint.read_json(config_path) == config):
         raise UserError(f"{args.out_dir}: holds {found[0]}, not a conversion of {args.network}; give a new directory")
     with checkpoint.atomic(weights_path) as file:
-        file.write(safetensors.torch.save(state))
+        file.write(safetensors.torch.save(net.state_dict()))
     checkpoint.write_json(config, config_path)
     net, config = load(args.out_dir)
     count = sum(p.numel() for p in net.parameters())

@@ -1,4 +1,4 @@
-"""Synthetic sets: the shards of generate_synthetic.py or the .npz files that DM-AT published, memory-mapped, never in RAM.
+"""Synthetic sets: the shards of generate_synthetic.py or the .npz files that DM-AT published, read row by row, never in RAM.
 
 A training process keeps no copy of a set and none of its pages: ten thousand and fifty million images cost it the same
 memory, and the ranks of a node share the system's one page cache.
@@ -19,7 +19,6 @@ import torch
 
 from common import checkpoint
 from common.cli import UserError, ratio
-from common.data import make_once
 
 
 def shard_paths(directory, shard):
@@ -196,7 +195,7 @@ def unpack(path, spec, shard_size=250_000):
     members, out_dir = _members(path), unpacked(path)
     if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
         os.makedirs(out_dir, exist_ok=True)
-        make_once(os.path.join(out_dir, "manifest.json"), lambda: _unpack(path, members, spec, shard_size, out_dir))
+        checkpoint.make_once(os.path.join(out_dir, "manifest.json"), lambda: _unpack(path, members, spec, shard_size, out_dir))
 
 
 def _unpack(path, members, spec, shard_size, out_dir):
@@ -345,10 +344,9 @@ class SyntheticSet:
         if len(self.sources) == 1:
             return self.sources[0].gather(indices)
         which = np.searchsorted(self.starts, indices, side="right") - 1
-        images, labels = [None] * len(indices), np.empty(len(indices), np.int64)
+        shape = self.sources[which[0]].images[0].shape[1:]  # the same in all of them, or there is one index alone (image files)
+        images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int64)
         for number in np.unique(which):
             places = np.flatnonzero(which == number)
-            found, labels[places] = self.sources[number].gather(np.asarray(indices)[places] - self.starts[number])
-            for place, image in zip(places, found):
-                images[place] = image
-        return np.stack(images), labels
+            images[places], labels[places] = self.sources[number].gather(np.asarray(indices)[places] - self.starts[number])
+        return images, labels

@@ -158,23 +158,8 @@ def published(name):
 
 
 def own_network(args):
-    """The network of train_diffusion.py with the parsed arguments `args`."""
-    import diffusers
-
-    spec, levels = data.DATASETS[args.dataset], len(args.channels)
-    net = diffusers.UNet2DModel(
-        sample_size=spec.image_size,
-        in_channels=spec.channels,
-        out_channels=spec.channels,
-        block_out_channels=args.channels,
-        layers_per_block=args.layers_per_block,
-        down_block_types=["DownBlock2D"] * levels,
-        up_block_types=["UpBlock2D"] * levels,
-        norm_num_groups=8,
-        num_class_embeds=spec.num_classes + 1,
-    )
-    net.register_to_config(sigma_data=args.sigma_data, label_dropout=args.label_dropout, val_size=args.val_size)
-    return diffusion.EDMUNet(net)
+    """The model that train_diffusion.py would train with the parsed arguments `args`."""
+    return diffusion.EDMUNet(train_diffusion.build_network(data.DATASETS[args.dataset], args))
 
 
 class Network:

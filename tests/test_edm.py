@@ -378,7 +378,8 @@ def test_pickle_to_network_and_back(name, nvlabs, tmp_path, capsys):
     """Read from a pickle, and through convert and load: the outputs are bit-equal to the source network's."""
     net = random_net(name, torch.float32)
     nvlabs.path.write_bytes(pickle.dumps(nvlabs.content(net, CONFIGS[name])))
-    config, state = edm.read_pickle(nvlabs.path)
+    config, read = edm.read_pickle(nvlabs.path)
+    state = read.state_dict()
     assert config == CONFIGS[name] == json.loads(json.dumps(config))
     copy = edm.build(config).eval()
     copy.load_state_dict(state)
@@ -411,7 +412,8 @@ def test_other_spellings(nvlabs):
     OldPickler(file, 4).dump(content)
     assert b"numpy.core.multiarray" in file.getvalue() and b"numpy._core" not in file.getvalue()
     nvlabs.path.write_bytes(file.getvalue())
-    config, state = edm.read_pickle(nvlabs.path)
+    config, read = edm.read_pickle(nvlabs.path)
+    state = read.state_dict()
     assert config["init"] == CONFIGS["vp"]["init"] | dict(
         use_fp16=False, beta_d=19.9, beta_min=0.1, M=1000, epsilon_t=np.float32(1e-5).item()
     )
@@ -677,11 +679,11 @@ def test_damaged_files(nvlabs):
         bad[chance.randrange(len(bad))] = chance.randrange(256)
         nvlabs.path.write_bytes(bad)
         try:
-            read_config, state = edm.read_pickle(nvlabs.path)
+            read_config, network = edm.read_pickle(nvlabs.path)
         except cli.UserError as error:
             assert str(error).startswith(f"{nvlabs.path}: ") and "\n" not in str(error)
         else:
-            edm.build(read_config).load_state_dict(state)
+            edm.build(read_config).load_state_dict(network.state_dict())
             read += 1
     assert 20 < read < 200
     assert not nvlabs.marker.exists()
