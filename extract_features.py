@@ -26,7 +26,9 @@ def parse_args(argv=None):
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
     group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
-    group.add_argument("--val-size", type=cli.count, default=200, help="first training images, held out as in train_at.py")
+    group.add_argument(
+        "--val-size", type=cli.count, help="first training images, held out as in train_at.py (default: 200 for digits, else 1024)"
+    )
     group.add_argument("--diffusion", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
     group = parser.add_argument_group("features")
     group.add_argument("--blocks", nargs="+", help="blocks of the network (default: all)")
@@ -39,6 +41,7 @@ def parse_args(argv=None):
     group.add_argument("--out-dir", help="directory of the features (default: out/features-<dataset>)")
     group.add_argument("--seed", type=cli.seed, default=0, help="seed of the noise")
     args = parser.parse_args(argv)
+    args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
     args.blocks, args.sigmas = args.blocks and list(dict.fromkeys(args.blocks)), list(dict.fromkeys(args.sigmas))
     args.out_dir = args.out_dir or f"out/features-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"

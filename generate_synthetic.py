@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from common import checkpoint, cli, data, diffusion, dist, models, runlog
-from common.synthetic import open_shards, shard_paths
+from common.synthetic import allow_open_files, open_shards, shard_paths
 
 
 def parse_args(argv=None):
@@ -31,7 +31,9 @@ def parse_args(argv=None):
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set that the model was trained on")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
     group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
-    group.add_argument("--val-size", type=cli.count0, default=200, help="held-out training images, left out of the memorisation check")
+    group.add_argument(
+        "--val-size", type=cli.count0, help="first training images, held out as in train_at.py (default: 200 for digits, else 1024)"
+    )
     group.add_argument("--diffusion", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
     group = parser.add_argument_group("set")
     group.add_argument("--n-images", type=cli.count, default=10_000, help="images to generate")
@@ -53,6 +55,7 @@ def parse_args(argv=None):
     group.add_argument("--out-dir", help="directory of the set (default: out/synthetic-<dataset>)")
     group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
     args = parser.parse_args(argv)
+    args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
     args.out_dir = args.out_dir or f"out/synthetic-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     if (args.keep_fraction is None) != (args.classifier is None):
@@ -174,6 +177,8 @@ def main(args):
         print(f"note: {args.diffusion} knows noise levels {low:.4g} to {high:.4g}; sampling from {args.sigma_max:g} to {args.sigma_min:g}")
     if args.guidance_scale != 1 and model.label_dropout == 0:
         raise cli.UserError(f"--guidance-scale {args.guidance_scale}: {args.diffusion} was trained without label dropout")
+    n_shards = -(-args.n_images // args.shard_size)
+    allow_open_files(4 * n_shards, args.out_dir)  # shards that could not be opened together are not generated in the first place
     train = test = classifier = None
     if rank == 0:
         data.prepare(spec, args.data_dir, args.download)
@@ -185,7 +190,7 @@ def main(args):
     if rank == 0:
         runlog.claim_directory(args.out_dir, manifest_of(args, spec, model), "manifest.json", later=["selection"])
     # Listed before the barrier: after it, another rank may already be writing, and the lists would differ.
-    shards = [s for s in range(-(-args.n_images // args.shard_size)) if not all(map(os.path.exists, shard_paths(args.out_dir, s)))]
+    shards = [s for s in range(n_shards) if not all(map(os.path.exists, shard_paths(args.out_dir, s)))]
     dist.barrier()
 
     # Generate: whole shards are shared out over ranks, so that a shard's batches are the same for any number of them.

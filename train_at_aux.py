@@ -33,7 +33,7 @@ from common.ema import EMA
 
 # fmt: off
 RECIPE = dict(
-    model="wrn-28-10", val_size=1024, n_steps=10, beta=5.0, label_smoothing=0.1, epochs=400, batch_size=512,
+    model="wrn-28-10", n_steps=10, beta=5.0, label_smoothing=0.1, epochs=400, batch_size=512,
     loss="trades", attack="pgd", attack_bn="batch", mixup=0.0, cutmix=0.0, optimizer="sgd", lr=0.2, warmup_fraction=0.025,
     momentum=(0.85, 0.95), betas=(0.9, 0.95), final_lr=5e-6, weight_decay=5e-4, bn_momentum=0.01, ema_decay=0.995,
     eval_every=1, eval_n_steps=40, aux_weight=1.0, head_width=2048,
@@ -42,7 +42,7 @@ SYNTHETIC_FRACTION = 0.7  # of each batch, where there is a synthetic set; the b
 PRESETS = {
     # A small network, a short schedule, and clipping: on 800 images one unlucky step at lr 0.2 costs several points.
     "digits": dict(
-        model="wrn-10-1", val_size=200, n_steps=5, epochs=100, batch_size=128, clip_norm=5.0, eval_every=10, eval_n_steps=20,
+        model="wrn-10-1", n_steps=5, epochs=100, batch_size=128, clip_norm=5.0, eval_every=10, eval_n_steps=20,
         block="up_blocks.0.resnets.0", sigma=0.1, head_width=256,
     ),
     # The base counts an epoch's steps from all training images, the held-out ones too: 98 at batch 512 for CIFAR, 39,200 in all.
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     group.add_argument("--workers", type=cli.count0, default=8, help="processes per rank that decode images (imagenet)")
     group.add_argument("--synthetic", nargs="+", help="directories of generate_synthetic.py or .npz files, each PATH or PATH=SHARE: DM-AT")
     group.add_argument("--synthetic-fraction", type=cli.fraction, help=f"its share of each batch (default: {SYNTHETIC_FRACTION})")
-    group.add_argument("--val-size", type=cli.count, help="first training images, held out to choose the best checkpoint")
+    group.add_argument("--val-size", type=cli.count, help="first training images, held out (default: 200 for digits, else 1024)")
     group.add_argument("--n-train", type=cli.count, help="train on the next so many images only (default: all others)")
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="wrn-<depth>-<width>, preact-18, vit-s-2, vit-b-2; imagenet: resnet50, convnext_tiny, ...")
@@ -94,8 +94,8 @@ def parse_args(argv=None):
     group.add_argument("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp on too, either one is drawn for a batch")
     group = parser.add_argument_group("alignment with the diffusion model (DRA)")
     group.add_argument("--teacher", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
-    group.add_argument("--block", help="block of the diffusion network whose output is the target (default: by kind of network)")
-    group.add_argument("--sigma", type=cli.positive, help="noise level of its input, in units of [-1, 1] (default: by kind of network)")
+    group.add_argument("--block", help="block of the diffusion network whose output is the target; without it, by kind of network")
+    group.add_argument("--sigma", type=cli.positive, help="noise level of its input, in units of [-1, 1]; without it, by kind of network")
     group.add_argument("--aux-weight", type=cli.non_negative, help="weight of the alignment term")
     group.add_argument("--align", choices=["adv", "clean", "both"], default="adv", help="images whose features are aligned")
     group.add_argument("--teacher-label", choices=["none", "true"], default="none", help="label given to the diffusion network")
@@ -105,7 +105,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--optimizer", choices=["sgd", "adamw"], help="sgd: Nesterov, one cycle per epoch; adamw: warm-up, cosine per step")
     group.add_argument("--epochs", type=cli.count, help="one epoch is ceil(--epoch-images / batch size) steps, synthetic images or not")
-    group.add_argument("--epoch-images", type=cli.count, help="images that count as an epoch (default: the real ones trained on)")
+    group.add_argument("--epoch-images", type=cli.count, help="images that count as an epoch; without it, the real ones trained on")
     group.add_argument("--batch-size", type=cli.count, help="global batch size, images")
     group.add_argument("--lr", type=cli.positive, help="peak learning rate")
     group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
@@ -127,6 +127,7 @@ def parse_args(argv=None):
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)
     args.out_dir = args.out_dir or f"out/train_at_aux-{args.dataset}"
+    args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
     args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
     if args.synthetic_fraction is not None and args.synthetic is None:
@@ -356,12 +357,11 @@ def main(args):
     ema = EMA(raw_model)
     torch.manual_seed(data.seed_of(args.seed, "head"))
     raw_head = alignment_head(raw_model.num_features, args.head_width, val_targets.shape[1]).to(device)
-    fused = device.type == "cuda"
     groups = models.parameter_groups([raw_model, raw_head], args.weight_decay, biases=args.optimizer == "sgd")
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum[1], nesterov=True, fused=fused)
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum[1], nesterov=True, fused=device.type == "cuda")
     else:
-        optimizer = torch.optim.AdamW(groups, args.lr, args.betas, fused=fused)
+        optimizer = torch.optim.AdamW(groups, args.lr, args.betas, fused=device.type == "cuda")
 
     # Resume.
     if rank == 0:
@@ -391,8 +391,7 @@ def main(args):
     sums, n_summed, clock = {}, 0, time.time()
     for step in bar:
         if args.optimizer == "sgd":
-            lr, momentum = one_cycle(step // steps_per_epoch, args)
-            rates = {"lr": lr, "momentum": momentum}
+            rates = dict(zip(("lr", "momentum"), one_cycle(step // steps_per_epoch, args)))
         else:
             rates = {"lr": warmup_cosine(step, train_steps, args)}
         for param_group in optimizer.param_groups:

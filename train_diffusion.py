@@ -33,7 +33,9 @@ def parse_args(argv=None):
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
     group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
-    group.add_argument("--val-size", type=cli.count, default=200, help="first training images, held out here as in train_at.py")
+    group.add_argument(
+        "--val-size", type=cli.count, help="first training images, held out here as in train_at.py (default: 200 for digits, else 1024)"
+    )
     group.add_argument("--n-train", type=cli.count, help="train on the next so many images only (default: all others)")
     group = parser.add_argument_group("network")
     group.add_argument("--channels", type=cli.count, nargs="+", default=[24, 48], help="channels of each resolution, multiples of 8")
@@ -54,6 +56,7 @@ def parse_args(argv=None):
     group.add_argument("--out-dir", help="run directory (default: out/diffusion-<dataset>)")
     group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
     args = parser.parse_args(argv)
+    args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
     args.out_dir = args.out_dir or f"out/diffusion-{args.dataset}"
     if any(c % 8 for c in args.channels):
         parser.error(f"argument --channels: {args.channels}, expected multiples of 8 (the groups of GroupNorm)")

@@ -62,6 +62,7 @@ class Spec:
     std: tuple
     eps: dict  # the usual attack radius per norm, of x in [0, 1]
     read: Callable  # (data_dir, train: bool) -> (images uint8 (N, H, W, C) or ImageFiles, labels int64 (N,))
+    val_size: int = 1024  # first training images that every script holds out, unless told otherwise: the base recipe's
     wanted: str = ""  # what has to lie in --data-dir
     download: Callable | None = None  # (data_dir) -> None, fetches it
     crop_padding: int = 0  # training crops: zero-pad by this many pixels, crop back
@@ -257,22 +258,22 @@ class ImageFiles:
 _CIFAR_STD, _EPS = (0.2471, 0.2435, 0.2616), {"linf": 8 / 255, "l2": 0.5}
 # fmt: off
 DATASETS = {spec.name: spec for spec in (
-    Spec("digits", 8, 1, 10, (0.305,), (0.375,), {"linf": 0.15, "l2": 1.0}, _read_digits, crop_padding=1),
+    Spec("digits", 8, 1, 10, (0.305,), (0.375,), {"linf": 0.15, "l2": 1.0}, _read_digits, val_size=200, crop_padding=1),
     Spec("fashion-mnist", 28, 1, 10, (0.286,), (0.353,), {"linf": 0.1, "l2": 1.5}, _read_fashion_mnist,
-         "train-images-idx3-ubyte.gz and its three sisters (Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist)",
-         lambda data_dir: _torchvision("FashionMNIST", data_dir, download=True), crop_padding=2, flip=True),
+         wanted="train-images-idx3-ubyte.gz and its three sisters (Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist)",
+         download=lambda data_dir: _torchvision("FashionMNIST", data_dir, download=True), crop_padding=2, flip=True),
     Spec("cifar10", 32, 3, 10, (0.4914, 0.4822, 0.4465), _CIFAR_STD, _EPS, _read_cifar("CIFAR10"),
-         "cifar-10-batches-py/ (from cifar-10-python.tar.gz)",
-         lambda data_dir: _torchvision("CIFAR10", data_dir, download=True), crop_padding=4, flip=True),
+         wanted="cifar-10-batches-py/ (from cifar-10-python.tar.gz)",
+         download=lambda data_dir: _torchvision("CIFAR10", data_dir, download=True), crop_padding=4, flip=True),
     Spec("cifar100", 32, 3, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), _EPS, _read_cifar("CIFAR100"),
-         "cifar-100-python/ (from cifar-100-python.tar.gz)",
-         lambda data_dir: _torchvision("CIFAR100", data_dir, download=True), crop_padding=4, flip=True, rotation=15.0),
-    Spec("svhn", 32, 3, 10, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), _EPS, _read_svhn, "train_32x32.mat and test_32x32.mat",
-         lambda data_dir: [_torchvision("SVHN", data_dir, split=s, download=True) for s in ("train", "test")], crop_padding=4),
+         wanted="cifar-100-python/ (from cifar-100-python.tar.gz)",
+         download=lambda data_dir: _torchvision("CIFAR100", data_dir, download=True), crop_padding=4, flip=True, rotation=15.0),
+    Spec("svhn", 32, 3, 10, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), _EPS, _read_svhn, wanted="train_32x32.mat and test_32x32.mat",
+         download=lambda data_dir: [_torchvision("SVHN", data_dir, split=s, download=True) for s in ("train", "test")], crop_padding=4),
     Spec("tiny-imagenet", 64, 3, 200, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), _EPS, _read_tiny_imagenet,
-         "tiny-imagenet-200/ (from tiny-imagenet-200.zip)", _download_tiny_imagenet, crop_padding=4, flip=True),
+         wanted="tiny-imagenet-200/ (from tiny-imagenet-200.zip)", download=_download_tiny_imagenet, crop_padding=4, flip=True),
     Spec("imagenet", 224, 3, 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), {"linf": 4 / 255, "l2": 3.0}, _read_imagenet,
-         "train/ and val/ with one folder of JPEGs per class (ILSVRC-2012)", flip=True, files=True),
+         wanted="train/ and val/ with one folder of JPEGs per class (ILSVRC-2012)", flip=True, files=True),
 )}
 # fmt: on
 

@@ -107,7 +107,7 @@ def open_shards(directory, spec):
     shape = manifest.get("image_shape")
     _check_fits(directory, manifest.get("dataset"), shape, manifest.get("num_classes"), spec)
     n, shard_size, images, labels = manifest["n"], manifest["shard_size"], [], []
-    _allow_open_files(4 * -(-n // shard_size), directory)
+    allow_open_files(4 * -(-n // shard_size), directory)
     for shard in range(-(-n // shard_size)):
         size = min(shard_size, n - shard * shard_size)
         images_path, labels_path = shard_paths(directory, shard)
@@ -123,14 +123,20 @@ def open_shards(directory, spec):
     return source
 
 
-def _allow_open_files(n, directory):
+def allow_open_files(n, directory):
     """A shard stays open, mapped and to be read: raise this process's limit where `n` more files would pass it, if we may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(os.listdir("/dev/fd")) + n + 512  # 512 for whatever else the process opens
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise UserError(f"{directory}: needs {n} open files, this system allows a process {hard}; generate with a larger --shard-size")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        try:
+            if hard != resource.RLIM_INFINITY and hard < wanted:
+                raise ValueError
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError):  # above the hard limit; or there is none, and it is above the kernel's own
+            limit = "fewer" if hard == resource.RLIM_INFINITY else hard
+            raise UserError(
+                f"{directory}: needs {n} open files, this system allows a process {limit}; generate with a larger --shard-size"
+            ) from None
 
 
 def _check_fits(path, dataset, shape, num_classes, spec):

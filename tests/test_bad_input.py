@@ -73,6 +73,7 @@ FLAGS = [
     ("generate_synthetic", ["--keep-fraction", "0.2"], ["--keep-fraction", "--classifier"]),
     ("generate_synthetic", ["--sigma-min", "90"], ["--sigma-min", "--sigma-max"]),
     ("extract_features", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
+    ("train_at_aux", ["--teacher", "nowhere.pkl"], ["nowhere.pkl: no such file"]),
     ("evaluate", ["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "fgsm"], ["--attack", "fgsm", "autoattack"]),
     ("evaluate", ["--checkpoint", "x.pt", "--out", "x.npz"], ["--out", "ends in .json"]),
@@ -224,6 +225,12 @@ def test_a_diffusion_model_of_nan_is_named(fails, diffusion_dir, tmp_path):
     assert not list((tmp_path / "out").glob("shard*"))
     fails("train_at_aux", ["copy", "not finite"], "--teacher", broken, "--out-dir", tmp_path / "aux")
     fails("extract_features", ["features are not finite"], "--diffusion", broken, "--sigmas", "0.1", "--out-dir", tmp_path / "features")
+
+
+def test_more_shards_than_can_be_opened_are_refused_before_they_are_made(fails, diffusion_dir, tmp_path):
+    argv = ["--n-images", str(10**10), "--shard-size", "1"]
+    fails("generate_synthetic", ["needs 40000000000 open files", "--shard-size"], "--diffusion", diffusion_dir, *argv)
+    assert not (tmp_path / "out").exists()
 
 
 def test_guidance_needs_label_dropout(fails, diffusion_dir, tmp_path):

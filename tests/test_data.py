@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 
 import numpy as np
 import pytest
@@ -35,6 +36,14 @@ def test_validation_is_the_head_of_train_and_disjoint():
     assert np.array_equal(np.concatenate([val, train]), whole)
     with pytest.raises(cli.UserError, match="--val-size"):
         data.load_train(DIGITS, None, 1000)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagenet"])
+def test_every_script_holds_out_the_same_images(dataset):
+    """Or a diffusion model trained with the defaults would have seen the images that choose the classifier."""
+    names = ("train_diffusion", "generate_synthetic", "extract_features", "train_at", "train_at_aux")
+    sizes = {importlib.import_module(name).parse_args(["--dataset", dataset]).val_size for name in names}
+    assert sizes == {200 if dataset == "digits" else 1024}
 
 
 def test_streams_are_independent_functions_of_seed_use_and_step():
