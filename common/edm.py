@@ -528,8 +528,8 @@ def read_pickle(path):
         network = content.get("ema") if type(content) is dict else None
         config = _config(network)
         return config, _filled(config, dict(_tensors(network, "", set())))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or _line(error)}") from None
     except _Asks as error:
         asked = ascii(error.args[0])[1:-1][:100]
         raise UserError(f"{path}: refused, asks for {asked}; only the tensors and arguments of an NVlabs EDM network are read") from None

@@ -73,7 +73,7 @@ FLAGS = [
     ("generate_synthetic", ["--keep-fraction", "0.2"], ["--keep-fraction", "--classifier"]),
     ("generate_synthetic", ["--sigma-min", "90"], ["--sigma-min", "--sigma-max"]),
     ("extract_features", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
-    ("train_at_aux", ["--teacher", "nowhere.pkl"], ["nowhere.pkl: no such file"]),
+    ("train_at_aux", ["--teacher", "nowhere.pkl"], ["nowhere.pkl: No such file"]),
     ("evaluate", ["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "fgsm"], ["--attack", "fgsm", "autoattack"]),
     ("evaluate", ["--checkpoint", "x.pt", "--out", "x.npz"], ["--out", "ends in .json"]),
