@@ -1,173 +1,292 @@
-"""Clean and robust accuracy of a checkpoint on the test images: PGD with restarts, APGD-CE+T, or AutoAttack.
+"""Clean and robust accuracy of a classifier: PGD, APGD-CE+T, AutoAttack; on any number of processes, resumable, with sanity checks.
 
     python evaluate.py --checkpoint out/train_at-digits/best.pt --attack autoattack
-    torchrun --nproc_per_node 8 evaluate.py --checkpoint out/train_at-digits/best.pt --attack apgd
+    torchrun --nproc_per_node 8 evaluate.py --checkpoint out/train_at-digits/best.pt --attack apgd --eps 0.05 0.1 0.15 0.2
     python evaluate.py --dataset cifar10 --checkpoint weights-best.pt --model wrn-28-10    # a file of DM-AT or RobustBench
+    python evaluate.py --model diffusion-classifier --teacher out/diffusion-digits --n-images 100
+    python evaluate.py --compare out/a/results-best-apgd-linf-0.15.npz out/b/results-best-apgd-linf-0.15.npz
 
   clean       no attack
   pgd         PGD, --n-steps with --n-restarts random restarts: a sanity check, never the number to report
+  transfer    PGD-40 on the model of --transfer-from, its images tried on this one: a sanity check too
   apgd        APGD-CE then targeted APGD-DLR, the first two of AutoAttack's four: an upper bound on robust accuracy, quick
   autoattack  AutoAttack standard (Croce & Hein, arXiv 2003.01690): APGD-CE, APGD-T, FAB-T, Square
+  rand        AutoAttack rand, for randomised models: APGD-CE and APGD-DLR, gradients averaged over 20 passes
 
-apgd and autoattack are the authors' own package, pyautoattack, with its constants. An image counts as robust if no attack
-fools the model on it. Images are attacked in chunks of --batch-size, each seeded by itself: verdicts are those of
-pyautoattack called on that chunk, and do not depend on the number of processes. The threat model comes from this command
-line only; that of the training is printed where it differs.
+apgd, autoattack and rand are the authors' own package, pyautoattack, with its constants (common/autoattack.py). An image is
+robust if no attack fools the model on it. Images are attacked in chunks of --batch-size, each seeded by itself: verdicts are
+those of pyautoattack called on that chunk, and depend neither on the number of processes nor on where a run was cut. The
+threat model comes from this command line only; that of the training is printed where it differs.
 
-Writes results-<checkpoint>-<attack>-<norm>-<eps>.json (with -n<n> and -seed<seed> where they are given), and .npz with one
-entry per image (index, label, clean_correct, robust, fooled_by), beside the checkpoint. A result that exists is printed
-again, not computed again.
+Writes results-<checkpoint>-<attack>-<norm>-<eps>.json (with -n<n>, -seed<seed>, ... where they are given), and .npz with one
+entry per image (index, label, clean_correct, robust, fooled_by), beside the checkpoint; until then, every attack of every chunk
+at once in the directory .parts, from which the same command goes on. A result that exists is printed again.
 """
 
+import dataclasses
 import importlib.metadata
-import logging
 import os
+import shutil
 import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.stats import binomtest
+from torch import nn
 
-from common import attacks, checkpoint, cli, data, dist, models, runlog
+from common import attacks, autoattack, checkpoint, cli, data, diffusion, dist, generative, models, robustbench, runlog, sanity, stats
 
 ATTACKS = {  # --attack: (its name in tables, its parts in the order in which they run)
     "clean": ("clean", []),
     "pgd": ("PGD", ["pgd"]),
+    "transfer": ("transfer (black box)", ["transfer"]),
     "apgd": ("APGD-CE+T (upper bound)", ["apgd-ce", "apgd-t"]),
     "autoattack": ("AutoAttack standard", ["apgd-ce", "apgd-t", "fab-t", "square"]),
+    "rand": ("AutoAttack rand", ["apgd-ce", "apgd-dlr"]),
 }
-
-
-PGD_FLAGS = ("--loss", "--n-steps", "--n-restarts", "--step-size")  # the package's attacks have constants of their own
+PGD_FLAGS = ("--loss", "--n-steps", "--n-restarts", "--step-size", "--eot")  # the package's attacks have constants of their own
+GENERATIVE = ("diffusion-classifier", "diffusion-head")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("--checkpoint", required=True, help="best.pt or last.pt of train_at.py or train_at_aux.py")
+    group.add_argument("--checkpoint", help="best.pt or last.pt of train_at.py or train_at_aux.py, or with --model a file of others")
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set, its test images")
     group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
     group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
-    group.add_argument("--model", help="network of a checkpoint of others, such as wrn-28-10 for a file of DM-AT or RobustBench")
+    group.add_argument("--model", help=f"network of a checkpoint of others, such as wrn-28-10; or {' or '.join(GENERATIVE)}")
+    group.add_argument("--mean", type=cli.ratio, nargs="+", help="mean that --model subtracts, per channel (default: the data set's)")
+    group.add_argument("--std", type=cli.positive, nargs="+", help="deviation that --model divides by; without normalisation: 0 and 1")
     group.add_argument("--n-images", type=cli.count, help="only the first n test images (default: all)")
     group.add_argument("--image-list", help="imagenet: only those of this file, one <class folder>/<file> a line, such as RobustBench's")
+    group = parser.add_argument_group("classifiers made of a diffusion model (common/generative.py)")
+    group.add_argument("--teacher", help="diffusion model: directory, NVlabs .pkl or hub:OWNER/NAME")
+    group.add_argument("--n-noise", type=cli.count, default=8, help="draws of noise that an image is seen under")
+    group.add_argument("--fresh-noise", action="store_true", help="new noise at every pass: a randomised classifier")
+    group.add_argument("--keep-classes", type=cli.count, help="of diffusion-classifier: best classes kept after a quarter of the draws")
     group = parser.add_argument_group("threat model")
-    group.add_argument("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
-    group.add_argument("--eps", type=cli.positive, help="radius, of x in [0, 1] (default: the data set's usual one)")
+    group.add_argument("--norm", choices=["linf", "l2", "l1"], default="linf", help="norm of the perturbation")
+    group.add_argument("--eps", type=cli.positive, nargs="+", help="radius, or several, of x in [0, 1] (default: the data set's usual one)")
     group = parser.add_argument_group("attack")
     group.add_argument("--attack", choices=ATTACKS, default="apgd", help="see above")
+    group.add_argument("--transfer-from", help="another checkpoint, whose adversarial images are tried on this model too")
     group.add_argument("--loss", choices=["margin", "ce"], default="margin", help="loss of pgd")
     group.add_argument("--n-steps", type=cli.count, default=40, help="steps of pgd")
     group.add_argument("--n-restarts", type=cli.count, default=5, help="random restarts of pgd")
     group.add_argument("--step-size", type=cli.positive, help="step of pgd, of x in [0, 1] (default: eps / 4)")
+    group.add_argument("--eot", type=cli.count, default=1, help="passes whose logits pgd averages, for randomised models")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=200, help="images per chunk, the unit of the attack's seed")
     group.add_argument("--seed", type=cli.seed, default=0, help="seed of the attacks")
+    group.add_argument("--sanity-images", type=cli.count0, default=100, help="first images that the sanity checks run on, 0 for none")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model; its rounding may flip an image")
     group.add_argument("--out", help="result file, .json (default: beside the checkpoint, see above)")
+    group = parser.add_argument_group("instead of an evaluation")
+    group.add_argument("--compare", nargs=2, metavar=("A.npz", "B.npz"), help="compare two results image by image, and end")
+    group.add_argument("--export", choices=["robustbench"], help="weights and a claim for RobustBench from a finished result, and end")
     args = parser.parse_args(argv)
-    parser.refuse_unused(argv, {flag: ("--attack pgd", args.attack == "pgd") for flag in PGD_FLAGS})
-    args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
-    args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    folder, name = os.path.split(args.checkpoint)
-    stem = f"results-{os.path.splitext(name)[0]}-{args.attack}-{args.norm}-{args.eps:.4g}"
-    stem += (
-        ("-listed" if args.image_list else "")
-        + (f"-n{args.n_images}" if args.n_images else "")
-        + (f"-seed{args.seed}" if args.seed else "")
-    )
-    args.out = args.out or os.path.join(folder, f"{stem}.json")
-    if args.image_list and not data.DATASETS[args.dataset].files:
+    spec = data.DATASETS[args.dataset]
+    generated = args.model in GENERATIVE
+    uses = {flag: ("--attack pgd", args.attack == "pgd") for flag in PGD_FLAGS}
+    uses |= {flag: (" or ".join(GENERATIVE), generated) for flag in ("--teacher", "--n-noise", "--fresh-noise")}
+    uses |= {flag: ("--model of a checkpoint of others", args.model and not generated) for flag in ("--mean", "--std")}
+    uses |= {"--keep-classes": ("--model diffusion-classifier", args.model == GENERATIVE[0])}
+    parser.refuse_unused(argv, uses)
+    if not (args.compare or args.checkpoint or args.model == GENERATIVE[0]):
+        parser.error("argument --checkpoint: required")
+    if generated and not args.teacher:
+        parser.error(f"argument --teacher: --model {args.model} needs a diffusion model")
+    for name in ("mean", "std"):
+        if getattr(args, name) and len(getattr(args, name)) not in (1, spec.channels):
+            parser.error(f"argument --{name}: expected 1 or {spec.channels} numbers, one per channel of {spec.name}")
+    if args.eps is None and args.norm not in spec.eps:
+        parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
+    args.eps = list(dict.fromkeys(args.eps or [spec.eps[args.norm]]))
+    if args.norm == "l1" and (args.attack in ("pgd", "transfer") or args.transfer_from):
+        parser.error("argument --norm: pgd and transfer know linf and l2; take apgd or autoattack for l1")
+    if args.attack == "transfer" and not args.transfer_from:
+        parser.error("argument --transfer-from: required by --attack transfer")
+    if args.image_list and not spec.files:
         parser.error(f"argument --image-list: the images of {args.dataset} are not files")
-    if not args.out.endswith(".json"):
+    if args.out and not args.out.endswith(".json"):
         parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
+    if args.out and len(args.eps) > 1:
+        parser.error("argument --out: one result; several --eps are written beside the checkpoint")
     return args
+
+
+def result_path(args, eps):
+    """Where the result at radius eps (or of "curve") goes: what a table distinguishes is in the name, the rest is compared."""
+    if args.out:
+        return args.out
+    folder, name = os.path.split(args.checkpoint or f"out/diffusion-classifier-{args.dataset}/{args.n_noise}-draws")
+    stem = f"results-{os.path.splitext(name)[0]}-{args.attack}-{args.norm}-" + (eps if eps == "curve" else f"{eps:.4g}")
+    stem += "-fresh" if args.fresh_noise else ""
+    stem += ("-listed" if args.image_list else "") + (f"-n{args.n_images}" if args.n_images else "")
+    return os.path.join(folder, stem + (f"-seed{args.seed}" if args.seed else "") + ".json")
 
 
 # ---------------------------------------------------------------------------------------------------- the attacks
 
 
-def attack_chunk(model, x, y, chunk, args):
-    """Verdicts of one chunk: (fooled_by (B,) int8, seconds per attack).
+def adversarial(name, model, source, x, y, left, chunk, eps, args):
+    """Adversarial images of the attack `name` for the rows `left` of a chunk (x, y) that no attack has fooled yet."""
+    if name == "transfer":
+        return sanity.transferred(source, x, y, args.norm, eps, args.seed)[left]
+    if name == "pgd":
+        generator = data.stream(args.seed, "evaluate-pgd", chunk, x.device)
+        starts = [attacks.random_start(x.shape, args.norm, eps, generator) for _ in range(args.n_restarts)]
+        settings = dict(norm=args.norm, eps=eps, step_size=args.step_size or eps / 4, n_steps=args.n_steps, loss=args.loss)
+        return attacks.pgd(Averaged(model, args.eot) if args.eot > 1 else model, x, y, starts, **settings)[left]
+    version = "rand" if args.attack == "rand" else "standard"
+    return autoattack.attack(name, model, x[left], y[left], norm=args.norm, eps=eps, seed=args.seed, version=version)
 
-    fooled_by: -1 misclassified without an attack, k >= 0 fooled by the k-th attack, len(attacks) robust.
+
+class Averaged(nn.Module):
+    """Mean logits of n passes: what an attacker of a randomised model follows (EoT, Athalye et al., arXiv 1707.07397)."""
+
+    def __init__(self, model, n):
+        super().__init__()
+        self.model, self.n = model, n
+
+    def forward(self, x):
+        return sum(self.model(x) for _ in range(self.n)) / self.n
+
+
+def attack_chunk(model, source, x, y, chunk, path, heard, eps, args):
+    """Attack one chunk and keep every attack's verdicts in the file `path` at once; go on from there where it exists.
+
+    fooled_by, per image: -1 misclassified without an attack, k >= 0 fooled by the k-th attack, len(attacks) robust so far.
     """
-    with torch.no_grad():
-        logits = model(x)
-    if not logits.isfinite().all():  # argmax of NaN is class 0: such a model would look robust on that class
-        raise cli.UserError(f"--checkpoint {args.checkpoint}: the model's logits are not finite")
-    correct = logits.argmax(1) == y
     names = ATTACKS[args.attack][1]
-    fooled_by = torch.where(correct, len(names), -1).to(torch.int8)
-    seconds = []
-    for k, name in enumerate(names):
+
+    def predicted(x, use):
+        torch.manual_seed(data.seed_of(args.seed, use, chunk) % 2**32)  # of a randomised model's draws
+        with torch.no_grad():
+            logits = model(x)
+        if not logits.isfinite().all():  # argmax of NaN is class 0: such a model would look robust on that class
+            raise cli.UserError(f"--checkpoint {args.checkpoint}: the model's logits are not finite")
+        return logits.argmax(1)
+
+    if os.path.exists(path):
+        part = read_chunk(path, len(y), names)
+    else:
+        correct = predicted(x, "evaluate-clean") == y
+        fooled_by = torch.where(correct, len(names), -1).tolist()
+        part = {"fooled_by": fooled_by, "seconds": [], "zero_gradients": int(sanity.zero_gradients(model, x, y)), "warnings": []}
+    fooled_by = torch.tensor(part["fooled_by"], device=x.device)
+    for k in range(len(part["seconds"]), len(names)):
         begun = time.time()
         left = torch.nonzero(fooled_by == len(names)).squeeze(1)
         if len(left):
-            x_adv = run_pgd(model, x, y, chunk, args)[left] if name == "pgd" else run_autoattack(model, name, x[left], y[left], args)
-            with torch.no_grad():
-                fooled = model(x_adv).argmax(1) != y[left]
-            check_threat_model(x_adv, x[left], name, args)
-            fooled_by[left[fooled]] = k
-        seconds.append(time.time() - begun)
-    return fooled_by, seconds
+            x_adv = adversarial(names[k], model, source, x, y, left, chunk, eps, args)
+            check_threat_model(x_adv, x[left], names[k], args.norm, eps)
+            fooled_by[left[predicted(x_adv, f"evaluate-{names[k]}") != y[left]]] = k
+        part["seconds"].append(round(time.time() - begun, 3))
+        part |= {"fooled_by": fooled_by.tolist(), "warnings": sorted({*part["warnings"], *heard.drain()})}
+        checkpoint.write_json(part, path)
+    if not names:
+        checkpoint.write_json(part, path)
 
 
-def run_pgd(model, x, y, chunk, args):
-    """Adversarial images of PGD, the restart that fools the model where there is one."""
-    generator = data.stream(args.seed, "evaluate-pgd", chunk, x.device)
-    starts = [attacks.random_start(x.shape, args.norm, args.eps, generator) for _ in range(args.n_restarts)]
-    attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.n_steps, loss=args.loss)
-    return attacks.pgd(model, x, y, starts, **attack)
+def read_chunk(path, n, names):
+    """What attack_chunk left in a file: verdicts of n images after the attacks that `seconds` is of, in the order of `names`."""
+    part = checkpoint.read_json(path)
+    try:
+        kinds = isinstance(part["zero_gradients"], int) and all(isinstance(text, str) for text in part["warnings"])
+        fits = len(part["fooled_by"]) == n and set(part["fooled_by"]) <= {*range(-1, len(names) + 1)}
+        if kinds and fits and len([s for s in part["seconds"] if s >= 0]) <= len(names):
+            return part
+    except (KeyError, TypeError):
+        pass
+    raise cli.UserError(f"{path}: damaged, no chunk of {n} images; delete it, and it is attacked again")
 
 
-def run_autoattack(model, name, x, y, args):
-    """Adversarial images of one of AutoAttack standard's attacks, in one batch, as pyautoattack's own driver would run it."""
-    from pyautoattack import AutoAttack
-
-    norm = {"linf": "Linf", "l2": "L2"}[args.norm]
-    adversary = AutoAttack(model, norm=norm, eps=args.eps, seed=args.seed, version="standard", device=x.device)
-    adversary.attacks_to_run = [name]
-    return adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
-
-
-def check_threat_model(x_adv, x, name, args):
+def check_threat_model(x_adv, x, name, norm, eps):
     """An attack that left the ball or [0, 1] would understate robustness: refuse its verdicts."""
     delta = (x_adv - x).flatten(1)
-    size = delta.abs().amax() if args.norm == "linf" else delta.norm(dim=1).amax()
-    if not (size <= args.eps * (1 + 1e-5) + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1):
-        raise RuntimeError(f"{name} left the threat model: {args.norm} {size:.6f} of {args.eps}, pixels {x_adv.min()} to {x_adv.max()}")
+    size = delta.norm(p={"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1).max()
+    if not (size <= eps * (1 + 1e-5) + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1):
+        raise RuntimeError(f"{name} left the threat model: {norm} {size:.6f} of {eps}, pixels {x_adv.min()} to {x_adv.max()}")
 
 
-def count_zero_gradients(model, x, y):
-    """Images whose loss has no gradient at all: a sign of gradient masking, which white-box attacks cannot see through."""
-    x = x.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
-    return (gradient.flatten(1).abs().amax(1) == 0).sum()
+def check_sanity(name, model, source, x, y, path, heard, eps, args):
+    """One group of sanity checks on the first images, kept in the file `path`; nothing where that exists."""
+    if os.path.exists(path):
+        return
+    if name == "transfer":
+        x_adv = sanity.transferred(source, x, y, args.norm, eps, args.seed)
+        with torch.no_grad():
+            fooled = model(x_adv).argmax(1) != y
+        content = {"fooled": fooled.tolist()}
+    else:
+        torch.manual_seed(args.seed)
+        content = {"lines": sanity.CHECKS[name](model, x, y, args.norm, eps, args.seed)}
+    heard.drain()
+    checkpoint.write_json(content, path)
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing
 
 
-class WarningsOfAutoAttack(logging.Handler):
-    """Collects what pyautoattack warns of (randomised model, probabilities instead of logits, zero gradients, ...)."""
+def load_model(args, spec, device):
+    """(model, what it is: a dict, (norm, eps) of its training or (None, None)); frozen, in eval mode."""
+    if args.mean or args.std:
+        mean, std = (tuple(values * (spec.channels // len(values))) for values in (args.mean or spec.mean, args.std or spec.std))
+        spec = dataclasses.replace(spec, mean=mean, std=std)
+    settings = {"mean": args.mean, "std": args.std, "compile": args.compile}
+    if args.model in GENERATIVE:
+        network = diffusion.load_diffusion(args.teacher, device)
+        model = generative.load(args.model, network, spec, args)
+        settings |= {key: getattr(args, key) for key in ("n_noise", "fresh_noise", "keep_classes")} | {"teacher_sha256": network.sha256}
+        trained = (None, None)
+    else:
+        model, state = models.load_classifier(args.checkpoint, spec, device, args.model)
+        trained = (state["norm"], state["eps"])
+    settings["checkpoint_sha256"] = checkpoint.sha256(args.checkpoint) if args.checkpoint else None
+    return (torch.compile(model, dynamic=True) if args.compile else model), settings, trained
 
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-        logger = logging.getLogger("auto-attack")
-        logger.addHandler(self)
-        logger.propagate = False
 
-    def emit(self, record):
-        if record.getMessage() not in self.messages:
-            self.messages.append(record.getMessage())
-
-
-def interval(n_correct, n):
-    """Wilson's 95 % interval of a fraction."""
-    ci = binomtest(n_correct, n).proportion_ci(method="wilson")
-    return [ci.low, ci.high]
+def merge(parts, request, labels, args, seconds):
+    """(result, per-image arrays) of the files that all processes left."""
+    names, n, n_checked = request["attacks"], request["n"], request["sanity_images"]
+    sizes = [min(args.batch_size, n - start) for start in range(0, n, args.batch_size)]
+    chunks = [read_chunk(path, size, names) for size, (_, _, path) in zip(sizes, parts)]
+    fooled_by = np.concatenate([chunk["fooled_by"] for chunk in chunks]).astype(np.int8)
+    clean_correct, robust = fooled_by >= 0, fooled_by == len(names)
+    groups = {name: checkpoint.read_json(path) for kind, name, path in parts if kind == "sanity"}
+    lines = [line for name in sanity.CHECKS if name in groups for line in groups[name]["lines"]]
+    n_zero = sum(chunk["zero_gradients"] for chunk in chunks)
+    if names:
+        lines.append(sanity.line("hardly any image has a zero gradient", n_zero <= 0.01 * n, f"{n_zero} of {n}"))
+    if "transfer" in groups:
+        found = int((np.array(groups["transfer"]["fooled"]) & robust[:n_checked]).sum())
+        ok = found <= sanity.TOLERANCE * n_checked
+        lines.append(sanity.line("the attack is not weaker than transfer", ok, f"transfer alone fools {found} of {n_checked}"))
+    if "square" in names:
+        found = int((fooled_by == names.index("square")).sum())
+        lines.append(sanity.line("Square fools hardly any that gradients did not", found <= 0.002 * n, f"{found} of {n}"))
+    if args.attack == "rand":
+        lines = [sanity.line(sanity.RANDOM, not a["ok"], a["found"]) if a["check"] == sanity.DETERMINISTIC else a for a in lines]
+    warnings = {message for chunk in chunks for message in chunk["warnings"] if "zero gradient" not in message}
+    failed = [f"check failed: {line['check']} ({line['found']})" for line in lines if not line["ok"]]
+    result = request | {
+        "checkpoint": args.checkpoint or args.teacher,
+        "clean": clean_correct.mean(),
+        "clean_interval": stats.wilson(int(clean_correct.sum()), n),
+        "clean_correct": int(clean_correct.sum()),
+        "robust": robust.mean() if names else None,
+        "robust_interval": stats.wilson(int(robust.sum()), n) if names else None,
+        "robust_correct": int(robust.sum()) if names else None,
+        "zero_gradients": n_zero,
+        "sanity": lines,
+        "warnings": failed + sorted(warnings),
+        "seconds": seconds,
+        "seconds_by_attack": {name: round(sum(chunk["seconds"][k] for chunk in chunks), 1) for k, name in enumerate(names)},
+        "environment": runlog.environment(),
+    }
+    per_image = {"index": np.arange(n), "label": labels[:n], "clean_correct": clean_correct, "robust": robust, "fooled_by": fooled_by}
+    return result, per_image | {"attacks": np.array(names, str)}
 
 
 def print_result(result, path):
@@ -176,14 +295,82 @@ def print_result(result, path):
     rows = {"clean": "clean", "robust": f"{result['attack_name']}, {result['norm']} {result['eps']:.4g}"}
     for key, name in list(rows.items())[: 2 if result["attacks"] else 1]:
         low, high = result[f"{key}_interval"]
-        print(f"{name:<40} {result[key]:7.2%}   95 % interval {low:.2%} to {high:.2%}   n = {result['n']}")
-    print(f"{result['seconds']:.0f} s; {path}")
+        suspect = "   WARNING: see above" if key == "robust" and result["warnings"] else ""
+        print(f"{name:<40} {result[key]:7.2%}   95 % interval {low:.2%} to {high:.2%}   n = {result['n']}{suspect}")
+    if result["attacks"]:
+        where = f"on the first {result['sanity_images']} images" if result["sanity_images"] else "that need attacks were not run"
+        print(f"sanity checks {where}")
+        for line in result["sanity"]:
+            print(f"  {'ok' if line['ok'] else 'FAILED':<7}{line['check']:<48}{line['found']}")
+    print(f"{result['seconds']:.0f} s; {path}", flush=True)
+
+
+def evaluate(model, source, settings, images, labels, n, eps, args, rank, world_size, device):
+    """The result at one radius, on every rank: what is there already, or what the chunks of all ranks give."""
+    names, path = ATTACKS[args.attack][1], result_path(args, eps)
+    packaged = args.attack in ("apgd", "autoattack", "rand")
+    request = settings | {
+        "dataset": args.dataset,
+        "split": "test",
+        "n": n,
+        "image_list_sha256": checkpoint.sha256(args.image_list) if args.image_list else None,
+        "norm": args.norm,
+        "eps": eps,
+        "attack": args.attack,
+        "attack_name": ATTACKS[args.attack][0],
+        "attacks": names,
+        "version": f"pyautoattack {importlib.metadata.version('pyautoattack')}" if packaged else "common/attacks.py",
+        "settings": {k: getattr(args, k) for k in ("loss", "n_steps", "n_restarts", "step_size", "eot")} if args.attack == "pgd" else {},
+        "transfer_sha256": checkpoint.sha256(args.transfer_from) if args.transfer_from else None,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "sanity_images": min(args.sanity_images, n) if names else 0,
+    }
+    if os.path.exists(path):
+        result = checkpoint.read_json(path)
+        for key, value in request.items():
+            if result.get(key) != value:
+                raise cli.UserError(f"--out {path}: holds another result ({key} is {result.get(key)}, not {value}); name another file")
+        return result
+    folder, per_image_path = (os.path.splitext(path)[0] + end for end in (".parts", ".npz"))
+    if rank == 0:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        for target in (path, per_image_path):  # hours of work are not lost to a place that cannot be written
+            open(f"{target}.writing", "wb").close()
+            os.unlink(f"{target}.writing")
+        runlog.claim_directory(folder, request, "request.json", flag="--out")
+    dist.barrier()
+    parts = [("chunk", i, os.path.join(folder, f"chunk-{i:05d}.json")) for i in range(-(-n // args.batch_size))]
+    groups = [*sanity.CHECKS, *(["transfer"] if source and args.attack != "transfer" else [])] if request["sanity_images"] else []
+    parts += [("sanity", name, os.path.join(folder, f"sanity-{name}.json")) for name in groups]
+    heard, begun = autoattack.Warnings(), time.time()
+    for kind, name, part in runlog.progress(parts[rank::world_size], rank, desc=f"{args.attack} {eps:.4g}", unit="chunk"):
+        rows = slice(name * args.batch_size, min((name + 1) * args.batch_size, n)) if kind == "chunk" else slice(request["sanity_images"])
+        x, y = data.to_x(images[rows], device), torch.from_numpy(labels[rows]).to(device)
+        if kind == "chunk":
+            attack_chunk(model, source, x, y, name, part, heard, eps, args)
+        else:
+            check_sanity(name, model, source, x, y, part, heard, eps, args)
+    dist.barrier()
+    if rank == 0:
+        result, per_image = merge(parts, request, labels, args, round(time.time() - begun, 1))
+        with checkpoint.atomic(per_image_path) as file:
+            np.savez(file, **per_image)
+        checkpoint.write_json(result, path)
+        shutil.rmtree(folder)
+    dist.barrier()
+    return checkpoint.read_json(path)
 
 
 def main(args):
+    if args.compare:
+        return stats.compare(*args.compare)
+    if args.export:
+        return robustbench.export(args.checkpoint, args.dataset, [result_path(args, eps) for eps in args.eps])
     rank, world_size, device = dist.setup()
     spec = data.DATASETS[args.dataset]
-    model, state = models.load_classifier(args.checkpoint, spec, device, args.model)
+    model, settings, trained = load_model(args, spec, device)
+    source = models.load_classifier(args.transfer_from, spec, device)[0] if args.transfer_from else None
     if rank == 0:
         data.prepare(spec, args.data_dir, args.download)
     dist.barrier()
@@ -193,86 +380,15 @@ def main(args):
     n = len(labels) if args.n_images is None else args.n_images
     if n > len(labels):
         raise cli.UserError(f"--n-images {n}: {spec.name} has {len(labels)} test images")
-    chunks = [(i, slice(i * args.batch_size, min((i + 1) * args.batch_size, n))) for i in range(-(-n // args.batch_size))]
-    attack_name, names = ATTACKS[args.attack]
-    package = f"pyautoattack {importlib.metadata.version('pyautoattack')}"
-    request = {
-        "checkpoint_sha256": checkpoint.sha256(args.checkpoint),
-        "dataset": spec.name,
-        "split": "test",
-        "n": n,
-        "image_list_sha256": checkpoint.sha256(args.image_list) if args.image_list else None,
-        "norm": args.norm,
-        "eps": args.eps,
-        "attack": args.attack,
-        "attack_name": attack_name,
-        "attacks": names,
-        "version": package if args.attack in ("apgd", "autoattack") else "common/attacks.py",
-        "settings": {k: getattr(args, k) for k in ("loss", "n_steps", "n_restarts", "step_size")} if args.attack == "pgd" else {},
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-    }
-    if os.path.exists(args.out):
-        result = checkpoint.read_json(args.out)
-        for key, value in request.items():
-            if result.get(key) != value:
-                raise cli.UserError(f"--out {args.out}: holds another result ({key} is {result.get(key)}, not {value}); name another file")
+    results = []
+    for eps in args.eps:
+        if rank == 0 and trained != (None, None) and trained != (args.norm, eps):
+            print(f"note: trained against {trained[0]} {trained[1]:.4g}, evaluated against {args.norm} {eps:.4g}")
+        results.append(evaluate(model, source, settings, images, labels, n, eps, args, rank, world_size, device))
         if rank == 0:
-            print_result(result, args.out)
-        return dist.teardown()
-
-    per_image_path = os.path.splitext(args.out)[0] + ".npz"
-    if rank == 0:  # hours of work are not lost to a place that cannot be written
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        for path in (args.out, per_image_path):
-            open(f"{path}.writing", "wb").close()
-            os.unlink(f"{path}.writing")
-    trained = (state["norm"], state["eps"])
-    if rank == 0 and trained != (None, None) and trained != (args.norm, args.eps):
-        print(f"note: trained against {trained[0]} {trained[1]:.4g}, evaluated against {args.norm} {args.eps:.4g}")
-    heard = WarningsOfAutoAttack()
-    begun = time.time()
-    fooled_by = torch.zeros(n, dtype=torch.int32, device=device)  # filled by the rank that owns the chunk, then summed
-    seconds = torch.zeros(len(names), dtype=torch.float64, device=device)
-    n_zero = torch.zeros((), dtype=torch.int64, device=device)
-    mine = chunks[rank::world_size]
-    with runlog.progress(rank=rank, desc=args.attack, unit="image", total=sum(rows.stop - rows.start for _, rows in mine)) as bar:
-        for chunk, rows in mine:
-            x, y = data.to_x(images[rows], device), torch.from_numpy(labels[rows]).to(device)
-            verdicts, chunk_seconds = attack_chunk(model, x, y, chunk, args)
-            fooled_by[rows] = verdicts.int()
-            seconds += torch.tensor(chunk_seconds, dtype=torch.float64, device=device)
-            n_zero += count_zero_gradients(model, x, y)
-            bar.update(len(y))
-    for tensor in (fooled_by, seconds, n_zero):
-        dist.sum_over_ranks(tensor)
-
-    messages = sorted(set().union(*dist.gather_objects(heard.messages)))
-
-    if rank == 0:
-        fooled_by = fooled_by.cpu().numpy().astype(np.int8)
-        clean_correct, robust = fooled_by >= 0, fooled_by == len(names)
-        if n_zero > 0.01 * n:
-            messages.append(f"{n_zero} of {n} images have a zero gradient: gradient masking, robust accuracy may be overstated")
-        result = request | {
-            "checkpoint": args.checkpoint,
-            "clean": clean_correct.mean(),
-            "clean_interval": interval(int(clean_correct.sum()), n),
-            "clean_correct": int(clean_correct.sum()),
-            "robust": robust.mean() if names else None,
-            "robust_interval": interval(int(robust.sum()), n) if names else None,
-            "robust_correct": int(robust.sum()) if names else None,
-            "zero_gradients": int(n_zero),
-            "warnings": messages,
-            "seconds": round(time.time() - begun, 1),
-            "seconds_by_attack": dict(zip(names, seconds.cpu().numpy().round(1).tolist())),
-            "environment": runlog.environment(),
-        }
-        per_image = {"index": np.arange(n), "label": labels[:n], "clean_correct": clean_correct, "robust": robust, "fooled_by": fooled_by}
-        with checkpoint.atomic(per_image_path) as file:
-            np.savez(file, **per_image, attacks=np.array(names, str))
-        checkpoint.write_json(result, args.out)
-        print_result(result, args.out)
+            print_result(results[-1], result_path(args, eps))
+    if rank == 0 and len(results) > 1:
+        stats.curve_png(results, trained, os.path.splitext(result_path(args, "curve"))[0] + ".png")
     dist.teardown()
 
 

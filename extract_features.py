@@ -6,10 +6,13 @@ one pass of the network, which is left at the last of them.
 
     python extract_features.py --probe                                   # digits, all blocks, four noise levels, ten seconds
     torchrun --nproc_per_node 8 extract_features.py                      # images are shared out over the processes
+    python extract_features.py --blocks up_blocks.0.resnets.0 --sigmas 0.1 --save-head out/head.pt    # a classifier to attack
 
 Writes <split>-<block>-sigma<sigma>.npy (float32, (N, channels), memory-mapped) and <split>-labels.npy for the splits train,
 val and test, and manifest.json. Files that are complete are skipped. --probe fits scikit-learn's logistic regression on
 "train" and prints accuracies on "val": choose block and sigma there, never on the test images (--probe-split test reports).
+--save-head writes the probe of one block and sigma as a head, to be evaluated and attacked end to end, through the network:
+evaluate.py --model diffusion-head --teacher ... --checkpoint out/head.pt.
 """
 
 import os
@@ -36,6 +39,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("probe")
     group.add_argument("--probe", action="store_true", help="fit and print a linear probe per (block, sigma)")
     group.add_argument("--probe-split", choices=["val", "test"], default="val", help="images that the probe's accuracy is of")
+    group.add_argument("--save-head", help="file for the probe of one block and one sigma, such as out/head.pt")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=250, help="images per network call on one process")
     group.add_argument("--out-dir", help="directory of the features (default: out/features-<dataset>)")
@@ -43,6 +47,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
     args.blocks, args.sigmas = args.blocks and list(dict.fromkeys(args.blocks)), list(dict.fromkeys(args.sigmas))
+    if args.save_head and not (args.blocks and len(args.blocks) == len(args.sigmas) == 1):
+        parser.error("argument --save-head: goes with one of --blocks and one of --sigmas")
     args.out_dir = args.out_dir or f"out/features-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     return args
@@ -62,13 +68,21 @@ def features_of(model, images, ids, split, sigma, blocks, seed):
     return [f.float().cpu().numpy() for f in features]
 
 
-def probe(train_features, train_labels, features, labels):
-    """Accuracy on (features, labels) of a logistic regression fitted to standardised training features."""
+def fit_probe(features, labels):
+    """A logistic regression fitted to standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train_features, train_labels).score(features, labels)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features, labels)
+
+
+def linear_layer(fitted):
+    """(weight (K, channels), bias (K,)) float32 of a fitted probe, its standardisation folded in."""
+    scaler, regression = fitted[0], fitted[1]
+    weight = regression.coef_ / scaler.scale_
+    bias = regression.intercept_ - weight @ scaler.mean_
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing
@@ -129,8 +143,10 @@ def main(args):
     train, val = data.load_train(spec, args.data_dir, args.val_size)
     splits = {"train": train, "val": val, "test": data.load_test(spec, args.data_dir)}
     labels = {split: split_labels for split, (_, split_labels) in splits.items()}
-    if args.probe and len(np.unique(labels["train"])) < spec.num_classes:
-        raise cli.UserError(f"--val-size {args.val_size}: a class has no training image left, --probe needs all {spec.num_classes}")
+    if (args.probe or args.save_head) and len(np.unique(labels["train"])) < spec.num_classes:
+        raise cli.UserError(
+            f"--val-size {args.val_size}: a class has no training image left, --probe and --save-head need all {spec.num_classes}"
+        )
     if rank == 0:
         runlog.claim_directory(args.out_dir, manifest, "manifest.json")
     dist.barrier()
@@ -141,6 +157,17 @@ def main(args):
         for sigma in args.sigmas:
             extract(model, images, split, sigma, blocks, args, rank, world_size)
 
+    def read(split, block, sigma):
+        return checkpoint.open_npy(feature_path(args.out_dir, split, block, sigma), np.float32, (len(labels[split]), None))
+
+    if rank == 0 and args.save_head:
+        block, sigma = args.blocks[0], args.sigmas[0]
+        fitted = fit_probe(read("train", block, sigma), labels["train"])
+        accuracy = fitted.score(read("val", block, sigma), labels["val"])
+        weight, bias = linear_layer(fitted)
+        head = {"dataset": spec.name, "network_sha256": model.sha256, "block": block, "sigma": sigma, "val_accuracy": accuracy}
+        checkpoint.save(head | {"weight": weight, "bias": bias}, args.save_head)
+        print(f"{args.save_head}: accuracy on {len(labels['val'])} validation images {accuracy:.1%}")
     if rank == 0 and args.probe:
         print(f"linear probe, accuracy on {len(labels[args.probe_split])} {args.probe_split} images (rows: block, columns: sigma)")
         width = max(map(len, blocks))
@@ -148,11 +175,8 @@ def main(args):
         for block in blocks:
             row = []
             for sigma in args.sigmas:
-                train, held_out = (
-                    checkpoint.open_npy(feature_path(args.out_dir, split, block, sigma), np.float32, (len(labels[split]), None))
-                    for split in ("train", args.probe_split)
-                )
-                row.append(probe(train, labels["train"], held_out, labels[args.probe_split]))
+                fitted = fit_probe(read("train", block, sigma), labels["train"])
+                row.append(fitted.score(read(args.probe_split, block, sigma), labels[args.probe_split]))
             print(f"{block:<{width}}" + "".join(f"{accuracy:8.1%}" for accuracy in row), flush=True)
     dist.teardown()
 

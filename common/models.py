@@ -18,7 +18,7 @@ _IMAGENET = ("resnet50", "convnext_tiny", "convnext_base", "vit_b_16", "swin_t",
 _PATCH = {"vit-s-2": 2, "vit-b-2": 2, "vit_b_16": 16}
 _ENTRIES = {"model_name": str, "dataset": str, "num_classes": int, "norm": str, "eps": float, "weights": dict}  # of our checkpoints
 _KNOWN = (
-    "wrn-<depth>-<width> with depth 10, 16, 22, 28, ... such as wrn-28-10, preact-18, "
+    "wrn-<depth>-<width> with depth 10, 16, 22, 28, ... such as wrn-28-10, preact-18, resnet-18, "
     f"{', '.join(_VITS)} or, for RGB images of at least 64 pixels, {', '.join(_IMAGENET)}"
 )
 
@@ -134,6 +134,44 @@ class PreActResNet18(_Classifier):
         return F.silu(self.batchnorm(h)).mean((2, 3))
 
 
+class _BasicBlock(nn.Module):
+    """Post-activation residual block; where the shape changes, the shortcut is a 1 x 1 convolution with BatchNorm."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        changes = stride != 1 or in_channels != out_channels
+        shortcut = [nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)] if changes else []
+        self.shortcut = nn.Sequential(*shortcut)
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+class ResNet18(_Classifier):
+    """ResNet-18 for small images, with the names that public CIFAR code gives it: that of AutoAttack's example and many others'.
+
+    He et al., arXiv 1512.03385. The last layer is `linear` in those files. Input (B, C, H, W) in [0, 1]; output logits (B, K).
+    """
+
+    def __init__(self, num_classes, mean, std):
+        super().__init__(mean, std)
+        self.conv1 = nn.Conv2d(len(mean), 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = nn.Sequential(_BasicBlock(64, 64, 1), _BasicBlock(64, 64, 1))
+        self.layer2 = nn.Sequential(_BasicBlock(64, 128, 2), _BasicBlock(128, 128, 1))
+        self.layer3 = nn.Sequential(_BasicBlock(128, 256, 2), _BasicBlock(256, 256, 1))
+        self.layer4 = nn.Sequential(_BasicBlock(256, 512, 2), _BasicBlock(512, 512, 1))
+        self.logits = nn.Linear(512, num_classes)
+
+    def _features(self, x):
+        h = self.layer4(self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))))
+        return h.mean((2, 3))
+
+
 class TorchvisionClassifier(_Classifier):
     """A torchvision network; its last Linear becomes `logits`, and an Identity takes that one's place.
 
@@ -170,7 +208,7 @@ def parse_model(name):
 
 def check_model(name, spec):
     """Raise UserError where build knows no such name, or the network does not fit the images of `spec` (common.data.Spec)."""
-    if name not in ("preact-18", *_VITS, *_IMAGENET):
+    if name not in ("preact-18", "resnet-18", *_VITS, *_IMAGENET):
         parse_model(name)
     found = f"{spec.name} has {spec.channels} x {spec.image_size} x {spec.image_size}"
     if name in _IMAGENET and (spec.image_size < 64 or spec.channels != 3):
@@ -182,8 +220,8 @@ def check_model(name, spec):
 def build(name, spec):
     """An initialised classifier for the data set `spec` (common.data.Spec), in the channels-last layout; errors as check_model."""
     check_model(name, spec)
-    if name == "preact-18":
-        model = PreActResNet18(spec.num_classes, spec.mean, spec.std)
+    if name in ("preact-18", "resnet-18"):
+        model = {"preact-18": PreActResNet18, "resnet-18": ResNet18}[name](spec.num_classes, spec.mean, spec.std)
     elif name in _VITS:
         hidden, heads = _VITS[name]
         network = torchvision.models.VisionTransformer(spec.image_size, 2, 12, heads, hidden, 4 * hidden, num_classes=spec.num_classes)
@@ -296,6 +334,8 @@ def _weights_of(content, model, path):
     if isinstance(model, TorchvisionClassifier) and not any(key.startswith("network.") for key in weights):
         in_head = f"{model.head}."
         weights = {f"logits.{k.removeprefix(in_head)}" if k.startswith(in_head) else f"network.{k}": v for k, v in weights.items()}
+    if isinstance(model, ResNet18):
+        weights = {re.sub(r"^linear\.", "logits.", key): value for key, value in weights.items()}
     bad = next((key for key, value in weights.items() if not value.isfinite().all()), None)
     if bad is not None:
         raise UserError(f"{path}: '{bad}' holds NaN or inf: the logits are not finite")

@@ -18,34 +18,34 @@ from common.cli import UserError
 _locks = {}  # real path of a run directory: its file descriptor, locked until this process ends
 
 
-def claim_directory(out_dir, identity, name="args.json", later=()):
+def claim_directory(out_dir, identity, name="args.json", later=(), flag="--out-dir"):
     """Make `out_dir` that of `identity` (a dict), or find that it is: the JSON file `name` there must hold the same entries.
 
-    later: entries that the run itself may add to the file. Raises UserError where the directory holds something else or
-    another process works there; nothing is ever deleted. Call it on rank 0 alone.
+    later: entries that the run itself may add to the file. flag: the one that errors name. Raises UserError where the
+    directory holds something else or another process works there; nothing is ever deleted. Call it on rank 0 alone.
     """
     path = os.path.join(out_dir, name)
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        raise UserError(f"--out-dir {out_dir}: is a file, expected a directory")
+        raise UserError(f"{flag} {out_dir}: is a file, expected a directory")
     os.makedirs(out_dir, exist_ok=True)
-    _lock(out_dir)
+    _lock(out_dir, flag)
     identity = json.loads(json.dumps(identity))
     if os.path.exists(path):
         found = checkpoint.read_json(path)
         for key in sorted((identity.keys() | found.keys()) - set(later)):
             if identity.get(key) != found.get(key):
                 raise UserError(
-                    f"--out-dir {out_dir}: holds another run ({key} is {found.get(key)} there, {identity.get(key)} here); "
+                    f"{flag} {out_dir}: holds another run ({key} is {found.get(key)} there, {identity.get(key)} here); "
                     "choose another directory"
                 )
     elif {f for f in os.listdir(out_dir) if not f.endswith(".writing")} - {"env.json"}:
-        raise UserError(f"--out-dir {out_dir}: not empty and without {name}; choose another directory")
+        raise UserError(f"{flag} {out_dir}: not empty and without {name}; choose another directory")
     else:
         checkpoint.write_json(environment(), os.path.join(out_dir, "env.json"))
         checkpoint.write_json(identity, path)
 
 
-def _lock(out_dir):
+def _lock(out_dir, flag="--out-dir"):
     """Keep other processes out; a kill gives the directory free. File systems that cannot lock are used without."""
     key = os.path.realpath(out_dir)
     if key in _locks:
@@ -55,7 +55,7 @@ def _lock(out_dir):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UserError(f"--out-dir {out_dir}: another process is at work there") from None
+        raise UserError(f"{flag} {out_dir}: another process is at work there") from None
     except OSError:
         pass
     _locks[key] = handle

@@ -40,6 +40,7 @@ N_IMAGES = {
 }
 # AutoAttack standard: iterations of APGD and FAB, target classes of their targeted versions, queries of Square.
 AA_ITERATIONS, AA_TARGETS, AA_QUERIES = 100, 9, 5000
+RAND_PASSES, TRANSFER_STEPS = 20, 40
 CLASSIFIERS = [
     *(("wrn-28-10", "cifar10"), ("wrn-70-16", "cifar10"), ("preact-18", "cifar10"), ("vit-b-2", "cifar10"), ("vit-s-2", "cifar10")),
     *(("wrn-28-10", "tiny-imagenet"), ("convnext_tiny", "imagenet"), ("vit_b_16", "imagenet"), ("swin_b", "imagenet")),
@@ -316,7 +317,9 @@ def attack_flop(args, passes):
     flop = {
         "clean": passes.forward,
         "pgd": args.n_restarts * (args.n_steps * step + passes.forward),
+        "transfer": TRANSFER_STEPS * step + passes.forward,
         "apgd": (1 + AA_TARGETS) * apgd,  # APGD-CE and APGD-T
+        "rand": 2 * RAND_PASSES * apgd,  # APGD-CE and APGD-DLR
     }
     fab = AA_TARGETS * AA_ITERATIONS * (step + passes.forward)
     return flop.get(args.attack, flop["apgd"] + fab + AA_QUERIES * passes.forward)

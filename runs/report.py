@@ -6,7 +6,6 @@ python -m runs.report --runs out/quickstart --synthetic out/synthetic-digits
 import itertools
 import json
 import os
-import zipfile
 
 import matplotlib
 
@@ -14,9 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
-from common import attacks, checkpoint, cli, data, models
+from common import attacks, checkpoint, cli, data, models, stats
 from common.synthetic import open_shards
 
 ROWS = {"at": "AT", "at_dra": "AT+DRA", "dm_at": "DM-AT", "dm_at_dra": "DM-AT+DRA"}
@@ -82,19 +80,12 @@ def print_table(rows):
 
 def print_pairs(args):
     """Images on which only one of two models is robust, and McNemar's exact test: the rows share their images."""
-    verdicts = {}
-    for run in ROWS:
-        path = os.path.join(args.runs, run, os.path.splitext(args.result)[0] + ".npz")
-        try:
-            with np.load(path, allow_pickle=False) as per_image:
-                verdicts[run] = per_image["robust"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            raise cli.UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
+    stem = os.path.splitext(args.result)[0]
+    verdicts = {run: stats.read_verdicts(os.path.join(args.runs, run, f"{stem}.npz"))["robust"] for run in ROWS}
     print("robust on one model alone, and p of McNemar's exact test (six pairs: below 0.008 is significant at 5 %)")
     for a, b in itertools.combinations(ROWS, 2):
         only_a, only_b = int((verdicts[a] & ~verdicts[b]).sum()), int((verdicts[b] & ~verdicts[a]).sum())
-        p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-        print(f"  {ROWS[a]:<10}{only_a:>4}   {ROWS[b]:<10}{only_b:>4}   p = {p:.2f}")
+        print(f"  {ROWS[a]:<10}{only_a:>4}   {ROWS[b]:<10}{only_b:>4}   p = {stats.mcnemar(only_a, only_b):.2f}")
 
 
 def report_png(args, rows, path):

@@ -78,6 +78,18 @@ FLAGS = [
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "fgsm"], ["--attack", "fgsm", "autoattack"]),
     ("evaluate", ["--checkpoint", "x.pt", "--out", "x.npz"], ["--out", "ends in .json"]),
     ("evaluate", [], ["--checkpoint"]),
+    ("evaluate", ["--model", "diffusion-classifier"], ["--teacher", "needs a diffusion model"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--fresh-noise"], ["--fresh-noise", "does nothing here", "diffusion-head"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--mean", "0"], ["--mean", "does nothing here"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--dataset", "cifar10", "--model", "preact-18", "--mean", "0", "0"], ["--mean", "1 or 3"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--norm", "l1"], ["--eps", "no usual radius in l1"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--norm", "l1", "--eps", "1", "--attack", "pgd"], ["--norm", "take apgd or autoattack"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--attack", "transfer"], ["--transfer-from"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--eps", "0.1", "0.2", "--out", "x.json"], ["--out", "several --eps"]),
+    ("evaluate", ["--compare", "a.npz"], ["--compare", "2 arguments"]),
+    ("evaluate", ["--compare", "a.npz", "b.npz"], ["a.npz", "no per-image file"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--export", "robustbench"], ["results-x-apgd-linf-0.15.json", "no such file"]),
+    ("extract_features", ["--save-head", "x.pt"], ["--save-head", "one of --blocks"]),
     ("evaluate", ["--checkpoint", "x.pt", "--seed", str(2**64)], ["--seed", "4294967295"]),
     ("train_at", ["--dataset"], ["--dataset", "expected one argument"]),
     ("train_at", ["--synthetic", ""], ["manifest.json", "no such file"]),
@@ -416,3 +428,37 @@ def test_batch_that_ranks_cannot_share(tmp_path):
     done = python("train_at.py", "--batch-size", "127", "--out-dir", tmp_path / "run", ranks=2, expect=1)  # torchrun's own status
     assert done.stderr.count("error: --batch-size 127: not divisible by 2 processes") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_damaged_parts_of_an_evaluation_are_named(fails, best, tmp_path):
+    """A chunk's file that is not one: named, and attacked again once it is deleted."""
+    argv = ["--checkpoint", best, "--attack", "pgd", "--n-steps", "1", "--n-images", "4", "--batch-size", "2", "--out", tmp_path / "r.json"]
+    evaluate.main(evaluate.parse_args([str(a) for a in argv]))
+    result = json.loads((tmp_path / "r.json").read_text())
+    request = {key: result[key] for key in result if key not in DERIVED}
+    good = {"fooled_by": [1, 1], "seconds": [0.1], "zero_gradients": 0, "warnings": []}
+    for change in (
+        {"fooled_by": [1]},
+        {"fooled_by": [1, 7]},
+        {"fooled_by": 3},
+        {"seconds": [0.1, 0.1]},
+        {"warnings": 3},
+        {"seconds": None},
+    ):
+        for path in (tmp_path / "r.json", tmp_path / "r.npz"):
+            path.unlink(missing_ok=True)
+        part = tmp_path / "r.parts" / "chunk-00001.json"
+        part.parent.mkdir(exist_ok=True)
+        (part.parent / "request.json").write_text(json.dumps(request))
+        part.write_text(json.dumps(good | change))
+        fails("evaluate", ["chunk-00001.json", "damaged", "delete it"], *argv)
+    part.unlink()
+    evaluate.main(evaluate.parse_args([str(a) for a in argv]))
+    again = json.loads((tmp_path / "r.json").read_text())
+    assert again["robust_correct"] == result["robust_correct"]
+
+
+DERIVED = {
+    *("checkpoint", "clean", "clean_interval", "clean_correct", "robust", "robust_interval", "robust_correct", "zero_gradients"),
+    *("sanity", "warnings", "seconds", "seconds_by_attack", "environment"),
+}

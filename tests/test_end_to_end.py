@@ -41,7 +41,8 @@ def test_from_digits_to_a_table(tmp_path):
     }
     for name, (script, argv) in more.items():
         python(script, *short, *argv, "--out-dir", runs / name)
-        python("evaluate.py", "--checkpoint", runs / name / "best.pt", "--attack", "pgd", "--n-restarts", "1", "--n-steps", "5")
+        attack = ["--attack", "pgd", "--n-restarts", "1", "--n-steps", "5", "--sanity-images", "5"]
+        python("evaluate.py", "--checkpoint", runs / name / "best.pt", *attack)
     table = python("-m", "runs.report", "--runs", runs, "--synthetic", synthetic, "--result", "results-best-pgd-linf-0.15.json").stdout
     rows = json.loads((runs / "table.json").read_text())
     assert [row["name"] for row in rows] == ["AT", "AT+DRA", "DM-AT", "DM-AT+DRA"] and all(row["name"] in table for row in rows)

@@ -1,17 +1,22 @@
 """Evaluation: verdicts are pyautoattack's, the threat model is the command line's. Alone: python -m pytest tests/test_evaluate.py"""
 
+import importlib.util
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import DIGITS
 from pyautoattack import AutoAttack
+from test_datasets import trust_cifar, write_cifar
+from test_models_and_ema import robustbench as robustbench_class
 from torch import nn
 
 import evaluate
 import train_at
-from common import attacks, checkpoint, cli, data, models
+from common import attacks, autoattack, checkpoint, cli, data, models, robustbench, sanity
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +31,12 @@ def best(tmp_path_factory):
 
 def run(best, tmp_path, *argv):
     out = tmp_path / "result.json"
+    argv = argv if "--sanity-images" in argv else ("--sanity-images", "0", *argv)
     evaluate.main(evaluate.parse_args(["--checkpoint", best, "--out", str(out), *argv]))
     return json.loads(out.read_text()), np.load(tmp_path / "result.npz")
 
 
-@pytest.mark.parametrize("norm,eps,attack", [("linf", 0.1, "autoattack"), ("l2", 0.5, "apgd")])
+@pytest.mark.parametrize("norm,eps,attack", [("linf", 0.1, "autoattack"), ("l2", 0.5, "apgd"), ("l1", 2.0, "apgd")])
 def test_verdicts_are_those_of_pyautoattack_called_directly(norm, eps, attack, best, tmp_path):
     n, chunk, seed = (16, 10, 3) if attack == "autoattack" else (24, 12, 3)  # two chunks, the last one smaller
     argv = ["--attack", attack, "--norm", norm, "--eps", str(eps), "--n-images", str(n), "--batch-size", str(chunk), "--seed", str(seed)]
@@ -41,7 +47,7 @@ def test_verdicts_are_those_of_pyautoattack_called_directly(norm, eps, attack, b
     robust = []
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
-        adversary = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed, version="standard", device="cpu")
+        adversary = AutoAttack(model, norm=autoattack.NORMS[norm], eps=eps, seed=seed, version="standard", device="cpu")
         adversary.attacks_to_run = evaluate.ATTACKS[attack][1]
         x_adv, _ = adversary.run_standard_evaluation(x[part], y[part], batch_size=chunk)
         robust.append(model(x_adv).argmax(1) == y[part])
@@ -108,15 +114,6 @@ def test_finished_result_is_printed_again_and_another_is_refused(best, tmp_path,
     assert (tmp_path / "result.json").stat().st_mtime_ns == stamp
 
 
-def test_wilson_interval():
-    """Closed form: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
-    k, n, z = 640, 797, 1.959963984540054
-    p = k / n
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    expected = [(p + z * z / (2 * n) + s * half) / (1 + z * z / n) for s in (-1, 1)]
-    assert evaluate.interval(k, n) == pytest.approx(expected)
-
-
 class Masked(nn.Module):
     """Logits rounded to whole numbers: no gradient anywhere."""
 
@@ -132,18 +129,215 @@ def test_gradient_masking_is_warned_of(best, tmp_path, monkeypatch, capsys):
     real = models.load_classifier
     monkeypatch.setattr(models, "load_classifier", lambda *args: (Masked(real(*args)[0]), real(*args)[1]))
     result, _ = run(best, tmp_path, "--attack", "pgd", "--n-images", "40")
-    assert result["zero_gradients"] == 40 and any("gradient masking" in w for w in result["warnings"])
-    assert "WARNING: 40 of 40 images have a zero gradient" in capsys.readouterr().out
+    assert result["zero_gradients"] == 40
+    printed = capsys.readouterr().out
+    assert "WARNING: check failed: hardly any image has a zero gradient (40 of 40)" in printed
+    assert re.search(r"PGD, linf 0.15 .* WARNING: see above", printed)
 
 
 def test_probabilities_instead_of_logits_are_warned_of(best, tmp_path, monkeypatch):
     real = models.load_classifier
     monkeypatch.setattr(models, "load_classifier", lambda *args: (nn.Sequential(real(*args)[0], nn.Softmax(1)), real(*args)[1]))
-    result, _ = run(best, tmp_path, "--attack", "apgd", "--n-images", "10")
-    assert any("probability distribution" in w for w in result["warnings"])
+    result, _ = run(best, tmp_path, "--attack", "pgd", "--n-images", "10", "--n-steps", "1", "--sanity-images", "10")
+    assert any("logits, not probabilities" in w for w in result["warnings"])
 
 
 def test_an_attack_outside_the_threat_model_is_an_error(best, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "run_pgd", lambda model, x, y, chunk, args: x + 2 * args.eps)
+    monkeypatch.setattr(attacks, "pgd", lambda model, x, *rest, eps, **settings: x + 2 * eps)
     with pytest.raises(RuntimeError, match="left the threat model"):
         run(best, tmp_path, "--attack", "pgd", "--n-images", "10")
+
+
+def test_sanity_is_printed_and_stored(best, tmp_path, capsys):
+    """All checks, of the same outcome on one process and in another order; a second model adds the check of transfer."""
+    argv = ["--attack", "apgd", "--n-images", "40", "--sanity-images", "30", "--transfer-from", best]
+    result, per_image = run(best, tmp_path, *argv)
+    printed = capsys.readouterr().out
+    assert len(result["sanity"]) == 9 and result["sanity_images"] == 30
+    for line in result["sanity"]:
+        assert line["ok"] and f"ok     {line['check']}" in printed and line["found"] in printed
+    assert "sanity checks on the first 30 images" in printed and result["warnings"] == []
+    transfer = next(line for line in result["sanity"] if "transfer" in line["check"])
+    assert transfer["found"] == "transfer alone fools 0 of 30"
+
+
+def test_an_attack_weaker_than_transfer_is_warned_of(best, tmp_path, monkeypatch):
+    """A white-box attack that does nothing, beside adversarial images of the very model."""
+    monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: x)
+    argv = ["--attack", "apgd", "--n-images", "40", "--sanity-images", "40", "--transfer-from", best]
+    result, _ = run(best, tmp_path, *argv)
+    assert any("not weaker than transfer" in warning for warning in result["warnings"])
+
+
+def test_square_that_fools_many_is_warned_of(best, tmp_path, monkeypatch):
+    """Gradients that fool nobody and a black box that does: the sign of masked gradients."""
+    monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: 1 - x if name == "square" else x)
+    monkeypatch.setattr(evaluate, "check_threat_model", lambda *args: None)
+    result, per_image = run(best, tmp_path, "--attack", "autoattack", "--n-images", "20")
+    assert (per_image["fooled_by"] == 3).any() and any("Square fools" in warning for warning in result["warnings"])
+
+
+def test_transfer_is_an_attack_of_its_own(best, tmp_path):
+    """From the model itself it is PGD: no image that it fools withstands; and the source matters."""
+    (tmp_path / "self").mkdir()
+    own, own_images = run(best, tmp_path / "self", "--attack", "transfer", "--transfer-from", best, "--n-images", "60")
+    model, _ = models.load_classifier(best, DIGITS, "cpu")
+    images, labels = data.load_test(DIGITS, None)
+    x, y = data.to_x(images[:60]), torch.from_numpy(labels[:60])
+    x_adv = sanity.transferred(model, x, y, "linf", 0.15, 0)
+    direct = (model(x).argmax(1) == y) & (model(x_adv).argmax(1) == y)
+    assert np.array_equal(own_images["robust"], direct.numpy()) and own["transfer_sha256"] == checkpoint.sha256(best)
+    other = train_at.main(train_at.parse_args(["--epochs", "4", "--n-steps", "1", "--seed", "1", "--out-dir", str(tmp_path / "other")]))
+    assert other is None
+    weaker, _ = run(best, tmp_path, "--attack", "transfer", "--transfer-from", str(tmp_path / "other" / "best.pt"), "--n-images", "60")
+    assert own["robust"] < weaker["robust"] <= weaker["clean"]
+
+
+def test_rand_expects_a_randomised_model(best, tmp_path, monkeypatch):
+    real = models.load_classifier
+
+    class Noisy(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x + 0.5 * torch.randn_like(x))
+
+    monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: (x + 0.2).clamp(0, 1))
+    monkeypatch.setattr(evaluate, "check_threat_model", lambda *args: None)
+    argv = ["--attack", "rand", "--n-images", "40", "--eps", "0.05", "--sanity-images", "4"]
+    (tmp_path / "noisy").mkdir()
+    assert any(sanity.RANDOM in warning for warning in run(best, tmp_path, *argv)[0]["warnings"])
+    monkeypatch.setattr(models, "load_classifier", lambda *args: (Noisy(real(*args)[0]), real(*args)[1]))
+    result, first = run(best, tmp_path / "noisy", *argv)
+    assert not any(sanity.RANDOM in warning for warning in result["warnings"]) and 0 < result["robust"] < result["clean"] < 1
+    (tmp_path / "again").mkdir()
+    assert np.array_equal(run(best, tmp_path / "again", *argv)[1]["fooled_by"], first["fooled_by"])  # its noise has a seed, too
+
+
+def test_several_radii_have_results_of_their_own_and_a_curve(best, tmp_path):
+    path = tmp_path / "best.pt"
+    path.write_bytes(Path(best).read_bytes())
+    argv = ["--checkpoint", str(path), "--attack", "pgd", "--n-steps", "5", "--n-images", "40", "--sanity-images", "0"]
+    evaluate.main(evaluate.parse_args([*argv, "--eps", "0.02", "0.1", "0.3"]))
+    results = [json.loads((tmp_path / f"results-best-pgd-linf-{eps}-n40.json").read_text()) for eps in ("0.02", "0.1", "0.3")]
+    assert results[0]["robust"] > results[1]["robust"] > results[2]["robust"]
+    assert (tmp_path / "results-best-pgd-linf-curve-n40.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_parts_of_another_evaluation_are_refused(best, tmp_path, monkeypatch):
+    """An interrupted evaluation goes on under the same flags alone; a finished attack is not run again."""
+    argv = ["--attack", "apgd", "--n-images", "20", "--batch-size", "10"]
+    real, calls = autoattack.attack, []
+
+    def failing(name, *args, **settings):
+        calls.append(name)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+        return real(name, *args, **settings)
+
+    monkeypatch.setattr(autoattack, "attack", failing)
+    with pytest.raises(ZeroDivisionError):
+        run(best, tmp_path, *argv)
+    with pytest.raises(cli.UserError, match="holds another run .*eps is 0.15 there, 0.1 here"):
+        run(best, tmp_path, *argv, "--eps", "0.1")
+    result, per_image = run(best, tmp_path, *argv)
+    assert calls == ["apgd-ce", "apgd-t", "apgd-ce", "apgd-t", "apgd-t"] and not (tmp_path / "result.parts").exists()
+    (tmp_path / "straight").mkdir()
+    monkeypatch.setattr(autoattack, "attack", real)
+    run(best, tmp_path / "straight", *argv)
+    assert (tmp_path / "straight" / "result.npz").read_bytes() == (tmp_path / "result.npz").read_bytes()
+
+
+def test_a_compiled_model_is_evaluated(best, tmp_path, monkeypatch):
+    """--compile wraps the model; what the compiler makes of it is test_switches.py's."""
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model if dynamic else None)
+    result, _ = run(best, tmp_path, "--attack", "pgd", "--n-images", "10", "--n-steps", "1", "--compile")
+    assert result["compile"] is True
+
+
+def test_the_resnet_of_autoattacks_example(tmp_path, monkeypatch):
+    """The weights in pyautoattack's package, on files of CIFAR-10's format: the logits of the class that lies beside them."""
+    folder = Path(importlib.util.find_spec("pyautoattack").submodule_search_locations[0]) / "examples"
+    found = importlib.util.spec_from_file_location("resnet", folder / "resnet.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    theirs = module.ResNet18().eval()
+    theirs.load_state_dict(torch.load(folder / "model_test.pt", weights_only=True, map_location="cpu"))
+    cifar = data.DATASETS["cifar10"]
+    write_cifar(cifar, tmp_path)
+    trust_cifar(cifar, tmp_path, monkeypatch)
+    argv = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--checkpoint", str(folder / "model_test.pt"), "--model", "resnet-18"]
+    args = evaluate.parse_args([*argv, "--mean", "0", "--std", "1", "--attack", "clean", "--out", str(tmp_path / "r.json")])
+    model, settings, trained = evaluate.load_model(args, cifar, "cpu")
+    images, labels = data.load_test(cifar, str(tmp_path))
+    x = data.to_x(images)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(x), theirs.to(memory_format=torch.channels_last)(x))
+        correct = int((theirs(x).argmax(1).numpy() == labels).sum())
+    evaluate.main(args)
+    assert json.loads((tmp_path / "r.json").read_text())["clean_correct"] == correct
+    normalised = evaluate.load_model(evaluate.parse_args(argv), cifar, "cpu")[0]
+    assert not torch.allclose(normalised(x), model(x), atol=0.1)  # the data set's mean and deviation are another model
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """A run of train_at.py on CIFAR-10, as if it had been evaluated by AutoAttack standard on all 10,000 test images."""
+    cifar = data.DATASETS["cifar10"]
+    run = tmp_path / "my_run"
+    model = models.build("wrn-16-1", cifar)
+    weights = models.portable(model, "wrn-16-1", cifar) | {"norm": "linf", "eps": 8 / 255}
+    checkpoint.save(weights, run / "best.pt")
+    checkpoint.write_json({"synthetic": None}, run / "args.json")
+    path = evaluate.result_path(
+        evaluate.parse_args(["--dataset", "cifar10", "--checkpoint", str(run / "best.pt"), "--attack", "autoattack"]), 8 / 255
+    )
+    result = {"norm": "linf", "eps": 8 / 255, "attack": "autoattack", "attack_name": "AutoAttack standard", "n": 10_000}
+    result |= {"clean": 0.92438, "robust": 0.6731, "warnings": [], "checkpoint_sha256": checkpoint.sha256(run / "best.pt")}
+    checkpoint.write_json(result, path)
+    return run, model, path, result
+
+
+def test_export_loads_strictly_in_robustbench(claimed, tmp_path, monkeypatch):
+    run, model, path, result = claimed
+    argv = ["--dataset", "cifar10", "--checkpoint", str(run / "best.pt"), "--attack", "autoattack", "--export", "robustbench"]
+    evaluate.main(evaluate.parse_args(argv))
+    stem = run / "robustbench" / "cifar10" / "Linf" / "my_run"
+    cifar = data.DATASETS["cifar10"]
+    theirs = robustbench_class("DMWideResNet")(depth=16, width=1, activation_fn=nn.SiLU, mean=cifar.mean, std=cifar.std).eval()
+    theirs.load_state_dict(torch.load(f"{stem}.pt"), strict=True)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    claim = json.loads(Path(f"{stem}.json").read_text())
+    assert claim | {"additional_data": False, "number_forward_passes": 1, "eps": "8/255", "architecture": "WideResNet-16-1"} == claim
+    assert (claim["clean_acc"], claim["autoattack_acc"], claim["footnote"], claim["unreliable"]) == ("92.44", "67.31", None, False)
+    np.savez(tmp_path / "s.npz", image=np.zeros((3000, 32, 32, 3), np.uint8), label=np.zeros(3000, np.int64))
+    checkpoint.write_json({"synthetic": [str(tmp_path / "s.npz")]}, run / "args.json")
+    checkpoint.write_json(result | {"warnings": ["check failed"]}, path)
+    evaluate.main(evaluate.parse_args(argv))
+    claim = json.loads(Path(f"{stem}.json").read_text())
+    assert (
+        claim["footnote"] == "It uses additional 3k synthetic images in training." and claim["unreliable"] and not claim["additional_data"]
+    )
+    assert robustbench.amount(20_000_000) == "20M" and robustbench.amount(1_500_000) == "1.5M"
+
+
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        ({"n": 1000}, "on 1000 images, expected AutoAttack standard on 10000"),
+        ({"attack": "apgd", "attack_name": "APGD-CE+T"}, "is APGD-CE.T on 10000"),
+        ({"eps": 0.1}, "0.1 is on no leaderboard"),
+        ({"checkpoint_sha256": "x"}, "of this very checkpoint"),
+    ],
+)
+def test_claims_that_nobody_could_accept_are_refused(change, match, claimed):
+    run, _, path, result = claimed
+    checkpoint.write_json(result | change, path)
+    with pytest.raises(cli.UserError, match=match):
+        robustbench.export(str(run / "best.pt"), "cifar10", [path])
+    assert not (run / "robustbench").exists()

@@ -1,0 +1,101 @@
+"""Intervals and tests for accuracies: one model (Wilson), two models on the same images (McNemar, Newcombe), several radii."""
+
+import os
+import zipfile
+
+import numpy as np
+from scipy.stats import binomtest
+
+from common import checkpoint
+from common.cli import UserError
+
+
+def wilson(n_correct, n):
+    """Wilson's 95 % interval of an accuracy, [low, high]."""
+    ci = binomtest(n_correct, n).proportion_ci(method="wilson")
+    return [float(ci.low), float(ci.high)]
+
+
+def mcnemar(only_a, only_b):
+    """p of McNemar's exact test: are the images that one model alone gets right split evenly between the two?"""
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_difference(both, only_a, only_b, neither):
+    """(accuracy of A - accuracy of B, [low, high]): 95 % interval of Newcombe (1998, method 10) from the four counts of images.
+
+    Wilson's limits of the two accuracies, combined with their correlation over the images.
+    """
+    n = both + only_a + only_b + neither
+    a, b = (both + only_a) / n, (both + only_b) / n
+    (low_a, high_a), (low_b, high_b) = wilson(both + only_a, n), wilson(both + only_b, n)
+    spread = ((both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)) ** 0.5
+    surplus = both * neither - only_a * only_b
+    surplus = max(surplus - n / 2, 0) if surplus > 0 else surplus  # his continuity correction
+    phi = surplus / spread if spread else 0.0
+
+    def half(of_a, of_b):
+        return max(of_a**2 - 2 * phi * of_a * of_b + of_b**2, 0) ** 0.5
+
+    return a - b, [a - b - half(a - low_a, high_b - b), a - b + half(high_a - a, b - low_b)]
+
+
+def read_verdicts(path):
+    """The per-image arrays index, label, clean_correct and robust that evaluate.py left in an .npz file, as a dict."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {key: found[key] for key in ("index", "label", "clean_correct", "robust")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
+    shapes = {array.shape for array in arrays.values()}
+    if len(shapes) > 1 or any(arrays[key].dtype != bool for key in ("clean_correct", "robust")):
+        raise UserError(f"{path}: no per-image file of evaluate.py")
+    return arrays
+
+
+def compare(path_a, path_b):
+    """Print two results on the same images side by side: four counts, paired difference with its interval, McNemar's test."""
+    a, b = read_verdicts(path_a), read_verdicts(path_b)
+    if not all(np.array_equal(a[key], b[key]) for key in ("index", "label")):
+        raise UserError(f"--compare {path_a} {path_b}: not the same images")
+    settings = [os.path.splitext(path)[0] + ".json" for path in (path_a, path_b)]
+    if all(map(os.path.exists, settings)):
+        first, second = map(checkpoint.read_json, settings)
+        for key in ("dataset", "attack", "norm", "eps", "batch_size", "seed"):
+            if first.get(key) != second.get(key):
+                print(f"WARNING: {key} differs: {first.get(key)} and {second.get(key)}")
+    print(f"A: {path_a}\nB: {path_b}\n{len(a['label'])} images")
+    for key, name in (("clean_correct", "clean"), ("robust", "robust")):
+        only_a, only_b = int((a[key] & ~b[key]).sum()), int((b[key] & ~a[key]).sum())
+        both, neither = int((a[key] & b[key]).sum()), int((~a[key] & ~b[key]).sum())
+        difference, (low, high) = paired_difference(both, only_a, only_b, neither)
+        counts = f"both {both}, A alone {only_a}, B alone {only_b}, neither {neither}"
+        print(f"{name:<7} A {a[key].mean():.2%}  B {b[key].mean():.2%}  ({counts})")
+        print(f"        A - B {100 * difference:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}; ", end="")
+        print(f"McNemar's exact test p = {mcnemar(only_a, only_b):.3g}")
+
+
+def curve_png(results, trained, path):
+    """Robust accuracy against the radius, with Wilson's intervals, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = sorted(results, key=lambda r: r["eps"])
+    eps, robust = [r["eps"] for r in results], np.array([100 * r["robust"] for r in results])
+    low, high = (np.array([100 * r["robust_interval"][i] for r in results]) for i in (0, 1))
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.errorbar(eps, robust, [robust - low, high - robust], color="#0072B2", marker="o", capsize=3, label=results[0]["attack_name"])
+    axis.axhline(100 * results[0]["clean"], color="black", linestyle=":", label="clean")
+    if trained[0] == results[0]["norm"]:
+        axis.axvline(trained[1], color="#D55E00", linestyle="--", label="radius of the training")
+    axis.set(xlabel=f"{results[0]['norm']} radius, of x in [0, 1]", ylabel="accuracy, % (bars: 95 % intervals)")
+    axis.set(xlim=(0, None), ylim=(0, 101))
+    axis.set_title(f"{results[0]['dataset']}, {results[0]['n']} test images")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    with checkpoint.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+    plt.close(figure)
+    print(path)
