@@ -91,8 +91,10 @@ def parse_args(argv=None):
     uses |= {flag: (" or ".join(GENERATIVE), generated) for flag in ("--teacher", "--n-noise", "--fresh-noise")}
     uses |= {flag: ("--model of a checkpoint of others", args.model and not generated) for flag in ("--mean", "--std")}
     uses |= {"--keep-classes": ("--model diffusion-classifier", args.model == GENERATIVE[0])}
+    uses |= {"--checkpoint": ("every other --model", args.model != GENERATIVE[0])}
+    uses |= {"--model": ("evaluations; --export takes a run of train_at.py or train_at_aux.py", not args.export)}
     parser.refuse_unused(argv, uses)
-    if not (args.compare or args.checkpoint or args.model == GENERATIVE[0]):
+    if not (args.compare or args.checkpoint or (args.model == GENERATIVE[0] and not args.export)):
         parser.error("argument --checkpoint: required")
     if generated and not args.teacher:
         parser.error(f"argument --teacher: --model {args.model} needs a diffusion model")
@@ -121,7 +123,7 @@ def result_path(args, eps):
         return args.out
     folder, name = os.path.split(args.checkpoint or f"out/diffusion-classifier-{args.dataset}/{args.n_noise}-draws")
     stem = f"results-{os.path.splitext(name)[0]}-{args.attack}-{args.norm}-" + (eps if eps == "curve" else f"{eps:.4g}")
-    stem += "-fresh" if args.fresh_noise else ""
+    stem += (f"-keep{args.keep_classes}" if args.keep_classes else "") + ("-fresh" if args.fresh_noise else "")
     stem += ("-listed" if args.image_list else "") + (f"-n{args.n_images}" if args.n_images else "")
     return os.path.join(folder, stem + (f"-seed{args.seed}" if args.seed else "") + ".json")
 

@@ -107,7 +107,7 @@ def main(args):
     print({key: value for key, value in result.items() if key not in ("seconds", "ratio")})
     path = ROOT / "benchmarks" / "evaluate.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known[f"{args.model or 'digits'} {args.norm}"] = result | {"settings": vars(args) | {"environment": runlog.environment()}}
+    known[f"{args.model or 'digits'} {args.norm}, {n} images"] = result | {"settings": vars(args) | {"environment": runlog.environment()}}
     checkpoint.write_json(known, path)
 
 

@@ -86,6 +86,8 @@ FLAGS = [
     ("evaluate", ["--checkpoint", "x.pt", "--norm", "l1", "--eps", "1", "--attack", "pgd"], ["--norm", "take apgd or autoattack"]),
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "transfer"], ["--transfer-from"]),
     ("evaluate", ["--checkpoint", "x.pt", "--eps", "0.1", "0.2", "--out", "x.json"], ["--out", "several --eps"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--model", "diffusion-classifier", "--teacher", "y"], ["--checkpoint", "does nothing here"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--model", "wrn-28-10", "--export", "robustbench"], ["--model", "a run of train_at.py"]),
     ("evaluate", ["--compare", "a.npz"], ["--compare", "2 arguments"]),
     ("evaluate", ["--compare", "a.npz", "b.npz"], ["a.npz", "no per-image file"]),
     ("evaluate", ["--checkpoint", "x.pt", "--export", "robustbench"], ["results-x-apgd-linf-0.15.json", "no such file"]),
