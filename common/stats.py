@@ -41,16 +41,17 @@ def paired_difference(both, only_a, only_b, neither):
 
 
 def read_verdicts(path):
-    """The per-image arrays index, label, clean_correct and robust that evaluate.py left in an .npz file, as a dict."""
+    """What evaluate.py left in an .npz file, as a dict: index, label, clean_correct and robust per image, names of the attacks."""
     try:
         with np.load(path, allow_pickle=False) as found:
             arrays = {key: found[key] for key in ("index", "label", "clean_correct", "robust")}
+            attacks = found["attacks"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
     shapes = {array.shape for array in arrays.values()}
     if len(shapes) > 1 or any(arrays[key].dtype != bool for key in ("clean_correct", "robust")):
         raise UserError(f"{path}: no per-image file of evaluate.py")
-    return arrays
+    return arrays | {"attacks": attacks}
 
 
 def compare(path_a, path_b):
@@ -65,7 +66,8 @@ def compare(path_a, path_b):
             if first.get(key) != second.get(key):
                 print(f"WARNING: {key} differs: {first.get(key)} and {second.get(key)}")
     print(f"A: {path_a}\nB: {path_b}\n{len(a['label'])} images")
-    for key, name in (("clean_correct", "clean"), ("robust", "robust")):
+    rows = {"clean_correct": "clean", "robust": "robust"}
+    for key, name in list(rows.items())[: 2 if len(a["attacks"]) and len(b["attacks"]) else 1]:
         only_a, only_b = int((a[key] & ~b[key]).sum()), int((b[key] & ~a[key]).sum())
         both, neither = int((a[key] & b[key]).sum()), int((~a[key] & ~b[key]).sum())
         difference, (low, high) = paired_difference(both, only_a, only_b, neither)

@@ -51,7 +51,9 @@ def results(tmp_path):
     for name, robust in (("a", "1110001111"), ("b", "1011001110")):
         verdict = np.array([c == "1" for c in robust])
         path = tmp_path / f"{name}.npz"
-        np.savez(path, index=np.arange(10), label=np.arange(10), clean_correct=verdict | (np.arange(10) == 4), robust=verdict)
+        np.savez(
+            path, index=np.arange(10), label=np.arange(10), clean_correct=verdict | (np.arange(10) == 4), robust=verdict, attacks=["pgd"]
+        )
         (tmp_path / f"{name}.json").write_text(json.dumps({"dataset": "digits", "eps": 0.15, "seed": 0}))
         paths.append(path)
     return paths
@@ -67,6 +69,14 @@ def test_compare_prints_counts_interval_and_p(results, capsys):
     results[1].with_suffix(".json").write_text(json.dumps({"dataset": "digits", "eps": 0.1, "seed": 0}))
     stats.compare(*map(str, results))
     assert "WARNING: eps differs: 0.15 and 0.1" in capsys.readouterr().out
+
+
+def test_without_an_attack_clean_accuracies_alone_are_compared(results, capsys):
+    with np.load(results[0]) as found:
+        np.savez(results[1], **dict(found) | {"attacks": np.array([], str)})
+    stats.compare(*map(str, results))
+    printed = capsys.readouterr().out
+    assert "clean   A" in printed and "robust" not in printed
 
 
 def test_what_cannot_be_compared_is_one_line(results, tmp_path):
