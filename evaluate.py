@@ -270,7 +270,8 @@ def merge(parts, request, labels, args, seconds):
         lines.append(sanity.line("Square fools hardly any that gradients did not", found <= 0.002 * n, f"{found} of {n}"))
     if args.attack == "rand":
         lines = [sanity.line(sanity.RANDOM, not a["ok"], a["found"]) if a["check"] == sanity.DETERMINISTIC else a for a in lines]
-    warnings = {message for chunk in chunks for message in chunk["warnings"] if "zero gradient" not in message}
+    heard = [{"points of zero gradient" if "zero gradient" in m else m for m in chunk["warnings"]} for chunk in chunks]
+    warnings = {f"pyautoattack: {m} (in {sum(m in of for of in heard)} of {len(heard)} chunks)" for m in set().union(*heard)}
     failed = [f"check failed: {line['check']} ({line['found']})" for line in lines if not line["ok"]]
     result = request | {
         "checkpoint": args.checkpoint or args.teacher,

@@ -119,7 +119,7 @@ def skip_unchanged(square):
             new_margin[rows], new_loss[rows] = evaluate(x[rows], y[rows])
         better = (new_loss < loss) | (new_margin <= 0)
         point = torch.where(better.view(-1, 1, 1, 1), x, start)
-        best.update(x=point, margin=torch.where(better, new_margin, margin), loss=torch.minimum(new_loss, loss))
+        best.update(x=point, margin=torch.where(better, new_margin, margin), loss=torch.where(new_loss < loss, new_loss, loss))
         return new_margin, new_loss
 
     square.attack_single_run, square.margin_and_loss = attack_single_run, margin_and_loss

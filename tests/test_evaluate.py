@@ -135,6 +135,13 @@ def test_gradient_masking_is_warned_of(best, tmp_path, monkeypatch, capsys):
     assert re.search(r"PGD, linf 0.15 .* WARNING: see above", printed)
 
 
+def test_warnings_of_the_package_are_counted_by_chunk(best, tmp_path, monkeypatch):
+    real = models.load_classifier
+    monkeypatch.setattr(models, "load_classifier", lambda *args: (Masked(real(*args)[0]), real(*args)[1]))
+    result, _ = run(best, tmp_path, "--attack", "apgd", "--n-images", "4", "--batch-size", "2")
+    assert "pyautoattack: points of zero gradient (in 2 of 2 chunks)" in result["warnings"]
+
+
 def test_probabilities_instead_of_logits_are_warned_of(best, tmp_path, monkeypatch):
     real = models.load_classifier
     monkeypatch.setattr(models, "load_classifier", lambda *args: (nn.Sequential(real(*args)[0], nn.Softmax(1)), real(*args)[1]))
