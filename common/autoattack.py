@@ -2,14 +2,14 @@
 
 What cannot change a verdict is not computed, and nothing of their code is repeated here: their objects are steered from outside.
 
-  APGD    an image that is fooled leaves the run: it is no longer passed through the model, and its point stays as it is.
-          Theirs goes on to the last step with it and returns the last fooling point instead of the first.
+  APGD    an image that is clearly fooled leaves the run: it is no longer passed through the model (but to fill a small batch),
+          and keeps its fooling point. Theirs goes on to the last step with it and returns the last fooling point.
   Square  a proposal that equals the point it starts from (in linf, a patch whose pixels all lie at that bound already) has
           the loss of that point: it is not passed through the model.
   FAB     calls backward(): on a model whose parameters are frozen it computes no weight gradients. The caller freezes.
 
 All arithmetic of theirs is per image, so the rest of a batch goes its way as if the others were there; but a kernel may
-round differently in another batch. Batches are kept at MIN_ROWS images at least, for below that kernels differ.
+round differently in another batch. A batch is never cut below MIN_ROWS images, for there kernels differ.
 """
 
 import logging
@@ -71,9 +71,10 @@ def leave_when_fooled(apgd):
 
 
 class _Leaving:
-    """Logits of the images that were classified correctly so far; one-hot at the label, without a gradient, for those that left.
+    """Logits of the images that are still here; one-hot at the label, without a gradient, for those that left.
 
-    To APGD, who left is correctly classified: it keeps the fooling point that it has.
+    To APGD, who left is correctly classified: it keeps the fooling point that it has. Rows that only fill a batch have their
+    logits: where those are wrong, APGD takes that point, a fooling one too.
     """
 
     def __init__(self, model, y):
@@ -89,11 +90,17 @@ class _Leaving:
         else:
             logits = self.gone(self.n_classes, x) + 0 * x.flatten(1).sum(1, keepdim=True)
         self.n_classes = logits.shape[1]
-        self.here = self.here & (logits.detach().argmax(1) == self.y)
+        self.here = self.here & ~_clearly_fooled(logits.detach(), self.y)
         return logits
 
     def gone(self, n_classes, like):
         return nn.functional.one_hot(self.y, n_classes).to(like.dtype)
+
+
+def _clearly_fooled(logits, y):
+    """(B,) bool: misclassified by more than the rounding of another batch, device or compiler could undo; others stay in."""
+    others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    return others - logits.gather(1, y[:, None])[:, 0] > 1e-3 * logits.norm(dim=1)
 
 
 def skip_unchanged(square):

@@ -34,6 +34,8 @@ def export(path, dataset, results):
     if result["attack"] != "autoattack" or result["n"] != N_IMAGES[dataset] or result["checkpoint_sha256"] != checkpoint.sha256(path):
         wanted = f"AutoAttack standard on {N_IMAGES[dataset]} images of this very checkpoint"
         raise UserError(f"--export robustbench: {results[0]} is {result['attack_name']} on {result['n']} images, expected {wanted}")
+    if result["sanity_images"] == 0 or (spec.files and not result["image_list_sha256"]):
+        raise UserError(f"--export robustbench: {results[0]} lacks sanity checks (--sanity-images) or, of ImageNet, --image-list")
     model, state = models.load_classifier(path, spec, "cpu")
     run = os.path.dirname(os.path.abspath(path))
     settings = checkpoint.read_json(os.path.join(run, "args.json"))

@@ -62,9 +62,15 @@ def compare(path_a, path_b):
     settings = [os.path.splitext(path)[0] + ".json" for path in (path_a, path_b)]
     if all(map(os.path.exists, settings)):
         first, second = map(checkpoint.read_json, settings)
-        for key in ("dataset", "attack", "norm", "eps", "batch_size", "seed"):
+        for key in ("dataset", "image_list_sha256"):
+            if first.get(key) != second.get(key):
+                raise UserError(f"--compare {path_a} {path_b}: not the same images, {key} is {first.get(key)} and {second.get(key)}")
+        for key in ("attack", "settings", "version", "norm", "eps", "batch_size", "seed"):
             if first.get(key) != second.get(key):
                 print(f"WARNING: {key} differs: {first.get(key)} and {second.get(key)}")
+        for name, found in (("A", first), ("B", second)):
+            for warning in found.get("warnings", []):
+                print(f"WARNING ({name}): {warning}")
     print(f"A: {path_a}\nB: {path_b}\n{len(a['label'])} images")
     rows = {"clean_correct": "clean", "robust": "robust"}
     for key, name in list(rows.items())[: 2 if len(a["attacks"]) and len(b["attacks"]) else 1]:

@@ -88,6 +88,11 @@ FLAGS = [
     ("evaluate", ["--checkpoint", "x.pt", "--eps", "0.1", "0.2", "--out", "x.json"], ["--out", "several --eps"]),
     ("evaluate", ["--checkpoint", "x.pt", "--model", "diffusion-classifier", "--teacher", "y"], ["--checkpoint", "does nothing here"]),
     ("evaluate", ["--checkpoint", "x.pt", "--model", "wrn-28-10", "--export", "robustbench"], ["--model", "a run of train_at.py"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--attack", "clean", "--eps", "0.1", "0.2"], ["--eps", "does nothing here", "an attack"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--transfer-from", "y.pt", "--sanity-images", "0"], ["--transfer-from", "--sanity-images 0"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--eps", "0.15", "0.15001"], ["--eps", "one name"]),
+    ("evaluate", ["--model", "diffusion-classifier", "--teacher", "x", "--keep-classes", "10"], ["--keep-classes", "less than 10"]),
+    ("evaluate", ["--compare", "a", "b", "--export", "robustbench"], ["--compare", "--export"]),
     ("evaluate", ["--compare", "a.npz"], ["--compare", "2 arguments"]),
     ("evaluate", ["--compare", "a.npz", "b.npz"], ["a.npz", "no per-image file"]),
     ("evaluate", ["--checkpoint", "x.pt", "--export", "robustbench"], ["results-x-apgd-linf-0.15.json", "no such file"]),
@@ -437,7 +442,7 @@ def test_damaged_parts_of_an_evaluation_are_named(fails, best, tmp_path):
     argv = ["--checkpoint", best, "--attack", "pgd", "--n-steps", "1", "--n-images", "4", "--batch-size", "2", "--out", tmp_path / "r.json"]
     evaluate.main(evaluate.parse_args([str(a) for a in argv]))
     result = json.loads((tmp_path / "r.json").read_text())
-    request = {key: result[key] for key in result if key not in DERIVED}
+    request = {key: result[key] for key in result if key not in DERIVED} | {"torch": torch.__version__, "device": "cpu"}
     good = {"fooled_by": [1, 1], "seconds": [0.1], "zero_gradients": 0, "warnings": []}
     for change in (
         {"fooled_by": [1]},

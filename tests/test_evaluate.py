@@ -165,7 +165,7 @@ def test_sanity_is_printed_and_stored(best, tmp_path, capsys):
         assert line["ok"] and f"ok     {line['check']}" in printed and line["found"] in printed
     assert "sanity checks on the first 30 images" in printed and result["warnings"] == []
     transfer = next(line for line in result["sanity"] if "transfer" in line["check"])
-    assert transfer["found"] == "transfer alone fools 0 of 30"
+    assert transfer["found"] == "0 of 30 that count as robust"
 
 
 def test_an_attack_weaker_than_transfer_is_warned_of(best, tmp_path, monkeypatch):
@@ -173,7 +173,35 @@ def test_an_attack_weaker_than_transfer_is_warned_of(best, tmp_path, monkeypatch
     monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: x)
     argv = ["--attack", "apgd", "--n-images", "40", "--sanity-images", "40", "--transfer-from", best]
     result, _ = run(best, tmp_path, *argv)
-    assert any("not weaker than transfer" in warning for warning in result["warnings"])
+    assert any("transfer fools no more" in warning for warning in result["warnings"])
+
+
+def test_verdicts_that_a_longer_attack_overturns_are_warned_of(best, tmp_path):
+    """One tiny step of PGD: nearly all images count as robust, and the check knows which of them are not."""
+    argv = ["--attack", "pgd", "--n-steps", "1", "--n-restarts", "1", "--step-size", "0.001", "--eps", "0.2"]
+    result, per_image = run(best, tmp_path, *argv, "--n-images", "40", "--sanity-images", "40")
+    assert any("three times the steps" in warning for warning in result["warnings"])
+
+
+@pytest.mark.parametrize("attack", ["apgd", "pgd"])
+def test_logits_that_are_nan_under_attack_are_refused(attack, best, tmp_path, monkeypatch):
+    """NaN anywhere but on the clean images of class 0, whose argmax is 0, too."""
+    real = models.load_classifier
+    images, labels = data.load_test(DIGITS, None)
+    clean = data.to_x(images)
+
+    class Broken(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            known = (x[:, None] == clean[None, :50]).flatten(2).all(2).any(1)
+            return torch.where(known[:, None], self.model(x), torch.nan)
+
+    monkeypatch.setattr(models, "load_classifier", lambda *args: (Broken(real(*args)[0]), real(*args)[1]))
+    with pytest.raises(cli.UserError, match="logits are not finite"):
+        run(best, tmp_path, "--attack", attack, "--n-images", "4")
 
 
 def test_square_that_fools_many_is_warned_of(best, tmp_path, monkeypatch):
@@ -304,6 +332,7 @@ def claimed(tmp_path):
     )
     result = {"norm": "linf", "eps": 8 / 255, "attack": "autoattack", "attack_name": "AutoAttack standard", "n": 10_000}
     result |= {"clean": 0.92438, "robust": 0.6731, "warnings": [], "checkpoint_sha256": checkpoint.sha256(run / "best.pt")}
+    result |= {"sanity_images": 100, "image_list_sha256": None}
     checkpoint.write_json(result, path)
     return run, model, path, result
 
@@ -340,6 +369,7 @@ def test_export_loads_strictly_in_robustbench(claimed, tmp_path, monkeypatch):
         ({"attack": "apgd", "attack_name": "APGD-CE+T"}, "is APGD-CE.T on 10000"),
         ({"eps": 0.1}, "0.1 is on no leaderboard"),
         ({"checkpoint_sha256": "x"}, "of this very checkpoint"),
+        ({"sanity_images": 0}, "lacks sanity checks"),
     ],
 )
 def test_claims_that_nobody_could_accept_are_refused(change, match, claimed):

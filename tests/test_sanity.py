@@ -85,6 +85,7 @@ def test_no_gradient():
         return (4 * model(x)).round() + 0 * x.sum()
 
     y = masked(x).argmax(1)
+    assert sanity.zero_gradients(lambda x: model(x) * torch.nan, x, y) == len(x)
     assert sanity.zero_gradients(masked, x, y) == len(x) and sanity.zero_gradients(model, x, y) == 0
     assert not outcome(sanity.eps_curve, masked, x, y)["robust accuracy falls to 0 as eps grows"]
     assert not outcome(sanity.loss_surface, masked, x, y)["the gradient's direction beats a random one"]
@@ -103,13 +104,18 @@ def test_a_gradient_that_points_nowhere():
     assert not outcome(sanity.loss_surface, deceiving, x, y)["the gradient's direction beats a random one"]
 
 
-def test_an_attack_that_needs_more_steps(monkeypatch):
-    """An APGD of five steps against one of fifteen: here the longer one fools more."""
-    model = Linear().eval()
+def test_more_steps_and_transfer_tell_image_by_image():
+    """What evaluate.py holds against its verdicts: the images fooled by a long APGD-CE, and by another model's images."""
+    model, other = Linear().eval(), Linear().eval()
     x, y = images(model)
-    robust = iter([torch.ones(40, dtype=torch.bool), torch.zeros(40, dtype=torch.bool)])
-    monkeypatch.setattr(sanity, "_robust", lambda *args: next(robust))
-    assert not outcome(sanity.more_steps, model, x, y)["more steps fool hardly any more"]
+    few = ~sanity._robust(model, x, y, "linf", 0.05, 0, 1)
+    many = sanity.fooled_by_more_steps(model, x, y, "linf", 0.05, 0)
+    assert 0 < few.sum() <= many.sum() < len(x) and sanity.LONG_STEPS == 3 * 100
+    assert sanity.fooled_by_more_steps(model, x, 9 - y, "linf", 0.05, 0)[y != 9 - y].all()
+    own = sanity.fooled_by_transfer(model, model, x, y, "linf", 0.05, 0)
+    with torch.no_grad():
+        other.layer.weight.copy_(torch.randn(10, 16, generator=torch.Generator().manual_seed(5)))
+    assert sanity.fooled_by_transfer(model, other, x, y, "linf", 0.05, 0).sum() < own.sum()
 
 
 def test_robust_agrees_with_the_closed_form():

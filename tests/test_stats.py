@@ -69,6 +69,12 @@ def test_compare_prints_counts_interval_and_p(results, capsys):
     results[1].with_suffix(".json").write_text(json.dumps({"dataset": "digits", "eps": 0.1, "seed": 0}))
     stats.compare(*map(str, results))
     assert "WARNING: eps differs: 0.15 and 0.1" in capsys.readouterr().out
+    results[1].with_suffix(".json").write_text(json.dumps({"dataset": "digits", "eps": 0.15, "seed": 0, "warnings": ["check failed"]}))
+    stats.compare(*map(str, results))
+    assert "WARNING (B): check failed" in capsys.readouterr().out
+    results[1].with_suffix(".json").write_text(json.dumps({"dataset": "cifar10"}))
+    with pytest.raises(cli.UserError, match="not the same images, dataset is digits and cifar10"):
+        stats.compare(*map(str, results))
 
 
 def test_without_an_attack_clean_accuracies_alone_are_compared(results, capsys):
