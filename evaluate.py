@@ -45,6 +45,8 @@ ATTACKS = {  # --attack: (its name in tables, its parts in the order in which th
 }
 PGD_FLAGS = ("--loss", "--n-steps", "--n-restarts", "--step-size", "--eot")  # the package's attacks have constants of their own
 GENERATIVE = ("diffusion-classifier", "diffusion-head")
+# Flags that --export has no use for.
+EVALUATION_FLAGS = ("--model", "--data-dir", "--download", "--transfer-from", "--batch-size", "--sanity-images", "--compile")
 
 
 def parse_args(argv=None):
@@ -77,7 +79,7 @@ def parse_args(argv=None):
     group.add_argument("--eot", type=cli.count, default=1, help="passes whose logits pgd averages, for randomised models")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=200, help="images per chunk, the unit of the attack's seed")
-    group.add_argument("--seed", type=cli.seed, default=0, help="seed of the attacks")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of the attacks, and of a diffusion classifier's noise")
     group.add_argument("--sanity-images", type=cli.count0, default=100, help="first images that the sanity checks run on, 0 for none")
     group.add_argument("--compile", action="store_true", help="torch.compile the model; its rounding may flip an image")
     group.add_argument("--out", help="result file, .json (default: beside the checkpoint, see above)")
@@ -85,29 +87,33 @@ def parse_args(argv=None):
     group.add_argument("--compare", nargs=2, metavar=("A.npz", "B.npz"), help="compare two results image by image, and end")
     group.add_argument("--export", choices=["robustbench"], help="weights and a claim for RobustBench from a finished result, and end")
     args = parser.parse_args(argv)
+    if args.compare:
+        parser.refuse_others(argv, "--compare")
+        return args
     spec = data.DATASETS[args.dataset]
     generated = args.model in GENERATIVE
+    args.randomised = args.attack == "rand" or args.fresh_noise
     uses = {flag: ("--attack pgd", args.attack == "pgd") for flag in PGD_FLAGS}
     uses |= {flag: (" or ".join(GENERATIVE), generated) for flag in ("--teacher", "--n-noise", "--fresh-noise")}
     uses |= {flag: ("--model of a checkpoint of others", args.model and not generated) for flag in ("--mean", "--std")}
     uses |= {"--keep-classes": ("--model diffusion-classifier", args.model == GENERATIVE[0])}
     uses |= {flag: ("an attack", args.attack != "clean") for flag in ("--norm", "--eps", "--transfer-from")}
     uses |= {"--checkpoint": ("every other --model", args.model != GENERATIVE[0])}
-    uses |= {"--model": ("evaluations; --export takes a run of train_at.py or train_at_aux.py", not args.export)}
+    uses |= {flag: ("an evaluation, not --export", not args.export) for flag in EVALUATION_FLAGS}
     parser.refuse_unused(argv, uses)
-    if not (args.compare or args.checkpoint or (args.model == GENERATIVE[0] and not args.export)):
+    if args.fresh_noise and args.attack in ("apgd", "autoattack"):
+        parser.error("argument --fresh-noise: a randomised classifier needs --attack rand, or pgd with --eot")
+    if not args.checkpoint and args.model != GENERATIVE[0]:
         parser.error("argument --checkpoint: required")
     if generated and not args.teacher:
         parser.error(f"argument --teacher: --model {args.model} needs a diffusion model")
     for name in ("mean", "std"):
         if getattr(args, name) and len(getattr(args, name)) not in (1, spec.channels):
             parser.error(f"argument --{name}: expected 1 or {spec.channels} numbers, one per channel of {spec.name}")
-    if args.compare and args.export:
-        parser.error("argument --compare: not together with --export")
     if args.keep_classes and (args.n_noise < 4 or args.keep_classes >= spec.num_classes):
         parser.error(f"argument --keep-classes: needs --n-noise of at least 4, and less than {spec.num_classes} classes kept")
-    if args.transfer_from and args.attack != "transfer" and not args.sanity_images:
-        parser.error("argument --transfer-from: does nothing with --sanity-images 0")
+    if args.transfer_from and args.attack != "transfer" and (args.randomised or not args.sanity_images):
+        parser.error("argument --transfer-from: does nothing with --sanity-images 0, --attack rand or --fresh-noise")
     if args.eps is None and args.norm not in spec.eps:
         parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
     args.eps = list(dict.fromkeys(args.eps or [spec.eps[args.norm]]))
@@ -195,14 +201,16 @@ def attack_chunk(model, source, x, y, chunk, path, heard, eps, args):
     else:
         correct = predicted(x, "evaluate-clean") == y
         fooled_by = torch.where(correct, len(names), -1).tolist()
-        part = {"fooled_by": fooled_by, "seconds": [], "zero_gradients": int(sanity.zero_gradients(model, x, y)), "warnings": []}
+        n_zero = int(sanity.zero_gradients(model, x, y)) if names else 0
+        part = {"fooled_by": fooled_by, "seconds": [], "zero_gradients": n_zero, "warnings": []}
     fooled_by = torch.tensor(part["fooled_by"], device=x.device)
     for k in range(len(part["seconds"]), len(names)):
         begun = time.time()
         left = torch.nonzero(fooled_by == len(names)).squeeze(1)
         if len(left):
+            torch.manual_seed(data.seed_of(args.seed, f"attack-{names[k]}", chunk) % 2**32)  # a resumed chunk draws what an uncut one does
             x_adv = adversarial(names[k], model, source, x, y, left, chunk, eps, args)
-            check_threat_model(x_adv, x[left], names[k], args.norm, eps)
+            x_adv = in_threat_model(x_adv, x[left], names[k], args.norm, eps)
             fooled_by[left[predicted(x_adv, f"evaluate-{names[k]}") != y[left]]] = k
         part["seconds"].append(round(time.time() - begun, 3))
         part |= {"fooled_by": fooled_by.tolist(), "warnings": sorted({*part["warnings"], *heard.drain()})}
@@ -224,13 +232,35 @@ def read_chunk(path, n, names):
     raise cli.UserError(f"{path}: damaged, no chunk of {n} images; delete it, and it is attacked again")
 
 
-def check_threat_model(x_adv, x, name, norm, eps):
-    """An attack that left the ball or [0, 1] would understate robustness: refuse its verdicts."""
+def read_check(path, name, n):
+    """What check_sanity left in a file: {"fooled": n truth values} of "steps" and "transfer", {"lines": [...]} of the others."""
+    part = checkpoint.read_json(path)
+    try:
+        if name in ("steps", "transfer"):
+            fits = len(part["fooled"]) == n and set(part["fooled"]) <= {True, False}
+        else:
+            fits = all((type(a["check"]), type(a["ok"]), type(a["found"])) == (str, bool, str) for a in part["lines"])
+        if fits:
+            return part
+    except (KeyError, TypeError):
+        pass
+    raise cli.UserError(f"{path}: damaged, no check of {n} images; delete it, and it runs again")
+
+
+def in_threat_model(x_adv, x, name, norm, eps):
+    """x_adv; an error where an attack left the ball or [0, 1], for it would understate robustness.
+
+    In l1 the package's projection, a cumulative sum over all pixels in float32, overshoots by up to some per cent on large
+    images: those are pulled back towards x onto the ball, and judged there.
+    """
     delta = (x_adv - x).flatten(1)
-    size = delta.norm(p={"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1).max()
-    rounding = 1e-3 if norm == "l1" else 1e-5  # of the package's projection, a cumulative sum over all pixels
-    if not (size <= eps * (1 + rounding) + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1):
-        raise RuntimeError(f"{name} left the threat model: {norm} {size:.6f} of {eps}, pixels {x_adv.min()} to {x_adv.max()}")
+    size = delta.norm(p={"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
+    if norm == "l1":
+        shrink = (eps / size).clamp(max=1).where(size > eps * (1 + 1e-5), 1.0)
+        x_adv, size = torch.where((shrink < 1).view(-1, 1, 1, 1), x + (x_adv - x) * shrink.view(-1, 1, 1, 1), x_adv), size * shrink
+    if not (size.max() <= eps * (1 + 1e-5) + 1e-6 and x_adv.min() >= -1e-6 and x_adv.max() <= 1 + 1e-6):
+        raise RuntimeError(f"{name} left the threat model: {norm} {size.max():.6f} of {eps}, pixels {x_adv.min()} to {x_adv.max()}")
+    return x_adv
 
 
 def check_sanity(name, model, source, x, y, path, heard, eps, args):
@@ -266,6 +296,8 @@ def load_model(args, spec, device):
     else:
         model, state = models.load_classifier(args.checkpoint, spec, device, args.model)
         trained = (state["norm"], state["eps"])
+        if trained != (None, None) and (args.mean or args.std):
+            raise cli.UserError(f"--mean, --std: {args.checkpoint} is of this project, whose classifiers hold their data set's")
     settings["checkpoint_sha256"] = checkpoint.sha256(args.checkpoint) if args.checkpoint else None
     model = torch.compile(model, dynamic=True) if args.compile else model
     return Finite(model, f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--teacher {args.teacher}").eval(), settings, trained
@@ -278,20 +310,21 @@ def merge(parts, request, labels, args, seconds):
     chunks = [read_chunk(path, size, names) for size, (_, _, path) in zip(sizes, parts)]
     fooled_by = np.concatenate([chunk["fooled_by"] for chunk in chunks]).astype(np.int8)
     clean_correct, robust = fooled_by >= 0, fooled_by == len(names)
-    groups = {name: checkpoint.read_json(path) for kind, name, path in parts if kind == "sanity"}
+    groups = {name: read_check(path, name, n_checked) for kind, name, path in parts if kind == "sanity"}
     lines = [line for name in sanity.CHECKS if name in groups for line in groups[name]["lines"]]
     n_zero = sum(chunk["zero_gradients"] for chunk in chunks)
     if names:
         lines.append(sanity.line("hardly any image has a zero gradient", n_zero <= 0.01 * n, f"{n_zero} of {n}"))
-    for name, check in {"steps": "three times the steps fool hardly any more", "transfer": "transfer fools no more"}.items():
+    for name, check in {"steps": "APGD-CE of 300 steps fools hardly any more", "transfer": "transfer fools no more"}.items():
         if name in groups:
             found = int((np.array(groups[name]["fooled"]) & robust[:n_checked]).sum())
             ok = found <= (0.01 * n_checked if name == "steps" else 0)
-            lines.append(sanity.line(check, ok, f"{found} of {n_checked} that count as robust"))
+            without = f"; {(robust.sum() - found) / n:.2%} robust without them" if found else ""
+            lines.append(sanity.line(check, ok, f"{found} of {n_checked} that count as robust{without}"))
     if "square" in names:
         found = int((fooled_by == names.index("square")).sum())
         lines.append(sanity.line("Square fools hardly any that gradients did not", found <= max(1, 0.002 * n), f"{found} of {n}"))
-    if args.attack == "rand":
+    if args.randomised:
         lines = [sanity.line(sanity.RANDOM, not a["ok"], a["found"]) if a["check"] == sanity.DETERMINISTIC else a for a in lines]
     heard = [{"points of zero gradient" if "zero gradient" in m else m for m in chunk["warnings"]} for chunk in chunks]
     warnings = {f"pyautoattack: {m} (in {sum(m in of for of in heard)} of {len(heard)} chunks)" for m in set().union(*heard)}
@@ -323,11 +356,9 @@ def print_result(result, path):
         low, high = result[f"{key}_interval"]
         suspect = "   WARNING: see above" if key == "robust" and result["warnings"] else ""
         print(f"{name:<40} {result[key]:7.2%}   95 % interval {low:.2%} to {high:.2%}   n = {result['n']}{suspect}")
-    if result["attacks"]:
-        where = f"on the first {result['sanity_images']} images" if result["sanity_images"] else "that need attacks were not run"
-        print(f"sanity checks {where}")
-        for line in result["sanity"]:
-            print(f"  {'ok' if line['ok'] else 'FAILED':<7}{line['check']:<48}{line['found']}")
+    print("sanity checks " + (f"on the first {result['sanity_images']} images" if result["sanity_images"] else "(--sanity-images 0)"))
+    for line in result["sanity"]:
+        print(f"  {'ok' if line['ok'] else 'FAILED':<7}{line['check']:<48}{line['found']}")
     print(f"{result['seconds']:.0f} s; {path}", flush=True)
 
 
@@ -350,25 +381,32 @@ def evaluate(model, source, settings, images, labels, n, eps, args, rank, world_
         "transfer_sha256": checkpoint.sha256(args.transfer_from) if args.transfer_from else None,
         "batch_size": args.batch_size,
         "seed": args.seed,
-        "sanity_images": min(args.sanity_images, n) if names else 0,
+        "sanity_images": min(args.sanity_images, n),
     }
+    folder, per_image_path = (os.path.splitext(path)[0] + end for end in (".parts", ".npz"))
     if os.path.exists(path):
         result = checkpoint.read_json(path)
         for key, value in request.items():
             if result.get(key) != value:
-                raise cli.UserError(f"--out {path}: holds another result ({key} is {result.get(key)}, not {value}); name another file")
+                found = f"{key} is {result.get(key)}, not {value}"
+                raise cli.UserError(f"--out {path}: holds another result ({found}); move it away or name another file")
+        if rank == 0 and os.path.exists(os.path.join(folder, "request.json")):  # a kill came between the result and this
+            shutil.rmtree(folder)
         return result
-    folder, per_image_path = (os.path.splitext(path)[0] + end for end in (".parts", ".npz"))
     if rank == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        for target in (path, per_image_path):  # hours of work are not lost to a place that cannot be written
+        if os.path.exists(per_image_path) and not os.path.exists(folder):
+            raise cli.UserError(f"--out {path}: would replace {per_image_path}, whose .json is gone; move it away or name another file")
+        where = {"torch": torch.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+        runlog.claim_directory(folder, request | where, "request.json", flag="--out")  # parts of two machines would be neither's result
+        for target in (path, per_image_path):  # hours of work are not lost to a name that cannot be written
             open(f"{target}.writing", "wb").close()
             os.unlink(f"{target}.writing")
-        where = {"torch": torch.__version__, "device": device.type}  # parts of two machines would be no result of either
-        runlog.claim_directory(folder, request | where, "request.json", flag="--out")
     dist.barrier()
     parts = [("chunk", i, os.path.join(folder, f"chunk-{i:05d}.json")) for i in range(-(-n // args.batch_size))]
-    groups = [*sanity.CHECKS, "steps", *(["transfer"] if source and args.attack != "transfer" else [])] if request["sanity_images"] else []
+    groups = list(sanity.CHECKS) if names else ["outputs"]
+    if names and args.attack != "transfer" and not args.randomised:  # what they find is held against single verdicts
+        groups += ["steps", "transfer"] if source else ["steps"]
+    groups = groups if request["sanity_images"] else []
     parts += [("sanity", name, os.path.join(folder, f"sanity-{name}.json")) for name in groups]
     heard, begun = autoattack.Warnings(), time.time()
     for kind, name, part in runlog.progress(parts[rank::world_size], rank, desc=f"{args.attack} {eps:.4g}", unit="chunk"):

@@ -30,6 +30,7 @@ def attack(name, model, x, y, *, norm, eps, seed, version="standard"):
     """
     from pyautoattack import AutoAttack
 
+    x = x.contiguous()  # theirs reshapes by view(): images in channels-last order of more than one channel end in an error
     theirs = AutoAttack(model, norm=NORMS[norm], eps=eps, seed=seed, version=version, device=x.device)
     if name == "fab-t":
         theirs.fab.targeted, theirs.fab.n_restarts = True, 1
@@ -49,6 +50,7 @@ def apgd_ce(model, x, y, *, norm, eps, seed, n_steps):
     """Adversarial images of their APGD-CE with one start and another number of steps than the standard's 100."""
     from pyautoattack.autopgd_base import APGDAttack
 
+    x = x.contiguous()
     apgd = APGDAttack(model, n_iter=n_steps, norm=NORMS[norm], n_restarts=1, eps=eps, seed=seed, loss="ce", device=x.device)
     leave_when_fooled(apgd)
     return apgd.perturb(x, y)
@@ -94,7 +96,7 @@ class _Leaving:
         return logits
 
     def gone(self, n_classes, like):
-        return nn.functional.one_hot(self.y, n_classes).to(like.dtype)
+        return nn.functional.one_hot(self.y, n_classes).to(like)
 
 
 def _clearly_fooled(logits, y):

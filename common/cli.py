@@ -50,6 +50,12 @@ class Parser(argparse.ArgumentParser):
             if flag in given and not on:
                 self.error(f"argument {flag}: does nothing here, it goes with {what}")
 
+    def refuse_others(self, argv, flag):
+        """End with an error where any other flag than `flag` stands on the command line."""
+        others = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")} - {flag}
+        if others:
+            self.error(f"argument {flag}: takes no other flag, given {', '.join(sorted(others))}")
+
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message}", file=sys.stderr)

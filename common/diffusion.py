@@ -210,9 +210,10 @@ class Diffusion:
         if self.channels != spec.channels:
             raise UserError(f"{path}: images of {self.channels} channels, --dataset {spec.name} has {spec.channels}")
         if not with_labels and self.num_classes and not self.has_null_label:
-            raise UserError(f"{path}: a class-conditional network without a null label; use --teacher-label true")
+            raise UserError(f"{path}: a class-conditional network without a null label (train_at_aux.py: --teacher-label true)")
         if with_labels and self.num_classes != spec.num_classes:
-            raise UserError(f"{path}: {self.num_classes} classes, --dataset {spec.name} has {spec.num_classes}; use --teacher-label none")
+            found = f"{self.num_classes} classes, --dataset {spec.name} has {spec.num_classes}"
+            raise UserError(f"{path}: {found} (train_at_aux.py: --teacher-label none)")
 
     def check_generates(self, path, spec):
         """Raises UserError where the network's images or classes are not those of the data set `spec` (common.data.Spec)."""

@@ -70,13 +70,15 @@ class _Generative(nn.Module):
 
 
 class DiffusionClassifier(_Generative):
-    """logits_c = - ln(s_n / s_1) * mean_i |x - D(x + s_i n_i; s_i, c)|^2 / s_i^2, over noise levels s_i even in ln s.
+    """logits_c = - ln(s_n / s_1) * mean_i |x - D(x + s_i n_i; s_i, c)|^2 / s_i^2 / d, over noise levels s_i even in ln s.
 
-    That is log p(x | c) but for a constant, as the diffusion ELBO bounds it (Kingma et al., arXiv 2107.00630) within SIGMA_RANGE,
-    and for equal class frequencies the logits of Bayes' rule. The weight 1 / s^2 makes it the error of the predicted noise, as
-    in the paper; all classes see the same levels and noise. keep_classes=k: after a quarter of the levels, spread over the
-    range, only the k best classes of an image go on (the paper's staged pruning); the others end below them.
-    Gradients recompute each network call instead of keeping it: memory is that of one.
+    Times d, the number of values of x, that is log p(x | c) but for a constant, as the diffusion ELBO bounds it (Kingma et al.,
+    arXiv 2107.00630) within SIGMA_RANGE, and for equal class frequencies the logits of Bayes' rule. Per value, for the margins of
+    whole images are so wide that the cross-entropy has no gradient left in float32: robust only to attacks that follow it.
+    The weight 1 / s^2 makes it the error of the predicted noise, as in the paper; all classes see the same levels and noise.
+    keep_classes=k: after a quarter of the levels, spread over the range, only the k best classes of an image go on (the
+    paper's staged pruning, in two stages); the others end below them. Gradients recompute each network call instead of
+    keeping what it leaves: memory is that of one, and of the encoder of latent models.
     """
 
     def __init__(self, diffusion, n_noise, fresh, seed, keep_classes=None):
@@ -114,7 +116,7 @@ class DiffusionClassifier(_Generative):
             n = labels.shape[1]
             noisy = (clean + level * noise).repeat_interleave(n, 0)
             denoised = self.diffusion.denoise(noisy, level, labels.flatten())
-            return ((denoised - clean.repeat_interleave(n, 0)).flatten(1) / level).square().sum(1).view(-1, n)
+            return ((denoised - clean.repeat_interleave(n, 0)).flatten(1) / level).square().mean(1).view(-1, n)
 
         parts = classes.split(max(1, MAX_CALL // len(clean)), dim=1)
         if clean.requires_grad:

@@ -329,8 +329,11 @@ def _weights_of(content, model, path):
     # DM-AT: DataParallel around a Sequential; then DataParallel or DDP; then RobustBench's and others' wrappers.
     prefix = next((p for p in ("module.0.", "module.", "model.") if all(key.startswith(p) for key in content)), "")
     weights = {key.removeprefix(prefix): value for key, value in content.items()}
-    for key in ("mean", "std"):  # ours are the data set's
-        weights.pop(key, None)
+    for key in ("mean", "std"):  # RobustBench's classes keep them beside the weights
+        theirs, own = weights.pop(key, None), getattr(model, key).flatten().cpu()
+        if theirs is not None and (theirs.numel() != own.numel() or not torch.allclose(theirs.flatten().cpu().float(), own, atol=1e-3)):
+            found = [round(value, 4) for value in theirs.flatten().tolist()[:3]]
+            raise UserError(f"{path}: normalises by a {key} of {found}, expected {[round(value, 4) for value in own.tolist()]}")
     if isinstance(model, TorchvisionClassifier) and not any(key.startswith("network.") for key in weights):
         in_head = f"{model.head}."
         weights = {f"logits.{k.removeprefix(in_head)}" if k.startswith(in_head) else f"network.{k}": v for k, v in weights.items()}

@@ -19,7 +19,8 @@ def export(path, dataset, results):
 
     The .pt file is a bare state dict under RobustBench's names, without the normalisation, which its classes hold: its
     load_model finds it there with model_dir=.../robustbench. The .json has the fields of its model_info; what only the authors know
-    is null. Images that a diffusion model generated count as no additional data there, with a footnote that says how many.
+    is null. Images that a diffusion model generated count as no additional data there, with a footnote that says how many; a
+    training that began from other weights (--init) may have seen more: then additional_data is null, too.
     Raises UserError where the leaderboard has no such data set or radius, or the result is not AutoAttack standard on all its images.
     """
     spec = data.DATASETS[dataset]
@@ -45,7 +46,7 @@ def export(path, dataset, results):
         n_generated = len(SyntheticSet([sources] if isinstance(sources, str) else sources, spec))
     claim = {
         **dict.fromkeys(("link", "name", "authors")),
-        "additional_data": False,
+        "additional_data": None if settings.get("init") else False,
         "number_forward_passes": 1,
         "dataset": dataset,
         "venue": None,
@@ -64,7 +65,9 @@ def export(path, dataset, results):
     checkpoint.write_json(claim, f"{stem}.json")
     for warning in result["warnings"]:
         print(f"WARNING: {warning}: the claim says unreliable")
-    print(f"{stem}.pt, {stem}.json; fill in: link, name, authors, venue")
+    print(f"{stem}.pt, {stem}.json; fill in: {', '.join(key for key, value in claim.items() if value is None and key != 'footnote')}")
+    if settings.get("synthetic") or settings.get("teacher"):
+        print(f"additional_data: true, if the diffusion model has seen other images than {dataset}'s")
 
 
 def architecture(name):

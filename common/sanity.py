@@ -15,7 +15,7 @@ from common import attacks, autoattack
 LONG_STEPS = 300  # of the check whether more steps would fool more
 CURVE_STEPS = 20
 TOLERANCE = 0.02  # of robust accuracy, in the checks that compare two
-DETERMINISTIC, RANDOM = "the same image has the same logits twice", "the model is randomised, as --attack rand expects"
+DETERMINISTIC, RANDOM = "the same image has the same logits twice", "the model is randomised, as its attack expects"
 
 
 def line(check, ok, found):
@@ -24,7 +24,7 @@ def line(check, ok, found):
 
 
 def outputs(model, x, y, norm, eps, seed):
-    """Logits, not probabilities; the same twice; the same alone and in a batch; inputs in [0, 1]."""
+    """Logits, not probabilities; inputs in [0, 1]; logits the same twice, and the same alone and in a batch."""
     with torch.no_grad():
         logits, again, alone = model(x), model(x), torch.cat([model(x[i : i + 1]) for i in range(min(4, len(x)))])
     total = logits.double().sum(1)
@@ -40,7 +40,8 @@ def outputs(model, x, y, norm, eps, seed):
 
 
 def _gap(a, b):
-    """Largest distance of two rows of logits, relative to the rows' length."""
+    """Largest distance of two rows of logits, relative to the rows' spread."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)  # an offset of all classes changes nothing
     return float(((a - b).norm(dim=1) / (a.norm(dim=1) + 1e-10)).max())
 
 
@@ -68,7 +69,10 @@ def fooled_by_more_steps(model, x, y, norm, eps, seed):
 
 
 def loss_surface(model, x, y, norm, eps, seed):
-    """The gradient points uphill: one step of length eps along it raises the loss more than one in a random direction."""
+    """The gradient points uphill: a step of eps / 10 along it raises the loss more than one in a random direction.
+
+    It is short, for a linear model of the loss need not hold across a large ball.
+    """
     x_grad = x.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(x_grad), y, reduction="sum"), x_grad)
     random = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
@@ -80,7 +84,7 @@ def loss_surface(model, x, y, norm, eps, seed):
             length = direction.flatten(1).norm(p=2 if norm == "l2" else 1, dim=1)
             step = direction / (length + 1e-12).view(-1, 1, 1, 1)
         with torch.no_grad():
-            losses.append(F.cross_entropy(model((x + eps * step).clamp(0, 1)), y, reduction="none"))
+            losses.append(F.cross_entropy(model((x + 0.1 * eps * step).clamp(0, 1)), y, reduction="none"))
     share = (losses[0] > losses[1]).float().mean().item()
     found = f"{share:.0%} of the images; mean loss {losses[0].mean():.3g} against {losses[1].mean():.3g}"
     return [line("the gradient's direction beats a random one", share >= 0.75, found)]

@@ -43,13 +43,13 @@ def paired_difference(both, only_a, only_b, neither):
 def read_verdicts(path):
     """What evaluate.py left in an .npz file, as a dict: index, label, clean_correct and robust per image, names of the attacks."""
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             arrays = {key: found[key] for key in ("index", "label", "clean_correct", "robust")}
             attacks = found["attacks"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         raise UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
-    shapes = {array.shape for array in arrays.values()}
-    if len(shapes) > 1 or any(arrays[key].dtype != bool for key in ("clean_correct", "robust")):
+    n = arrays["label"].size
+    if not n or any(a.shape != (n,) for a in arrays.values()) or not arrays["clean_correct"].dtype == arrays["robust"].dtype == bool:
         raise UserError(f"{path}: no per-image file of evaluate.py")
     return arrays | {"attacks": attacks}
 

@@ -302,11 +302,13 @@ def generation_row(args, networks, classifiers):
 
 
 def evaluation_row(args, classifiers):
-    """An upper bound: as if every image were robust, so that every attack runs on it to the end."""
+    """As if every image were robust, so that every attack runs on it to the end; sanity checks are not counted."""
+    if args.model in evaluate.GENERATIVE:
+        raise cli.UserError(f"evaluate.py --model {args.model}: its cost is not known here")
     folder = os.path.dirname(args.checkpoint)
     passes = classifier_passes(args.model or made_by(classifiers, folder, "--checkpoint"), args.dataset)
     row = Row(f"{folder}, {args.attack}", "robust image", passes.forward, attack_flop(args, passes))
-    row.flop["fp32"] = row.per_image * (args.n_images or N_IMAGES[args.dataset][1])
+    row.flop["fp32"] = row.per_image * (args.n_images or N_IMAGES[args.dataset][1]) * len(args.eps)
     return row
 
 
@@ -316,7 +318,7 @@ def attack_flop(args, passes):
     apgd = (AA_ITERATIONS + 1) * step
     flop = {
         "clean": passes.forward,
-        "pgd": args.n_restarts * (args.n_steps * step + passes.forward),
+        "pgd": args.n_restarts * args.eot * (args.n_steps * step + passes.forward),
         "transfer": TRANSFER_STEPS * step + passes.forward,
         "apgd": (1 + AA_TARGETS) * apgd,  # APGD-CE and APGD-T
         "rand": 2 * RAND_PASSES * apgd,  # APGD-CE and APGD-DLR
@@ -451,7 +453,7 @@ def main(args):
     scripts = args.scripts or [p for p in sorted((ROOT / "runs").glob("*.sh")) if "# estimate: " in p.read_text()]
     peaks = ", ".join(f"{gpu} {precision} {peak / 1e12:g}" for gpu, of in args.peaks.items() for precision, peak in of.items())
     print(f"Hours are ESTIMATES, not measured: FLOP / (peak x {args.utilisation:g}); peaks in TFLOP/s: {peaks}.")
-    print("Evaluation is an upper bound: as if every test image were robust.")
+    print("Evaluation is counted as if every test image were robust, without its sanity checks.")
     print_networks()
     for path in scripts:
         rows = rows_of(path)

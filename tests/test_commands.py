@@ -85,7 +85,7 @@ def test_quickstart_commands_are_those_of_the_readme():
 def test_line_budgets():
     for script in SCRIPTS:
         assert len((ROOT / f"{script}.py").read_text().splitlines()) <= 480, script
-    assert sum(len(p.read_text().splitlines()) for p in ROOT.glob("common/*.py")) <= 3500
+    assert sum(len(p.read_text().splitlines()) for p in ROOT.glob("common/*.py")) <= 3600
 
 
 def test_imports_go_one_way():

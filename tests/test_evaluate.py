@@ -155,6 +155,19 @@ def test_an_attack_outside_the_threat_model_is_an_error(best, tmp_path, monkeypa
         run(best, tmp_path, "--attack", "pgd", "--n-images", "10")
 
 
+def test_l1_points_outside_the_ball_are_pulled_back_and_judged_there():
+    """The package's l1 projection overshoots on large images; points inside stay as they are, bit for bit."""
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    direction = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) - x  # [0, 1] is convex: no step leaves it
+    lengths = torch.tensor([11.0, 12.0, 13.0]).view(-1, 1, 1, 1)
+    x_adv = x + direction * lengths / direction.flatten(1).norm(p=1, dim=1).view(-1, 1, 1, 1)
+    inside = evaluate.in_threat_model(x_adv, x, "apgd-ce", "l1", 12.0)
+    assert (inside - x).flatten(1).norm(p=1, dim=1).tolist() == pytest.approx([11, 12, 12], rel=1e-5)
+    assert torch.equal(inside[:2], x_adv[:2]) and not torch.equal(inside[2], x_adv[2])
+    with pytest.raises(RuntimeError, match="pixels"):
+        evaluate.in_threat_model(x + 1, x, "apgd-ce", "l1", 1000.0)
+
+
 def test_sanity_is_printed_and_stored(best, tmp_path, capsys):
     """All checks, of the same outcome on one process and in another order; a second model adds the check of transfer."""
     argv = ["--attack", "apgd", "--n-images", "40", "--sanity-images", "30", "--transfer-from", best]
@@ -180,7 +193,9 @@ def test_verdicts_that_a_longer_attack_overturns_are_warned_of(best, tmp_path):
     """One tiny step of PGD: nearly all images count as robust, and the check knows which of them are not."""
     argv = ["--attack", "pgd", "--n-steps", "1", "--n-restarts", "1", "--step-size", "0.001", "--eps", "0.2"]
     result, per_image = run(best, tmp_path, *argv, "--n-images", "40", "--sanity-images", "40")
-    assert any("three times the steps" in warning for warning in result["warnings"])
+    warning = next(warning for warning in result["warnings"] if "APGD-CE of 300 steps" in warning)
+    found, n, without = re.search(r"\((\d+) of (\d+) that count as robust; (.*)% robust without them\)", warning).groups()
+    assert n == "40" and float(without) == pytest.approx(100 * (result["robust_correct"] - int(found)) / 40, abs=0.006)
 
 
 @pytest.mark.parametrize("attack", ["apgd", "pgd"])
@@ -207,7 +222,7 @@ def test_logits_that_are_nan_under_attack_are_refused(attack, best, tmp_path, mo
 def test_square_that_fools_many_is_warned_of(best, tmp_path, monkeypatch):
     """Gradients that fool nobody and a black box that does: the sign of masked gradients."""
     monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: 1 - x if name == "square" else x)
-    monkeypatch.setattr(evaluate, "check_threat_model", lambda *args: None)
+    monkeypatch.setattr(evaluate, "in_threat_model", lambda x_adv, *args: x_adv)
     result, per_image = run(best, tmp_path, "--attack", "autoattack", "--n-images", "20")
     assert (per_image["fooled_by"] == 3).any() and any("Square fools" in warning for warning in result["warnings"])
 
@@ -228,19 +243,19 @@ def test_transfer_is_an_attack_of_its_own(best, tmp_path):
     assert own["robust"] < weaker["robust"] <= weaker["clean"]
 
 
+class Noisy(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x + 0.5 * torch.randn_like(x))
+
+
 def test_rand_expects_a_randomised_model(best, tmp_path, monkeypatch):
     real = models.load_classifier
-
-    class Noisy(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return self.model(x + 0.5 * torch.randn_like(x))
-
     monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: (x + 0.2).clamp(0, 1))
-    monkeypatch.setattr(evaluate, "check_threat_model", lambda *args: None)
+    monkeypatch.setattr(evaluate, "in_threat_model", lambda x_adv, *args: x_adv)
     argv = ["--attack", "rand", "--n-images", "40", "--eps", "0.05", "--sanity-images", "4"]
     (tmp_path / "noisy").mkdir()
     assert any(sanity.RANDOM in warning for warning in run(best, tmp_path, *argv)[0]["warnings"])
@@ -249,6 +264,37 @@ def test_rand_expects_a_randomised_model(best, tmp_path, monkeypatch):
     assert not any(sanity.RANDOM in warning for warning in result["warnings"]) and 0 < result["robust"] < result["clean"] < 1
     (tmp_path / "again").mkdir()
     assert np.array_equal(run(best, tmp_path / "again", *argv)[1]["fooled_by"], first["fooled_by"])  # its noise has a seed, too
+
+
+def test_a_randomised_model_is_attacked_and_resumed(best, tmp_path, monkeypatch):
+    """The real package, whose attack then draws noise of its own: cut between its two attacks, the verdicts of an uncut run."""
+    real, attack = models.load_classifier, autoattack.attack
+    monkeypatch.setattr(models, "load_classifier", lambda *args: (Noisy(real(*args)[0]), real(*args)[1]))
+    argv = ["--attack", "rand", "--n-images", "12", "--batch-size", "6", "--eps", "0.02"]
+    for name in ("straight", "cut"):
+        (tmp_path / name).mkdir()
+    _, straight = run(best, tmp_path / "straight", *argv)
+    calls = []
+
+    def failing(name, *args, **settings):
+        calls.append(name)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+        return attack(name, *args, **settings)
+
+    monkeypatch.setattr(autoattack, "attack", failing)
+    with pytest.raises(ZeroDivisionError):
+        run(best, tmp_path / "cut", *argv)
+    _, cut = run(best, tmp_path / "cut", *argv)
+    assert calls == ["apgd-ce", "apgd-dlr"] * 2 + ["apgd-dlr"]
+    assert np.array_equal(cut["fooled_by"], straight["fooled_by"]) and len(set(cut["fooled_by"].tolist())) > 2
+
+
+def test_clean_results_have_their_checks(best, tmp_path, monkeypatch, capsys):
+    """No attack: what concerns the logits is checked, and nothing else."""
+    result, _ = run(best, tmp_path, "--attack", "clean", "--n-images", "10", "--sanity-images", "10")
+    assert len(result["sanity"]) == 4 and all(line["ok"] for line in result["sanity"]) and result["warnings"] == []
+    assert "sanity checks on the first 10 images" in capsys.readouterr().out
 
 
 def test_several_radii_have_results_of_their_own_and_a_curve(best, tmp_path):
@@ -263,7 +309,7 @@ def test_several_radii_have_results_of_their_own_and_a_curve(best, tmp_path):
 
 def test_parts_of_another_evaluation_are_refused(best, tmp_path, monkeypatch):
     """An interrupted evaluation goes on under the same flags alone; a finished attack is not run again."""
-    argv = ["--attack", "apgd", "--n-images", "20", "--batch-size", "10"]
+    argv = ["--attack", "apgd", "--n-images", "80", "--batch-size", "40"]  # chunks that fooled images leave
     real, calls = autoattack.attack, []
 
     def failing(name, *args, **settings):
@@ -283,6 +329,54 @@ def test_parts_of_another_evaluation_are_refused(best, tmp_path, monkeypatch):
     monkeypatch.setattr(autoattack, "attack", real)
     run(best, tmp_path / "straight", *argv)
     assert (tmp_path / "straight" / "result.npz").read_bytes() == (tmp_path / "result.npz").read_bytes()
+
+
+def test_what_lies_beside_a_result(best, tmp_path):
+    """Parts that a kill left beside a finished result go; per-image verdicts without their result stay, and end the run."""
+    argv = ["--attack", "clean", "--n-images", "20"]
+    run(best, tmp_path, *argv)
+    folder = tmp_path / "result.parts"
+    folder.mkdir()
+    (folder / "request.json").write_text("{}")
+    run(best, tmp_path, *argv)
+    assert not folder.exists()
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(cli.UserError, match="would replace .*result.npz"):
+        run(best, tmp_path, *argv)
+
+
+@pytest.mark.parametrize(
+    "name,content",
+    [("outputs", {}), ("outputs", {"lines": [{"check": "a", "ok": 1, "found": "b"}]}), ("steps", {"fooled": [True]})],
+)
+def test_damaged_checks_are_refused(name, content, best, tmp_path, monkeypatch):
+    argv = ["--attack", "pgd", "--n-images", "10", "--sanity-images", "10", "--n-steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "merge", None)
+        with pytest.raises(TypeError):
+            run(best, tmp_path, *argv)
+    (tmp_path / "result.parts" / f"sanity-{name}.json").write_text(json.dumps(content))
+    with pytest.raises(cli.UserError, match=f"sanity-{name}.json: damaged"):
+        run(best, tmp_path, *argv)
+
+
+def test_normalisation_of_own_and_of_other_files(best, tmp_path, monkeypatch):
+    """--mean and --std are of files of others; a mean that lies in such a file must be the one in force."""
+    argv = ["--checkpoint", best, "--model", "wrn-10-1", "--mean", "0", "--attack", "clean", "--out", str(tmp_path / "r.json")]
+    with pytest.raises(cli.UserError, match="--mean, --std: .* is of this project"):
+        evaluate.main(evaluate.parse_args(argv))
+    spec = data.DATASETS["digits"]
+    weights = models.build("wrn-10-1", spec).state_dict()
+    path = tmp_path / "theirs.pt"
+    argv = ["--checkpoint", str(path), "--model", "wrn-10-1", "--attack", "clean", "--out", str(tmp_path / "r.json")]
+    for value, flags, fits in ((0.5, [], False), (0.5, ["--mean", "0.5"], True), (spec.mean[0], [], True)):
+        torch.save(weights | {"mean": torch.full((1, 1, 1), value)}, path)
+        args = evaluate.parse_args([*argv, *flags])
+        if fits:
+            assert evaluate.load_model(args, spec, "cpu")[0].model.mean.item() == pytest.approx(value)
+        else:
+            with pytest.raises(cli.UserError, match=r"normalises by a mean of \[0.5\], expected"):
+                evaluate.load_model(args, spec, "cpu")
 
 
 def test_a_compiled_model_is_evaluated(best, tmp_path, monkeypatch):
@@ -337,7 +431,7 @@ def claimed(tmp_path):
     return run, model, path, result
 
 
-def test_export_loads_strictly_in_robustbench(claimed, tmp_path, monkeypatch):
+def test_export_loads_strictly_in_robustbench(claimed, tmp_path, capsys):
     run, model, path, result = claimed
     argv = ["--dataset", "cifar10", "--checkpoint", str(run / "best.pt"), "--attack", "autoattack", "--export", "robustbench"]
     evaluate.main(evaluate.parse_args(argv))
@@ -359,6 +453,11 @@ def test_export_loads_strictly_in_robustbench(claimed, tmp_path, monkeypatch):
     assert (
         claim["footnote"] == "It uses additional 3k synthetic images in training." and claim["unreliable"] and not claim["additional_data"]
     )
+    checkpoint.write_json({"synthetic": None, "init": "other.pt", "teacher": "out/diffusion"}, run / "args.json")
+    evaluate.main(evaluate.parse_args(argv))
+    assert json.loads(Path(f"{stem}.json").read_text())["additional_data"] is None
+    printed = capsys.readouterr().out
+    assert "fill in: link, name, authors, additional_data, venue" in printed and "additional_data: true, if the diffusion" in printed
     assert robustbench.amount(20_000_000) == "20M" and robustbench.amount(1_500_000) == "1.5M"
 
 
@@ -378,3 +477,33 @@ def test_claims_that_nobody_could_accept_are_refused(change, match, claimed):
     with pytest.raises(cli.UserError, match=match):
         robustbench.export(str(run / "best.pt"), "cifar10", [path])
     assert not (run / "robustbench").exists()
+
+
+@pytest.mark.parametrize("norm,eps", [("linf", 8 / 255), ("l2", 0.5), ("l1", 12.0)])
+def test_rgb_images_are_attacked(norm, eps, tmp_path, monkeypatch):
+    """Three channels, read as evaluate.py reads them (channels last), through APGD, Square and every check."""
+    import pyautoattack.fab_pt
+    import pyautoattack.square
+
+    cifar = data.DATASETS["cifar10"]
+    write_cifar(cifar, tmp_path)
+    trust_cifar(cifar, tmp_path, monkeypatch)
+    model = models.build("wrn-10-1", cifar)
+    checkpoint.save(models.portable(model, "wrn-10-1", cifar) | {"norm": "linf", "eps": 8 / 255}, tmp_path / "best.pt")
+    images, _ = data.load_test(cifar, str(tmp_path))
+    with torch.no_grad():
+        labels = model.eval()(data.to_x(images)).argmax(1).numpy()
+    monkeypatch.setattr(data, "load_test", lambda *args: (images, labels))
+    attack, single = autoattack.attack, pyautoattack.square.SquareAttack.attack_single_run
+
+    def short(self, x, y):
+        self.n_queries = 30
+        return single(self, x, y)
+
+    monkeypatch.setattr(pyautoattack.square.SquareAttack, "attack_single_run", short)
+    monkeypatch.setattr(autoattack, "attack", lambda name, *args, **kw: attack(name, *args, **kw | {"eps": kw["eps"] * 1e-3}))
+    argv = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--checkpoint", str(tmp_path / "best.pt"), "--attack", "autoattack"]
+    argv += ["--norm", norm, "--eps", str(eps), "--n-images", "2", "--sanity-images", "2", "--out", str(tmp_path / "r.json")]
+    monkeypatch.setattr(pyautoattack.fab_pt.FABAttack_PT, "perturb", lambda self, x, y: x)
+    evaluate.main(evaluate.parse_args(argv))
+    assert json.loads((tmp_path / "r.json").read_text())["clean"] == 1
