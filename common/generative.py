@@ -43,12 +43,11 @@ def load(name, diffusion, spec, args):
         diffusion.check_blocks([head["block"]])
         diffusion.check_sigmas([head["sigma"]])
         settings = (head[key] for key in ("block", "sigma", "weight", "bias"))
-        model = DiffusionHead(diffusion, args.n_noise, args.fresh_noise, args.seed, *settings)
-        model = model.to(diffusion.device)
         try:
+            model = DiffusionHead(diffusion, args.n_noise, args.fresh_noise, args.seed, *settings).to(diffusion.device)
             with torch.no_grad():
                 fits = model(torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=diffusion.device))
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             fits = torch.empty(0)
         if fits.shape != (1, spec.num_classes) or not fits.isfinite().all():
             raise UserError(f"{args.checkpoint}: weight {tuple(head['weight'].shape)} does not fit the block's features, or is not finite")
@@ -131,15 +130,25 @@ class DiffusionClassifier(_Generative):
 class DiffusionHead(_Generative):
     """Logits W g + b, averaged over the draws, of the pooled features g of a block under noise of level sigma; no label is given.
 
-    `weight` (K, channels) and `bias` (K,) come from extract_features.py --save-head.
+    `weight` (K, channels) and `bias` (K,) come from extract_features.py --save-head. Like a classifier it has its last layer in
+    `logits`, and returns what that reads with with_features=True.
     """
 
     def __init__(self, diffusion, n_noise, fresh, seed, block, sigma, weight, bias):
         super().__init__(diffusion, n_noise, fresh, seed)
         self.block, self.sigma = block, sigma
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.logits = nn.Linear(weight.shape[1], len(weight))
+        self.logits.load_state_dict({"weight": weight, "bias": bias})
 
-    def forward(self, x):
-        features = [self.diffusion.features(x, self.sigma, None, [self.block], noise)[0] for noise in self.draws(x)]
-        return F.linear(torch.stack(features).mean(0), self.weight, self.bias)
+    def features(self, x, noise):
+        """Pooled features (B, channels) under one draw of noise."""
+        return self.diffusion.features(x, self.sigma, None, [self.block], noise)[0]
+
+    def forward(self, x, with_features=False):
+        draws = list(self.draws(x))
+        if x.requires_grad and len(draws) > 1:  # memory is that of one draw
+            features = [recompute(self.features, x, noise, use_reentrant=False) for noise in draws]
+        else:
+            features = [self.features(x, noise) for noise in draws]
+        features = torch.stack(features).mean(0)
+        return (self.logits(features), features) if with_features else self.logits(features)

@@ -235,6 +235,8 @@ def test_stored_features_are_those_of_a_direct_call(diffusion_dir, tmp_path):
         "0.3",
         "--batch-size",
         "100",
+        "--n-draws",
+        "2",
         "--out-dir",
         str(tmp_path / "f"),
     ]
@@ -243,7 +245,11 @@ def test_stored_features_are_those_of_a_direct_call(diffusion_dir, tmp_path):
     model = diffusion.load_diffusion(diffusion_dir, "cpu")
     images, labels = data.load_test(data.DATASETS["digits"], None)
     ids = [0, 99, 100, 796]
-    noise = data.normal_of(data.id_streams(0, "features-test", ids), (1, 8, 8))
-    direct = model.features(data.to_x(images[ids]), 0.3, None, ["mid_block"], noise)[0].numpy()
-    assert stored.shape == (797, 16) and stored[ids] == pytest.approx(direct, abs=1e-5)
+    assert stored.shape == (797, 2, 16)
+    streams = data.id_streams(0, "features-test", ids)
+    for draw in (0, 1):
+        noise = data.normal_of(streams, (1, 8, 8))
+        direct = model.features(data.to_x(images[ids]), 0.3, None, ["mid_block"], noise)[0].numpy()
+        assert stored[ids, draw] == pytest.approx(direct, abs=1e-5)
+    assert np.abs(stored[:, 0] - stored[:, 1]).max() > 1e-3
     assert np.array_equal(np.load(tmp_path / "f" / "test-labels.npy"), labels)

@@ -126,25 +126,40 @@ def test_a_diffusion_classifier_is_evaluated_like_any_other(diffusion_dir, tmp_p
 
 
 def test_head_is_the_probe_end_to_end(diffusion_dir, network, tmp_path):
-    """The head's logits are those of scikit-learn's pipeline on the same features, and its gradient reaches the image."""
+    """The head's logits are those of the probe on averaged features, and its gradient, recomputed, reaches the image."""
     argv = ["--diffusion", diffusion_dir, "--blocks", "mid_block", "--sigmas", "0.1", "--out-dir", str(tmp_path / "features")]
     extract_features.main(extract_features.parse_args([*argv, "--save-head", str(tmp_path / "head.pt")]))
     head = checkpoint.load(tmp_path / "head.pt", generative.HEAD)
-    features = np.load(tmp_path / "features" / "train-mid_block-sigma0.1.npy")
-    fitted = extract_features.fit_probe(features, np.load(tmp_path / "features" / "train-labels.npy"))
-    val = np.load(tmp_path / "features" / "val-mid_block-sigma0.1.npy")
-    linear = torch.from_numpy(val).double() @ head["weight"].double().T + head["bias"].double()
-    np.testing.assert_allclose(linear.numpy(), fitted.decision_function(val), rtol=1e-3, atol=1e-3)
-    assert head["val_accuracy"] == fitted.score(val, np.load(tmp_path / "features" / "val-labels.npy")) > 0.3
+    val, labels = (np.load(tmp_path / "features" / f"val-{name}.npy") for name in ("mid_block-sigma0.1", "labels"))
+    predicted = (torch.from_numpy(val[:, 0]) @ head["weight"].T + head["bias"]).argmax(1).numpy()
+    assert head["val_accuracy"] == (predicted == labels).mean() > 0.3
     model = generative.DiffusionHead(network, 3, False, 0, "mid_block", 0.1, head["weight"], head["bias"]).eval()
     x, _ = digits(4)
     x.requires_grad_(True)
     expected = torch.stack([network.features(x, 0.1, None, ["mid_block"], n[None])[0] for n in model.noise]).mean(0)
     torch.testing.assert_close(model(x), expected @ head["weight"].T + head["bias"])
-    assert torch.autograd.grad(model(x).sum(), x)[0].abs().amax((1, 2, 3)).min() > 0
+    (gradient,) = torch.autograd.grad((model(x) ** 2).sum(), x)
+    (plain,) = torch.autograd.grad(((expected @ head["weight"].T + head["bias"]) ** 2).sum(), x)
+    torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-5)
+    assert gradient.abs().amax((1, 2, 3)).min() > 0
     argv = ["--model", "diffusion-head", "--teacher", diffusion_dir, "--checkpoint", str(tmp_path / "head.pt"), "--n-noise", "2"]
     evaluate.main(evaluate.parse_args([*argv, "--attack", "clean", "--out", str(tmp_path / "r.json")]))
     assert json.loads((tmp_path / "r.json").read_text())["clean"] > 0.3
+
+
+def test_probes_are_attacked_end_to_end(diffusion_dir, tmp_path, capsys):
+    """Under attack no probe is better than without; a tiny radius changes nothing, a large one leaves none; one table per map."""
+    argv = ["--diffusion", diffusion_dir, "--blocks", "mid_block", "up_blocks.0.resnets.0", "--sigmas", "0.1", "--n-draws", "2", "--probe"]
+    argv += ["--n-attacked", "200", "--out-dir", str(tmp_path / "features")]
+    found = {}
+    for eps in ("1e-6", "0.4"):
+        extract_features.main(extract_features.parse_args([*argv, "--eps", eps]))
+        found[eps] = json.loads((tmp_path / "features" / "probe.json").read_text())
+    clean = np.array(found["0.4"]["accuracy"])
+    assert clean.shape == (2, 1) and np.abs(np.array(found["1e-6"]["attacked"]) - clean).max() < 0.08  # shared noise, or an image's own
+    assert np.max(found["0.4"]["attacked"]) < 0.02 < clean.min()
+    assert "under attack, linf 0.4, first 200 images" in capsys.readouterr().out
+    assert (tmp_path / "features" / "probe.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_heads_of_other_networks_are_refused(diffusion_dir, network, tmp_path):

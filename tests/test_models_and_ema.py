@@ -268,7 +268,7 @@ def prefixed(prefix, weights):
 PACKED = {
     "bare": lambda w: w,
     "state_dict": lambda w: {"state_dict": prefixed("module.", w), "epoch": 3},
-    "wrapped": lambda w: {"state_dict": prefixed("model.", w | {"mean": torch.zeros(1), "std": torch.ones(1)})},
+    "wrapped": lambda w: {"state_dict": prefixed("model.", w | {"mean": torch.tensor(DIGITS.mean), "std": torch.tensor(DIGITS.std)})},
     "dm-at": lambda w: {
         "model_state_dict": prefixed("module.0.", w),
         "unaveraged_model_state_dict": prefixed("module.0.", {key: 0 * value for key, value in w.items()}),

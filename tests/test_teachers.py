@@ -325,4 +325,4 @@ def test_extraction_by_a_ddpm(ddpm_dir, tmp_path, monkeypatch):
     argv = ["--dataset", "cifar10", "--val-size", "4", "--diffusion", ddpm_dir, "--blocks", "mid_block", "--sigmas", "0.1"]
     extract_features.main(extract_features.parse_args([*argv, "--out-dir", str(tmp_path / "f")]))
     stored = np.load(tmp_path / "f" / "train-mid_block-sigma0.1.npy")
-    assert stored.shape == (8, 16) and np.isfinite(stored).all() and stored.std() > 0
+    assert stored.shape == (8, 1, 16) and np.isfinite(stored).all() and stored.std() > 0

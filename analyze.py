@@ -1,0 +1,316 @@
+"""What the representations of classifiers and of a diffusion model look like: rank, spread, frequencies, sparseness, similarity.
+
+    python analyze.py --model at=out/quickstart/at/best.pt --model dm_at_dra=out/quickstart/dm_at_dra/best.pt --teacher out/diffusion-digits
+    torchrun --nproc_per_node 2 analyze.py --model at=out/a/best.pt --model at=out/b/best.pt --model dra=out/c/best.pt
+
+Of every model, on test images (common/representations.py has the formulae):
+
+  rank           RankMe and stable rank of the penultimate features, and their singular values
+  spread         uniformity on the unit sphere; alignment of clean and adversarial (PGD-20 on the margin) versions of an image
+  frequencies    magnitude of the Fourier transform of d margin / d x, by radius; share above a quarter of a cycle per pixel
+  sparseness     error of a top-k sparse autoencoder, over the features' variance; --sae-seeds of them
+  dimension      accuracy of the classifier's own last layer from the first k principal components of the training images' features
+  margin         logit margin, length of its gradient in the norm dual to the attack's, and their quotient, a first-order distance
+  similarity     linear CKA of every pair
+
+One NAME given several times is one kind of model trained with several seeds. --teacher adds a frozen diffusion model as a row: the pooled
+output of one block at one noise level, averaged over --n-noise draws, under a logistic regression fitted to training images; its
+alignment is also that of two draws. Intervals are 95 %: over seeds (Student's t) where a name has several, else over images.
+
+Writes analysis.json, analysis.md, one PNG per analysis and analysis.png into --out-dir. What is computed of a model is kept in
+parts/, named by the hash of all that it depends on: the same command goes on, and another set of models reuses it.
+"""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import torch
+
+from common import attacks, checkpoint, cli, data, diffusion, dist, generative, models, pictures, representations, runlog
+from common.representations import N_GROUPS, half_samples, interval
+
+METRICS = {  # of a model: (title in the table, format)
+    "clean": ("clean", "{:.1%}"),
+    "robust": ("PGD-20", "{:.1%}"),
+    "rank_me": ("RankMe", "{:.1f}"),
+    "stable_rank": ("stable rank", "{:.2f}"),
+    "uniformity": ("uniformity", "{:.2f}"),
+    "alignment": ("alignment, adversarial", "{:.3f}"),
+    "alignment_draws": ("alignment, noise", "{:.3f}"),
+    "high_frequencies": ("high frequencies", "{:.1%}"),
+    "sae": ("SAE error", "{:.3f}"),
+    "dimension": ("classification dimension", "{:.1f}"),
+    "margin": ("margin", "{:.2f}"),
+    "gradient": ("gradient", "{:.1f}"),
+    "distance": ("distance", "{:.3f}"),
+}
+MAX_FIT = 10_000  # training images that principal components, autoencoders and the teacher's last layer are fitted to
+DUAL = {"linf": 1, "l2": 2}
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", action="append", default=[], metavar="NAME=CHECKPOINT", help="a classifier; give it once per model")
+    group.add_argument("--teacher", help="a diffusion model: directory, NVlabs .pkl or hub:OWNER/NAME")
+    group.add_argument("--block", help="block of the teacher (default: DRA's)")
+    group.add_argument("--sigma", type=cli.positive, help="its noise level, in units of [-1, 1] (default: DRA's)")
+    group.add_argument("--n-noise", type=cli.count, default=4, help="draws of noise that its features are averaged over")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set, its test images")
+    group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
+    group.add_argument("--val-size", type=cli.count, help="first training images, left out of all fits (default: the data set's)")
+    group.add_argument("--n-images", type=cli.count, default=10_000, help="first test images, at most")
+    group.add_argument("--n-attacked", type=cli.count, default=256, help="of these the first, attacked too")
+    group.add_argument("--norm", choices=DUAL, default="linf", help="norm of the attack")
+    group.add_argument("--eps", type=cli.positive, help="its radius, of x in [0, 1] (default: the data set's usual one)")
+    group = parser.add_argument_group("sparse autoencoder")
+    group.add_argument("--sae-latents", type=cli.count, default=256, help="latents")
+    group.add_argument("--sae-k", type=cli.count, default=8, help="of these active for an image")
+    group.add_argument("--sae-steps", type=cli.count, default=3000, help="steps of 256 features")
+    group.add_argument("--sae-seeds", type=cli.count, default=3, help="autoencoders per model")
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch-size", type=cli.count, default=256, help="images per pass")
+    group.add_argument("--seed", type=cli.seed, default=0, help="seed of noise, attacks and autoencoders")
+    group.add_argument("--out-dir", default="out/analysis", help="directory of the results")
+    args = parser.parse_args(argv)
+    spec = data.DATASETS[args.dataset]
+    args.models = [tuple(text.partition("=")[::2]) for text in args.model]
+    if not args.models and not args.teacher:
+        parser.error("argument --model: give at least one, or --teacher")
+    for name, path in args.models:
+        if not name or not path or name == "teacher" or not name.replace("_", "").replace("-", "").isalnum():
+            parser.error(f"argument --model: expected NAME=CHECKPOINT, the name of letters, digits, - and _, got '{name}={path}'")
+    if len(set(args.models)) < len(args.models):
+        parser.error("argument --model: the same model twice")
+    parser.refuse_unused(argv, {flag: ("--teacher", args.teacher) for flag in ("--block", "--sigma", "--n-noise")})
+    if args.sae_k > args.sae_latents:
+        parser.error(f"argument --sae-k: {args.sae_k} of {args.sae_latents} latents")
+    if args.eps is None and args.norm not in spec.eps:
+        parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
+    args.eps = args.eps or spec.eps[args.norm]
+    args.val_size = spec.val_size if args.val_size is None else args.val_size
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- one model, measured
+
+
+@torch.no_grad()
+def features_of(model, images, args, device):
+    """Penultimate features (N, D) float32 of uint8 images."""
+    batches = range(0, len(images), args.batch_size)
+    return np.concatenate(
+        [model(data.to_x(images[s : s + args.batch_size], device), with_features=True)[1].float().cpu().numpy() for s in batches]
+    )
+
+
+def margin_gradients(model, x, y):
+    """(margin z_y - max of the others (B,), its gradient (B, C, H, W)): unlike the cross-entropy's, it does not vanish on sure images."""
+    x = x.clone().requires_grad_(True)
+    margin = -attacks.attack_losses(model(x), y, "margin")
+    return margin.detach(), torch.autograd.grad(margin.sum(), x)[0]
+
+
+def attacked(model, images, labels, args, device):
+    """PGD-20, step eps / 4, on the margin: (features of the images, of their adversarial versions, which are correct, and stay so)."""
+    clean, adversarial, correct, robust = [], [], [], []
+    for i, s in enumerate(range(0, len(images), args.batch_size)):
+        x, y = data.to_x(images[s : s + args.batch_size], device), torch.from_numpy(labels[s : s + args.batch_size]).to(device)
+        start = attacks.random_start(x.shape, args.norm, args.eps, data.stream(args.seed, "analyze-pgd", i, device))
+        attack = dict(norm=args.norm, eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
+        x_adv = attacks.pgd(model, x, y, [start], **attack)
+        with torch.no_grad():
+            (logits, features), (logits_adv, features_adv) = (model(part, with_features=True) for part in (x, x_adv))
+        right = logits.argmax(1) == y
+        clean.append(features.cpu().numpy())
+        adversarial.append(features_adv.cpu().numpy())
+        correct.append(right.cpu().numpy())
+        robust.append((right & (logits_adv.argmax(1) == y)).cpu().numpy())
+    return tuple(map(np.concatenate, (clean, adversarial, correct, robust)))
+
+
+def by_group(values):
+    """(G, 1 + ...): by group, the number of images and the sum of their values."""
+    return np.array([[len(values[g::N_GROUPS]), *np.atleast_1d(values[g::N_GROUPS].sum(0))] for g in range(N_GROUPS)])
+
+
+def mean_of(sums, groups):
+    total = sums[groups].sum(0)
+    return total[1:] / total[0] if len(total) > 2 else total[1] / total[0]
+
+
+def measure(model, splits, args, device):
+    """(what the table and the pictures show: a dict of numbers and lists, features (N, D) of the test images)."""
+    (fit_images, _), (images, labels) = splits
+    weight, bias = (p.detach().double().cpu().numpy() for p in (model.logits.weight, model.logits.bias))
+    features, fit_features = features_of(model, images, args, device), features_of(model, fit_images, args, device)
+    found = {"dim": features.shape[1]}
+
+    moments = representations.moments(features)
+    spectra = half_samples(lambda groups: representations.singular_values(moments, groups) / len(groups) ** 0.5)
+    found["singular_values"] = (np.array(spectra[0]) / spectra[0][0]).tolist()
+    found["rank_me"] = half_samples(lambda groups: representations.rank_me(representations.singular_values(moments, groups)))
+    found["stable_rank"] = half_samples(lambda groups: representations.stable_rank(representations.singular_values(moments, groups)))
+
+    kernel = representations.kernel_sums(features)
+    found["uniformity"] = half_samples(lambda groups: representations.uniformity(kernel, groups))
+    clean, adversarial, correct, robust = attacked(model, images[: args.n_attacked], labels[: args.n_attacked], args, device)
+    distances = representations.squared_distances(clean, adversarial)
+    found["alignment"] = half_samples(lambda groups: representations.alignment(distances, groups))
+    if isinstance(model, generative.DiffusionHead) and len(model.noise) > 1:
+        with torch.no_grad():
+            x = data.to_x(images[: args.n_attacked], device)
+            draws = [
+                np.concatenate([model.features(part, noise).cpu().numpy() for part in x.split(args.batch_size)])
+                for noise in model.noise.split(1)[:2]
+            ]
+        distances_draws = representations.squared_distances(*draws)
+        found["alignment_draws"] = half_samples(lambda groups: representations.alignment(distances_draws, groups))
+    withstood = by_group(np.float64(robust))
+    found["robust"] = half_samples(lambda groups: mean_of(withstood, groups))
+    found["embedding"] = embedding(clean, adversarial, args.seed) | {
+        "label": labels[: args.n_attacked].tolist(),
+        "fooled": (correct & ~robust).tolist(),
+    }
+
+    spectrum, margins, gradients = [], [], []
+    for s in range(0, len(images), args.batch_size):
+        x, y = data.to_x(images[s : s + args.batch_size], device), torch.from_numpy(labels[s : s + args.batch_size]).to(device)
+        margin, gradient = margin_gradients(model, x, y)
+        spectrum.append(representations.spectrum(gradient).cpu().numpy())
+        margins.append(margin.double().cpu().numpy())
+        gradients.append(gradient.flatten(1).double().norm(p=DUAL[args.norm], dim=1).cpu().numpy())
+    curve, margins, gradients = by_group(np.concatenate(spectrum)), np.concatenate(margins), np.concatenate(gradients)
+    size = x.shape[-1]
+    found["saliency"] = half_samples(lambda groups: mean_of(curve, groups) / mean_of(curve, groups).sum())
+    found["high_frequencies"] = half_samples(lambda groups: representations.high_share(mean_of(curve, groups), size))
+    of = {"margin": margins, "gradient": gradients, "distance": margins / gradients, "clean": margins > 0}
+    for key, values in of.items():
+        sums = by_group(np.asarray(values, np.float64))
+        found[key] = half_samples(lambda groups, sums=sums: mean_of(sums, groups))
+
+    basis, mean = representations.principal_components(fit_features)
+    counts = representations.dimension_counts(features, labels, weight, bias, basis, mean)
+    found["dimension"] = half_samples(lambda groups: representations.classification_dimension(counts, groups))
+    found["dimension_curve"] = (counts.sum(0) / len(labels)).tolist()
+
+    scale = np.sqrt(np.square(fit_features - mean).mean())
+    fit_x, test_x = (torch.from_numpy((f - mean) / scale).float().to(device) for f in (fit_features, features))
+    errors = np.zeros((args.sae_seeds, len(features)))
+    for seed in range(args.sae_seeds):
+        sae = representations.train_sae(fit_x, args.sae_latents, args.sae_k, args.sae_steps, args.seed + seed)
+        with torch.no_grad():
+            errors[seed] = (sae(test_x) - test_x).square().sum(1).cpu().numpy()
+    total = by_group(np.stack([errors.mean(0), (test_x - test_x.mean(0)).square().sum(1).cpu().numpy()], 1))
+    found["sae"] = half_samples(lambda groups: total[groups, 1].sum() / total[groups, 2].sum())
+    found["sae_by_seed"] = (errors.sum(1) / total[:, 2].sum()).tolist()
+    return found, features
+
+
+def embedding(clean, adversarial, seed):
+    """{"pca": (2 n, 2), "tsne": (2 n, 2)} of unit features, the clean images first. The PCA is the clean ones'."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    both = representations.unit(np.concatenate([clean, adversarial]))
+    pca = PCA(2, random_state=seed).fit(both[: len(clean)]).transform(both)
+    tsne = TSNE(2, perplexity=min(30, len(both) / 4), init="pca", random_state=seed).fit_transform(both)
+    return {"pca": pca.round(4).tolist(), "tsne": tsne.round(3).tolist()}
+
+
+# ----------------------------------------------------------------------------------------------------- all models
+
+
+def load_teacher(args, spec, splits, device):
+    """The diffusion model's block as a classifier: a logistic regression on features of training images."""
+    network = diffusion.load_diffusion(args.teacher, device)
+    network.check_teaches(f"--teacher {args.teacher}", spec, with_labels=False)
+    block, sigma = args.block or network.default_block, args.sigma or network.default_sigma
+    network.check_blocks([block])
+    network.check_sigmas([sigma])
+    images, labels = splits[0]
+    with torch.no_grad():
+        width = network.features(data.to_x(images[:1], device), sigma, None, [block], torch.zeros(1, *network.noise_shape, device=device))[
+            0
+        ].shape[1]
+    nothing = torch.zeros(spec.num_classes, width), torch.zeros(spec.num_classes)
+    model = generative.DiffusionHead(network, args.n_noise, False, args.seed, block, sigma, *nothing).to(device).eval()
+    weight, bias = representations.fit_linear(features_of(model, images, args, device), labels, spec.num_classes)
+    model = generative.DiffusionHead(network, args.n_noise, False, args.seed, block, sigma, weight, bias).to(device).eval()
+    return model.requires_grad_(False), {"network_sha256": network.sha256, "block": block, "sigma": sigma, "n_noise": args.n_noise}
+
+
+def similarities(features):
+    """CKA of every pair of feature arrays, as a symmetric list of lists."""
+    own = [representations.moments(f) for f in features]
+    everything = np.arange(N_GROUPS)
+    found = np.eye(len(features))
+    for i in range(len(features)):
+        for j in range(i):
+            between = representations.moments(features[i], features[j])
+            found[i, j] = found[j, i] = representations.cka(own[i], own[j], between, everything)
+    return found.tolist()
+
+
+def markdown(result):
+    """The table: one row per name."""
+    keys = [key for key in METRICS if any(key in row for rows in result["models"].values() for row in rows)]
+    lines = ["| | models | features | " + " | ".join(METRICS[key][0] for key in keys) + " |", "|---" * (len(keys) + 3) + "|"]
+    for name, rows in result["models"].items():
+        cells = []
+        for key in keys:
+            of, form = interval(rows, key), METRICS[key][1]
+            cells.append(f"{form.format(of[0])} ({form.format(of[1])} to {form.format(of[2])})" if of else "-")
+        lines.append(f"| {name} | {len(rows)} | {rows[0]['dim']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args):
+    rank, world_size, device = dist.setup()
+    spec = data.DATASETS[args.dataset]
+    train, _ = data.load_train(spec, args.data_dir, args.val_size)
+    images, labels = data.load_test(spec, args.data_dir)
+    splits = tuple((part[:n], whole[:n]) for (part, whole), n in ((train, MAX_FIT), ((images, labels), args.n_images)))
+    n = len(splits[1][0])
+    if min(n, args.n_attacked) < 2 * N_GROUPS:
+        raise cli.UserError(f"--n-images, --n-attacked: intervals need at least {2 * N_GROUPS} images, there are {min(n, args.n_attacked)}")
+    other = ("models", "model", "out_dir", "data_dir", "teacher", "block", "sigma", "n_noise")
+    settings = {key: value for key, value in vars(args).items() if key not in other} | {"image_size": spec.image_size}
+    jobs = [*args.models, *([("teacher", args.teacher)] if args.teacher else [])]
+    os.makedirs(os.path.join(args.out_dir, "parts"), exist_ok=True)
+    stems = {}
+    for i, (name, path) in enumerate(runlog.progress(jobs, rank, desc="analyze", unit="model")):
+        if i % world_size != rank:
+            continue
+        if name == "teacher":
+            model, what = load_teacher(args, spec, splits, device)
+        else:
+            model, what = models.load_classifier(path, spec, device)[0], {"checkpoint_sha256": checkpoint.sha256(path)}
+        request = {"format": 1, "n": n, "torch": torch.__version__, "device": device.type} | settings | what
+        stem = os.path.join(args.out_dir, "parts", hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16])
+        if not os.path.exists(f"{stem}.json"):
+            found, features = measure(model, splits, args, device)
+            checkpoint.write_npy(features, f"{stem}.npy")
+            checkpoint.write_json(request | found, f"{stem}.json")
+        stems[i] = stem
+    stems = {i: stem for part in dist.gather_objects(stems) for i, stem in part.items()}
+    if rank == 0:
+        result = {"settings": settings, "environment": runlog.environment(), "models": {}}
+        for i, (name, path) in enumerate(jobs):
+            result["models"].setdefault(name, []).append({"path": path} | checkpoint.read_json(f"{stems[i]}.json"))
+        order = [(name, i) for name in result["models"] for i, (of, _) in enumerate(jobs) if of == name]
+        features = [np.load(f"{stems[i]}.npy", mmap_mode="r") for _, i in order]
+        result["cka"] = {"names": [name for name, _ in order], "matrix": similarities(features)}
+        checkpoint.write_json(result, os.path.join(args.out_dir, "analysis.json"))
+        with checkpoint.atomic(os.path.join(args.out_dir, "analysis.md")) as file:
+            file.write(markdown(result).encode())
+        print(markdown(result), end="")
+        pictures.draw(result, args.out_dir)
+    dist.teardown()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

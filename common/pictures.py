@@ -1,0 +1,193 @@
+"""The pictures of analyze.py (one PNG per analysis, and analysis.png with all of them but the embedding) and of probes."""
+
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from common import checkpoint  # noqa: E402
+from common.representations import interval  # noqa: E402
+
+# Okabe and Ito's palette, safe for the colour-blind; lines differ by their dashes, too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
+DASHES = ("-", "--", "-.", ":")
+
+
+def draw(result, out_dir):
+    """Write all pictures of the `result` of analyze.py and print their names."""
+    styles = {name: dict(color=COLOURS[i % 8], linestyle=DASHES[i % 4]) for i, name in enumerate(result["models"])}
+    panels = {
+        **{"rank": rank, "spread": spread, "frequencies": frequencies, "sparseness": sparseness},
+        **{"dimension": dimension, "distance": distance, "similarity": similarity},
+    }
+    for name, panel in panels.items():
+        figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+        panel(axis, result, styles)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        save(figure, os.path.join(out_dir, f"{name}.png"))
+    figure, axes = plt.subplots(2, 4, figsize=(20, 9), layout="constrained")
+    for axis, panel in zip(axes.flat, panels.values()):
+        panel(axis, result, styles)
+    legend(axes.flat[7], result, styles)
+    save(figure, os.path.join(out_dir, "analysis.png"))
+    embedding(result, os.path.join(out_dir, "embedding.png"))
+
+
+def save(figure, path):
+    with checkpoint.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=80)
+    plt.close(figure)
+    print(path)
+
+
+def curves(axis, result, styles, key, x_of):
+    """One line per name, the mean over its models; a band between the extremes where there are several."""
+    for name, rows in result["models"].items():
+        lines = np.array([row[key] if not isinstance(row[key][0], list) else row[key][0] for row in rows])
+        x = x_of(lines.shape[1])
+        axis.plot(x, lines.mean(0), label=name, **styles[name])
+        if len(rows) > 1:
+            axis.fill_between(x, lines.min(0), lines.max(0), color=styles[name]["color"], alpha=0.15, linewidth=0)
+
+
+def bars(axis, result, styles, key):
+    """One bar per name, with its interval."""
+    found = {name: interval(rows, key) for name, rows in result["models"].items()}
+    for i, (name, (value, low, high)) in enumerate(found.items()):
+        axis.bar(i, value, color=styles[name]["color"], alpha=0.8)
+        axis.errorbar(i, value, [[value - low], [high - value]], color="black", capsize=4)
+    axis.set_xticks(range(len(found)), found, rotation=20, ha="right", fontsize=8)
+
+
+def rank(axis, result, styles):
+    curves(axis, result, styles, "singular_values", lambda n: np.arange(1, n + 1))
+    axis.set(xlabel="number of the singular value", ylabel="size, of the largest (log scale)", yscale="log", ylim=(1e-3, 1.2))
+    axis.set_title("Spectrum of the features: a slow fall is a high rank", fontsize=10)
+    axis.grid(alpha=0.3)
+
+
+def spread(axis, result, styles):
+    for name, rows in result["models"].items():
+        (x, *x_range), (y, *y_range) = interval(rows, "alignment"), interval(rows, "uniformity")
+        lengths = [[[v - low], [high - v]] for v, (low, high) in ((x, x_range), (y, y_range))]
+        axis.errorbar(x, y, lengths[1], lengths[0], marker="o", capsize=3, color=styles[name]["color"], label=name)
+    axis.set(xlabel="alignment: squared distance of clean and adversarial features", ylabel="uniformity")
+    axis.set_title("Alignment and uniformity: lower is closer, and more spread", fontsize=10)
+    axis.grid(alpha=0.3)
+
+
+def frequencies(axis, result, styles):
+    curves(axis, result, styles, "saliency", lambda n: np.arange(n) / result["settings"]["image_size"])
+    axis.axvline(0.25, color="grey", linewidth=1, linestyle=":")
+    axis.set(xlabel="frequency, cycles per pixel (dotted: above are the high ones)", ylabel="share of the magnitude", ylim=(0, None))
+    axis.set_title("Frequencies of the margin's gradient", fontsize=10)
+    axis.grid(alpha=0.3)
+
+
+def sparseness(axis, result, styles):
+    bars(axis, result, styles, "sae")
+    settings = result["settings"]
+    axis.set_ylabel("error / variance of the test features")
+    axis.set_title(f"Sparse autoencoder, {settings['sae_k']} of {settings['sae_latents']} latents: lower is sparser", fontsize=10)
+
+
+def dimension(axis, result, styles):
+    curves(axis, result, styles, "dimension_curve", np.arange)
+    for name, rows in result["models"].items():
+        axis.axvline(interval(rows, "dimension")[0], color=styles[name]["color"], linewidth=0.8, linestyle=styles[name]["linestyle"])
+    axis.set(xlabel="principal components kept (upright: 99 % of the accuracy)", ylabel="accuracy of the last layer", ylim=(0, 1.02))
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_title("Classification dimension", fontsize=10)
+    axis.grid(alpha=0.3)
+
+
+def distance(axis, result, styles):
+    bars(axis, result, styles, "distance")
+    settings = result["settings"]
+    axis.axhline(settings["eps"], color="grey", linestyle=":", label=f"radius of the attack, {settings['eps']:.3g}")
+    axis.set_ylabel(f"margin / length of its gradient, {settings['norm']}")
+    axis.set_title("First-order distance to the boundary, mean over test images", fontsize=10)
+
+
+def similarity(axis, result, styles):
+    names, matrix = result["cka"]["names"], np.array(result["cka"]["matrix"])
+    kinds = list(result["models"])
+    mean = np.array([[_mean_of_pairs(matrix, names, a, b) for b in kinds] for a in kinds])
+    axis.imshow(mean, vmin=0, vmax=1, cmap="cividis")
+    for i, j in np.ndindex(mean.shape):
+        axis.text(
+            j,
+            i,
+            "-" if np.isnan(mean[i, j]) else f"{mean[i, j]:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if mean[i, j] < 0.6 else "black",
+        )
+    axis.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right", fontsize=8)
+    axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axis.set_title("Linear CKA, mean over pairs of different models", fontsize=10)
+
+
+def _mean_of_pairs(matrix, names, a, b):
+    pairs = [matrix[i, j] for i, of_i in enumerate(names) for j, of_j in enumerate(names) if of_i == a and of_j == b and i != j]
+    return np.mean(pairs) if pairs else np.nan
+
+
+def legend(axis, result, styles):
+    axis.axis("off")
+    handles = [plt.Line2D([], [], linewidth=3, **style) for style in styles.values()]
+    labels = [f"{name}: {len(rows)} model{'s' * (len(rows) > 1)}, {rows[0]['dim']} features" for name, rows in result["models"].items()]
+    axis.legend(handles, labels, loc="upper left", fontsize=11, frameon=False)
+    rows, settings = next(iter(result["models"].values())), result["settings"]
+    attack = f"attack: {settings['norm']} {settings['eps']:.3g}, PGD-20, first {settings['n_attacked']}"
+    text = [f"{settings['dataset']}, {rows[0]['n']} test images", attack]
+    text += ["bars and crosses: 95 %, over models or images", "bands: extremes of the models"]
+    axis.text(0.02, 0.2, "\n".join(text), fontsize=11, transform=axis.transAxes)
+
+
+def heat_maps(result, path):
+    """Accuracy of probes, block by noise level: one map per entry of result["titles"]."""
+    figure, axes = plt.subplots(
+        1,
+        len(result["titles"]),
+        figsize=(1 + 5 * len(result["titles"]), 1.5 + 0.4 * len(result["blocks"])),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (key, title) in zip(axes[0], result["titles"].items()):
+        values = 100 * np.array(result[key])
+        axis.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9, color="white" if value < 60 else "black")
+        axis.set_xticks(range(len(result["sigmas"])), [f"{sigma:g}" for sigma in result["sigmas"]])
+        axis.set_yticks(range(len(result["blocks"])), result["blocks"] if key == "accuracy" else [""] * len(result["blocks"]), fontsize=8)
+        axis.set_xlabel("noise level sigma")
+        axis.set_title(f"{title}, %", fontsize=9)
+    save(figure, path)
+
+
+def embedding(result, path):
+    """Penultimate features of the first model of each name in two dimensions: clean, adversarial, and those that are fooled."""
+    kinds = list(result["models"].items())
+    figure, axes = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 8), layout="constrained", squeeze=False)
+    for column, (name, rows) in enumerate(kinds):
+        found = rows[0]["embedding"]
+        label, fooled = np.array(found["label"]), np.array(found["fooled"])
+        for row, (key, title) in enumerate((("pca", "PCA"), ("tsne", "t-SNE"))):
+            axis, points = axes[row, column], np.array(found[key])
+            clean, adversarial = points[: len(label)], points[len(label) :]
+            axis.scatter(*clean.T, c="#0072B2", s=12, alpha=0.5, linewidth=0, label="clean")
+            axis.scatter(*adversarial[~fooled].T, c="#E69F00", s=12, alpha=0.6, linewidth=0, label="adversarial, withstood")
+            axis.scatter(*adversarial[fooled].T, c="black", s=26, marker="x", linewidth=1, label="adversarial, fooled")
+            for k in np.unique(label) if len(np.unique(label)) <= 20 else []:
+                axis.text(*np.median(clean[label == k], axis=0), str(k), fontsize=13, weight="bold", ha="center", va="center")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{name}, {title}: {fooled.mean():.0%} fooled", fontsize=10)
+    axes[0, 0].legend(fontsize=8, loc="best")
+    figure.suptitle("Features of test images and of their adversarial versions; numbers stand at the classes' medians", fontsize=11)
+    save(figure, path)

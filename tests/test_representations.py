@@ -1,0 +1,328 @@
+"""Metrics of features against slow float64 formulae and known answers. Alone: python -m pytest tests/test_representations.py"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DIGITS
+from scipy.stats import ortho_group
+
+import analyze
+import train_at
+from common import cli, data, models, representations
+from common.representations import N_GROUPS
+
+ALL = np.arange(N_GROUPS)
+
+
+def gaussian(n, d, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, d))
+
+
+def values_of(features, groups=ALL):
+    return representations.singular_values(representations.moments(features), groups)
+
+
+# ------------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_halves_of_the_groups_cover_the_mean():
+    """95 % nominal, over 300 samples of 640 numbers; and the estimate is the mean of all."""
+    inside, n_trials = 0, 300
+    for trial in range(n_trials):
+        x = np.random.default_rng(trial).exponential(size=640)
+        sums = analyze.by_group(x)
+        value, low, high = representations.half_samples(lambda groups, sums=sums: analyze.mean_of(sums, groups))
+        assert value == pytest.approx(x.mean())
+        inside += low <= 1 <= high
+    assert 0.91 <= inside / n_trials <= 0.985
+
+
+def test_interval_over_seeds_is_students():
+    rows = [{"a": [value, 0, 0]} for value in (1.0, 2.0, 4.0)]
+    mean, low, high = representations.interval(rows, "a")
+    half = 4.302653 * np.std([1, 2, 4], ddof=1) / 3**0.5
+    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), rel=1e-5)
+    assert representations.interval(rows[:1], "a") == [1.0, 0, 0] and representations.interval(rows, "b") is None
+
+
+# ------------------------------------------------------------------------------------------------------------------ rank
+
+
+def test_singular_values_of_any_groups_are_those_of_the_centred_matrix():
+    features = (gaussian(200, 12) @ gaussian(12, 12, 1) + 5).astype(np.float32)
+    for groups in (ALL, np.array([3, 8, 30])):
+        rows = np.concatenate([features[g::N_GROUPS] for g in groups]).astype(np.float64)
+        expected = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
+        np.testing.assert_allclose(values_of(features, groups), expected[: min(len(rows), 12)], rtol=1e-6, atol=1e-5)
+
+
+def test_ranks_of_known_spectra():
+    """Equal values: the dimension. A subspace of 5 dimensions: 5. An isotropic Gaussian: nearly its dimension. s = (2, 1): by hand."""
+    assert representations.rank_me(np.ones(20)) == pytest.approx(20, rel=1e-4) and representations.stable_rank(np.ones(20)) == 20
+    q = ortho_group.rvs(30, random_state=0)[:5]
+    planted = values_of(gaussian(20_000, 5) @ q)
+    assert representations.rank_me(planted) == pytest.approx(5, rel=2e-3) and representations.stable_rank(planted) == pytest.approx(
+        5, rel=0.05
+    )
+    assert representations.rank_me(values_of(gaussian(20_000, 30))) == pytest.approx(30, rel=2e-3)
+    by_hand = math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)))
+    assert representations.rank_me(np.array([2.0, 1.0])) == pytest.approx(by_hand, rel=1e-5)
+    assert representations.stable_rank(np.array([2.0, 1.0])) == 1.25
+
+
+# -------------------------------------------------------------------------------------------------- alignment, uniformity, CKA
+
+
+def test_alignment_and_uniformity_against_slow_sums():
+    a, b = gaussian(70, 6), gaussian(70, 6, 1)
+    unit_a, unit_b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    distances = representations.squared_distances(a, b)
+    assert representations.alignment(distances, ALL) == pytest.approx(((unit_a - unit_b) ** 2).sum(1).mean())
+    assert representations.alignment(representations.squared_distances(a, 3 * a), ALL) == pytest.approx(0, abs=1e-12)
+    for groups in (ALL, np.array([0, 5, 9])):
+        rows = np.concatenate([unit_a[g::N_GROUPS] for g in groups])
+        pairs = [math.exp(-2 * ((x - y) ** 2).sum()) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+        assert representations.uniformity(representations.kernel_sums(a), groups) == pytest.approx(math.log(np.mean(pairs)))
+
+
+def test_uniformity_of_the_circle():
+    """Points spread evenly on it: log of the mean of exp(4 (cos t - 1)), which is e^-4 I_0(4); coinciding points: 0."""
+    angle = np.linspace(0, 2 * np.pi, 4001)[:-1]
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+    expected = math.log(math.exp(-4) * np.i0(4.0))
+    assert representations.uniformity(representations.kernel_sums(circle), ALL) == pytest.approx(expected, abs=2e-3)
+    assert representations.uniformity(representations.kernel_sums(np.ones((64, 3))), ALL) == pytest.approx(0)
+
+
+def similarity(a, b, groups=ALL):
+    return representations.cka(representations.moments(a), representations.moments(b), representations.moments(a, b), groups)
+
+
+def test_cka_is_the_formula_and_ignores_rotation_and_scale():
+    a, b = gaussian(90, 8) + 3, np.tanh(gaussian(90, 8)) @ gaussian(8, 5, 2)
+    gram_a, gram_b = ((x - x.mean(0)) @ (x - x.mean(0)).T for x in (a, b))  # Hilbert-Schmidt form, from the kernels
+    assert similarity(a, b) == pytest.approx((gram_a * gram_b).sum() / math.sqrt((gram_a**2).sum() * (gram_b**2).sum()))
+    rotation = ortho_group.rvs(8, random_state=0)
+    assert similarity(a, 7 * a @ rotation + 2) == pytest.approx(1)
+    assert similarity(a @ rotation, b) == pytest.approx(similarity(a, b))
+    assert similarity(a, a @ np.diag(10.0 ** np.arange(8))) < 0.9  # but not any linear map
+    assert similarity(gaussian(20_000, 4), gaussian(20_000, 4, 1)) < 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------- frequencies
+
+
+@pytest.mark.parametrize("cycles", [(0, 0), (3, 0), (2, 2), (0, 7)])
+def test_spectrum_of_a_sinusoid_is_its_ring(cycles):
+    size = 16
+    j, i = np.meshgrid(np.arange(size), np.arange(size))
+    wave = np.cos(2 * np.pi * (cycles[0] * i + cycles[1] * j) / size)
+    curve = representations.spectrum(torch.from_numpy(np.stack([wave, 2 * wave]))[None].float())[0].numpy()
+    ring = round(math.hypot(*cycles))
+    assert curve.argmax() == ring and curve[ring] / curve.sum() > 0.999
+    assert representations.high_share(curve, size) == pytest.approx(float(ring > 4), abs=1e-3)
+
+
+def test_spectrum_against_a_slow_transform():
+    x = gaussian(2 * 3 * 8 * 8, 1).reshape(2, 3, 8, 8)
+    found = representations.spectrum(torch.from_numpy(x)).numpy()
+    for image, curve in zip(x, found):
+        sums, counts = np.zeros(len(curve)), np.zeros(len(curve))
+        for u in range(8):
+            for v in range(8):
+                wave = np.exp(-2j * np.pi * (u * np.arange(8)[:, None] + v * np.arange(8)) / 8)
+                ring = round(math.hypot(min(u, 8 - u), min(v, 8 - v)))
+                sums[ring] += np.mean([abs((channel * wave).sum()) for channel in image])
+                counts[ring] += 1
+        np.testing.assert_allclose(curve, sums / counts, rtol=1e-10)
+    white = representations.spectrum(torch.from_numpy(gaussian(500 * 64, 1).reshape(500, 1, 8, 8))).mean(0)
+    assert white[1:5].max() / white[1:5].min() < 1.1  # white noise: flat
+
+
+# -------------------------------------------------------------------------------------------- dimension, probe, autoencoder
+
+
+def test_classification_dimension_of_a_planted_subspace():
+    """The class is decided in 3 directions, which are the 4th to 6th by variance: 6 components are needed."""
+    rng = np.random.default_rng(0)
+    code = rng.standard_normal((4000, 3))
+    labels = np.abs(code).argmax(1) * 2 + (code[np.arange(4000), np.abs(code).argmax(1)] > 0)
+    basis = ortho_group.rvs(10, random_state=0)
+    scales = np.array([9, 8, 7, 3, 2.5, 2, 0.1, 0.1, 0.1, 0.1])
+    coordinates = np.concatenate([rng.standard_normal((4000, 3)), code, rng.standard_normal((4000, 4))], 1) * scales
+    features = coordinates @ basis + 1
+    heads = np.zeros((6, 10))
+    for k in range(6):
+        heads[k, 3 + k // 2] = (1 if k % 2 else -1) / scales[3 + k // 2]
+    weight = heads @ basis
+    bias = -weight @ np.ones(10)
+    found, mean = representations.principal_components(features)
+    counts = representations.dimension_counts(features, labels, weight, bias, found, mean)
+    assert counts.shape == (N_GROUPS, 11) and representations.classification_dimension(counts, ALL) == 6
+    for k in (0, 5, 10):  # by projecting the features
+        kept = found[:, :k] @ found[:, :k].T
+        predicted = (((features - mean) @ kept + mean) @ weight.T + bias).argmax(1)
+        assert counts[:, k].sum() == (predicted == labels).sum()
+    assert counts[:, 10].sum() > 3950 and counts[:, 3].sum() < 2000
+
+
+@pytest.mark.parametrize("chunk", [64, 1000])
+def test_linear_probe_is_scikit_learns(chunk):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    images, labels = data.load_test(DIGITS, None)
+    features = images[:300].reshape(300, -1).astype(np.float32) * np.linspace(0.1, 10, 64, dtype=np.float32)  # a constant pixel among them
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, tol=1e-8)).fit(features, labels[:300])
+    weight, bias = representations.fit_linear(features, labels[:300], 10, chunk=chunk)
+    x = torch.from_numpy(images.reshape(len(images), -1) * np.linspace(0.1, 10, 64, dtype=np.float32)).double()
+    ours = F.linear(x, weight.double(), bias.double()).numpy()
+    np.testing.assert_allclose(F.softmax(torch.from_numpy(ours), 1).numpy(), theirs.predict_proba(x.numpy()), atol=2e-3)
+    assert (ours.argmax(1) == theirs.predict(x.numpy())).mean() > 0.998
+
+
+def planted_dictionary(n=4000):
+    """Features that are sums of 2 of 24 directions in 16 dimensions, centred and of mean square 1."""
+    rng = np.random.default_rng(0)
+    atoms = F.normalize(torch.from_numpy(rng.standard_normal((24, 16))), dim=1).float()
+    code = torch.zeros(n, 24).scatter(
+        1, torch.from_numpy(np.stack([rng.permutation(24)[:2] for _ in range(n)])), torch.from_numpy(rng.uniform(0.5, 1.5, (n, 2))).float()
+    )
+    x = code @ atoms
+    x = x - x.mean(0)
+    return x / x.square().mean().sqrt(), atoms
+
+
+def test_autoencoder_finds_a_planted_dictionary():
+    x, atoms = planted_dictionary()
+    sae = representations.train_sae(x, 48, 3, 3000, 0)
+    found = (F.normalize(sae.decoder, dim=1) @ atoms.T).amax(0)
+    assert (found > 0.9).float().mean() > 0.8, found
+    with torch.no_grad():
+        error = (sae(x) - x).square().mean()
+        assert error < 0.15 and (sae.decoder.norm(dim=1) - 1).abs().max() < 1e-5
+        assert ((representations.top(sae.latents(x), 3) != 0).sum(1) == 3).all()
+    shuffled = x[:, torch.arange(16)].clone()
+    for j in range(16):  # the same marginals without the structure
+        shuffled[:, j] = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(j)), j]
+    plain = representations.train_sae(shuffled, 48, 3, 1000, 0)
+    with torch.no_grad():
+        assert (plain(shuffled) - shuffled).square().mean() > 1.5 * error
+
+
+def test_autoencoder_repeats_and_depends_on_its_seed():
+    x, _ = planted_dictionary(500)
+    runs = [representations.train_sae(x, 32, 3, 60, seed).decoder.detach() for seed in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_dead_latents_learn_what_is_left():
+    """Of the residual, dead latents explain more with the auxiliary loss than without: there they stay as they were drawn."""
+    x, _ = planted_dictionary(1000)
+
+    def left(**settings):
+        sae = representations.train_sae(x, 512, 3, 600, 0, **settings)
+        with torch.no_grad():
+            latents = sae.latents(x)
+            dead = ~(representations.top(latents, 3) > 0).any(0)
+            residual = x - sae(x)
+            explained = representations.top(latents.masked_fill(~dead, -torch.inf), 8) @ sae.decoder
+            return dead.sum(), ((residual - explained).square().mean() / residual.square().mean()).item()
+
+    (n_with, with_it), (n_without, without) = left(dead_after=20), left(dead_after=10**9)
+    assert min(n_with, n_without) >= 8 and with_it < 0.5 * without, (with_it, without)
+
+
+# -------------------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    paths = []
+    for seed in (0, 1):
+        path = tmp_path_factory.mktemp("analyzed") / "run"
+        argv = ["--epochs", "6", "--eval-every", "6", "--eval-n-steps", "1", "--n-steps", "1", "--seed", str(seed), "--out-dir", str(path)]
+        train_at.main(train_at.parse_args(argv))
+        paths.append(str(path / "best.pt"))
+    return paths
+
+
+SMALL = ["--n-images", "128", "--n-attacked", "64", "--sae-steps", "20", "--sae-seeds", "2", "--sae-latents", "32"]
+
+
+def test_analyze_writes_tables_and_pictures_and_goes_on(trained, diffusion_dir, tmp_path, monkeypatch, capsys):
+    argv = ["--model", f"at={trained[0]}", "--model", f"at={trained[1]}", "--model", f"one={trained[1]}", "--teacher", diffusion_dir]
+    argv += ["--n-noise", "2", *SMALL, "--out-dir", str(tmp_path)]
+    analyze.main(analyze.parse_args(argv))
+    result = json.loads((tmp_path / "analysis.json").read_text())
+    assert [len(rows) for rows in result["models"].values()] == [2, 1, 1] and np.shape(result["cka"]["matrix"]) == (4, 4)
+    assert result["cka"]["matrix"][1][2] == pytest.approx(1)  # the same checkpoint under two names
+    row, teacher = result["models"]["at"][0], result["models"]["teacher"][0]
+    assert "alignment_draws" in teacher and "alignment_draws" not in row and teacher["sigma"] > 0
+    for key in analyze.METRICS.keys() - {"alignment_draws"}:
+        for found in (row, teacher):
+            value, low, high = found[key]
+            assert low <= value <= high and math.isfinite(high - low), key
+    table = (tmp_path / "analysis.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n") == 5 and "| at | 2 | 64 |" in table
+    for name in ("rank", "spread", "frequencies", "sparseness", "dimension", "distance", "similarity", "embedding", "analysis"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
+    monkeypatch.setattr(analyze, "measure", None)
+    analyze.main(analyze.parse_args(argv))  # nothing is computed again
+    fewer = ["--model", f"x={trained[0]}", *SMALL, "--out-dir", str(tmp_path)]
+    analyze.main(analyze.parse_args(fewer))
+    assert json.loads((tmp_path / "analysis.json").read_text())["models"]["x"][0]["rank_me"] == row["rank_me"]
+
+
+def test_what_is_measured_of_a_classifier(trained):
+    """Accuracy from all components is the classifier's; margin and gradient are those of the definition; adversarial features move."""
+    args = analyze.parse_args(["--model", f"a={trained[0]}", *SMALL])
+    model = models.load_classifier(trained[0], DIGITS, "cpu")[0]
+    train, _ = data.load_train(DIGITS, None, 200)
+    images, labels = (part[:128] for part in data.load_test(DIGITS, None))
+    found, features = analyze.measure(model, (train, (images, labels)), args, "cpu")
+    x, y = data.to_x(images), torch.from_numpy(labels)
+    logits, expected = model(x, with_features=True)
+    np.testing.assert_allclose(features, expected.numpy(), rtol=1e-4, atol=1e-5)
+    accuracy = (logits.argmax(1) == y).float().mean().item()
+    assert found["dimension_curve"][-1] == pytest.approx(accuracy) and found["clean"][0] == pytest.approx(accuracy)
+    margins, lengths = [], []
+    for image, label in zip(x.double(), y.tolist()):
+        image = image[None].requires_grad_(True)
+        z = model.double()(image)[0]
+        margin = z[label] - max(z[k] for k in range(10) if k != label)
+        margins.append(margin.item())
+        lengths.append(torch.autograd.grad(margin, image)[0].abs().sum().item())
+    model.float()
+    assert found["margin"][0] == pytest.approx(np.mean(margins), rel=1e-4)
+    assert found["gradient"][0] == pytest.approx(np.mean(lengths), rel=1e-4)
+    assert found["distance"][0] == pytest.approx(np.mean(np.array(margins) / lengths), rel=1e-3)
+    assert found["alignment"][0] > 0 and sum(found["saliency"][0]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "argv,match",
+    [
+        ([], "--model: give at least one"),
+        (["--model", "x"], "NAME=CHECKPOINT"),
+        (["--model", "teacher=x"], "NAME=CHECKPOINT"),
+        (["--model", "a=x", "--model", "a=x"], "the same model twice"),
+        (["--model", "a=x", "--sigma", "1"], "--sigma: does nothing here"),
+        (["--model", "a=x", "--sae-k", "300"], "300 of 256 latents"),
+    ],
+)
+def test_flags_of_analyze(argv, match, capsys):
+    with pytest.raises(SystemExit) as error:
+        analyze.parse_args(argv)
+    assert error.value.code == 2 and match in capsys.readouterr().err
+
+
+def test_too_few_images_for_intervals(trained, tmp_path):
+    argv = ["--model", f"a={trained[0]}", "--n-images", "63", "--out-dir", str(tmp_path)]
+    with pytest.raises(cli.UserError, match="at least 64 images, there are 63"):
+        analyze.main(analyze.parse_args(argv))
