@@ -99,12 +99,10 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def features_of(model, images, args, device):
-    """Penultimate features (N, D) float32 of uint8 images."""
-    batches = range(0, len(images), args.batch_size)
-    return np.concatenate(
-        [model(data.to_x(images[s : s + args.batch_size], device), with_features=True)[1].float().cpu().numpy() for s in batches]
-    )
+def features_of(model, images, ids, args, device):
+    """Penultimate features (N, D) float32 of the uint8 images of these numbers."""
+    batches = np.split(ids, range(args.batch_size, len(ids), args.batch_size))
+    return np.concatenate([model(data.to_x(images[part], device), with_features=True)[1].float().cpu().numpy() for part in batches])
 
 
 def margin_gradients(model, x, y):
@@ -115,10 +113,14 @@ def margin_gradients(model, x, y):
 
 
 def attacked(model, images, labels, args, device):
-    """PGD-20, step eps / 4, on the margin: (features of the images, of their adversarial versions, which are correct, and stay so)."""
+    """PGD-20, step eps / 4, on the margin, of the first images, those with labels.
+
+    Returns (features of the images, of their adversarial versions, which are correct, which stay so), a row per image.
+    """
     clean, adversarial, correct, robust = [], [], [], []
-    for i, s in enumerate(range(0, len(images), args.batch_size)):
-        x, y = data.to_x(images[s : s + args.batch_size], device), torch.from_numpy(labels[s : s + args.batch_size]).to(device)
+    for i, s in enumerate(range(0, len(labels), args.batch_size)):
+        rows = slice(s, min(s + args.batch_size, len(labels)))
+        x, y = data.to_x(images[rows], device), torch.from_numpy(labels[rows]).to(device)
         start = attacks.random_start(x.shape, args.norm, args.eps, data.stream(args.seed, "analyze-pgd", i, device))
         attack = dict(norm=args.norm, eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
         x_adv = attacks.pgd(model, x, y, [start], **attack)
@@ -144,9 +146,9 @@ def mean_of(sums, groups):
 
 def measure(model, splits, args, device):
     """(what the table and the pictures show: a dict of numbers and lists, features (N, D) of the test images)."""
-    (fit_images, _), (images, labels) = splits
+    (fit_images, fit_ids, _), (images, ids, labels) = splits
     weight, bias = (p.detach().double().cpu().numpy() for p in (model.logits.weight, model.logits.bias))
-    features, fit_features = features_of(model, images, args, device), features_of(model, fit_images, args, device)
+    features, fit_features = features_of(model, images, ids, args, device), features_of(model, fit_images, fit_ids, args, device)
     found = {"dim": features.shape[1]}
 
     moments = representations.moments(features)
@@ -157,12 +159,12 @@ def measure(model, splits, args, device):
 
     kernel = representations.kernel_sums(features)
     found["uniformity"] = half_samples(lambda groups: representations.uniformity(kernel, groups))
-    clean, adversarial, correct, robust = attacked(model, images[: args.n_attacked], labels[: args.n_attacked], args, device)
+    clean, adversarial, correct, robust = attacked(model, images, labels[: args.n_attacked], args, device)
     distances = representations.squared_distances(clean, adversarial)
     found["alignment"] = half_samples(lambda groups: representations.alignment(distances, groups))
     if isinstance(model, generative.DiffusionHead) and len(model.noise) > 1:
         with torch.no_grad():
-            x = data.to_x(images[: args.n_attacked], device)
+            x = data.to_x(images[ids[: args.n_attacked]], device)
             draws = [
                 np.concatenate([model.features(part, noise).cpu().numpy() for part in x.split(args.batch_size)])
                 for noise in model.noise.split(1)[:2]
@@ -177,8 +179,8 @@ def measure(model, splits, args, device):
     }
 
     spectrum, margins, gradients = [], [], []
-    for s in range(0, len(images), args.batch_size):
-        x, y = data.to_x(images[s : s + args.batch_size], device), torch.from_numpy(labels[s : s + args.batch_size]).to(device)
+    for part in np.split(ids, range(args.batch_size, len(ids), args.batch_size)):
+        x, y = data.to_x(images[part], device), torch.from_numpy(labels[part]).to(device)
         margin, gradient = margin_gradients(model, x, y)
         spectrum.append(representations.spectrum(gradient).cpu().numpy())
         margins.append(margin.double().cpu().numpy())
@@ -231,14 +233,14 @@ def load_teacher(args, spec, splits, device):
     block, sigma = args.block or network.default_block, args.sigma or network.default_sigma
     network.check_blocks([block])
     network.check_sigmas([sigma])
-    images, labels = splits[0]
+    images, ids, labels = splits[0]
     with torch.no_grad():
         width = network.features(data.to_x(images[:1], device), sigma, None, [block], torch.zeros(1, *network.noise_shape, device=device))[
             0
         ].shape[1]
     nothing = torch.zeros(spec.num_classes, width), torch.zeros(spec.num_classes)
     model = generative.DiffusionHead(network, args.n_noise, False, args.seed, block, sigma, *nothing).to(device).eval()
-    weight, bias = representations.fit_linear(features_of(model, images, args, device), labels, spec.num_classes)
+    weight, bias = representations.fit_linear(features_of(model, images, ids, args, device), labels, spec.num_classes)
     model = generative.DiffusionHead(network, args.n_noise, False, args.seed, block, sigma, weight, bias).to(device).eval()
     return model.requires_grad_(False), {"network_sha256": network.sha256, "block": block, "sigma": sigma, "n_noise": args.n_noise}
 
@@ -273,8 +275,9 @@ def main(args):
     spec = data.DATASETS[args.dataset]
     train, _ = data.load_train(spec, args.data_dir, args.val_size)
     images, labels = data.load_test(spec, args.data_dir)
-    splits = tuple((part[:n], whole[:n]) for (part, whole), n in ((train, MAX_FIT), ((images, labels), args.n_images)))
-    n = len(splits[1][0])
+    n, n_train = min(len(labels), args.n_images), len(train[1])
+    fit_ids = np.sort(np.random.default_rng(0).permutation(n_train)[:MAX_FIT])  # training images may be sorted by class
+    splits = (train[0], fit_ids, train[1][fit_ids]), (images, np.arange(n), labels[:n])
     if min(n, args.n_attacked) < 2 * N_GROUPS:
         raise cli.UserError(f"--n-images, --n-attacked: intervals need at least {2 * N_GROUPS} images, there are {min(n, args.n_attacked)}")
     other = ("models", "model", "out_dir", "data_dir", "teacher", "block", "sigma", "n_noise")

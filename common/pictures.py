@@ -29,7 +29,7 @@ def draw(result, out_dir):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
         save(figure, os.path.join(out_dir, f"{name}.png"))
-    figure, axes = plt.subplots(2, 4, figsize=(20, 9), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(18, 8.6), layout="constrained")
     for axis, panel in zip(axes.flat, panels.values()):
         panel(axis, result, styles)
     legend(axes.flat[7], result, styles)
@@ -101,6 +101,7 @@ def dimension(axis, result, styles):
         axis.axvline(interval(rows, "dimension")[0], color=styles[name]["color"], linewidth=0.8, linestyle=styles[name]["linestyle"])
     axis.set(xlabel="principal components kept (upright: 99 % of the accuracy)", ylabel="accuracy of the last layer", ylim=(0, 1.02))
     axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(0, None)
     axis.set_title("Classification dimension", fontsize=10)
     axis.grid(alpha=0.3)
 

@@ -14,6 +14,7 @@ import analyze
 import train_at
 from common import cli, data, models, representations
 from common.representations import N_GROUPS
+from runs import claims
 
 ALL = np.arange(N_GROUPS)
 
@@ -285,7 +286,7 @@ def test_what_is_measured_of_a_classifier(trained):
     model = models.load_classifier(trained[0], DIGITS, "cpu")[0]
     train, _ = data.load_train(DIGITS, None, 200)
     images, labels = (part[:128] for part in data.load_test(DIGITS, None))
-    found, features = analyze.measure(model, (train, (images, labels)), args, "cpu")
+    found, features = analyze.measure(model, ((train[0], np.arange(800), train[1]), (images, np.arange(128), labels)), args, "cpu")
     x, y = data.to_x(images), torch.from_numpy(labels)
     logits, expected = model(x, with_features=True)
     np.testing.assert_allclose(features, expected.numpy(), rtol=1e-4, atol=1e-5)
@@ -303,6 +304,32 @@ def test_what_is_measured_of_a_classifier(trained):
     assert found["gradient"][0] == pytest.approx(np.mean(lengths), rel=1e-4)
     assert found["distance"][0] == pytest.approx(np.mean(np.array(margins) / lengths), rel=1e-3)
     assert found["alignment"][0] > 0 and sum(found["saliency"][0]) == pytest.approx(1)
+
+
+def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
+    """Made numbers: lower in every seed, higher in every seed, and neither; the teacher against the spread of the seeds."""
+
+    def row(dim=64, **values):
+        base = dict.fromkeys(("rank_me", "robust", "high_frequencies", "sae", "dimension"), 1.0) | values
+        return {"dim": dim, "n": 100} | {key: [value, 0, 0] for key, value in base.items()}
+
+    made = {name: [row(rank_me=30 + seed, robust=0.0, sae=0.5 + seed) for seed in range(3)] for name in claims.KINDS[:-1]}
+    made["dm_at"] = [row(rank_me=29 + seed + 0.1 * (seed == 1), sae=0.5 + seed) for seed in range(3)]
+    made["at_dra"] = [row(sae=0.9 + seed + 0.01 * seed) for seed in range(3)]
+    made |= {"teacher": [row(dim=32, rank_me=20.0, robust=0.4)]}
+    names = [name for name, rows in made.items() for _ in rows]
+    result = {"models": made, "cka": {"names": names, "matrix": np.eye(len(names)).tolist()}}
+    (tmp_path / "analysis.json").write_text(json.dumps(result))
+    claims.main(claims.parse_args(["--analysis", str(tmp_path)]))
+    lines = {line.split("|")[2].strip(): line for line in (tmp_path / "claims.md").read_text().splitlines() if line.count("|") == 7}
+    assert lines["rank_me: dm_at - at"].endswith("| yes |") and "-0.967" in lines["rank_me: dm_at - at"]
+    assert lines["sae: at_dra - at"].endswith("| no |") and lines["dimension: at_dra - at"].endswith("| not resolved |")
+    assert lines["rank_share: teacher - standard"].endswith("| yes |") and "0.625" in lines["rank_share: teacher - standard"]
+    assert "3 seeds, 100 test images" in capsys.readouterr().out
+    result["models"]["at"].pop()
+    (tmp_path / "analysis.json").write_text(json.dumps(result))
+    with pytest.raises(cli.UserError, match="as many models each"):
+        claims.main(claims.parse_args(["--analysis", str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
