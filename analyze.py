@@ -246,15 +246,16 @@ def load_teacher(args, spec, splits, device):
 
 
 def similarities(features):
-    """CKA of every pair of feature arrays, as a symmetric list of lists."""
+    """CKA of every pair of feature arrays and the half-width of its 95 % interval over the images: two symmetric lists of lists."""
     own = [representations.moments(f) for f in features]
-    everything = np.arange(N_GROUPS)
-    found = np.eye(len(features))
+    found, half = np.eye(len(features)), np.zeros((len(features), len(features)))
     for i in range(len(features)):
         for j in range(i):
-            between = representations.moments(features[i], features[j])
-            found[i, j] = found[j, i] = representations.cka(own[i], own[j], between, everything)
-    return found.tolist()
+            pair = own[i], own[j], representations.moments(features[i], features[j])
+            value, low, _ = half_samples(lambda groups, pair=pair: representations.cka(*pair, groups), n_draws=50)
+            found[i, j] = found[j, i] = value
+            half[i, j] = half[j, i] = value - low
+    return found.tolist(), half.tolist()
 
 
 def markdown(result):
@@ -306,7 +307,8 @@ def main(args):
             result["models"].setdefault(name, []).append({"path": path} | checkpoint.read_json(f"{stems[i]}.json"))
         order = [(name, i) for name in result["models"] for i, (of, _) in enumerate(jobs) if of == name]
         features = [np.load(f"{stems[i]}.npy", mmap_mode="r") for _, i in order]
-        result["cka"] = {"names": [name for name, _ in order], "matrix": similarities(features)}
+        matrix, half = similarities(features)
+        result["cka"] = {"names": [name for name, _ in order], "matrix": matrix, "half_interval": half}
         checkpoint.write_json(result, os.path.join(args.out_dir, "analysis.json"))
         with checkpoint.atomic(os.path.join(args.out_dir, "analysis.md")) as file:
             file.write(markdown(result).encode())

@@ -92,7 +92,9 @@ def sparseness(axis, result, styles):
     bars(axis, result, styles, "sae")
     settings = result["settings"]
     axis.set_ylabel("error / variance of the test features")
-    axis.set_title(f"Sparse autoencoder, {settings['sae_k']} of {settings['sae_latents']} latents: lower is sparser", fontsize=10)
+    axis.set_title(
+        f"Sparse autoencoder, {settings['sae_k']} of {settings['sae_latents']} latents: what they leave unexplained", fontsize=10
+    )
 
 
 def dimension(axis, result, styles):
@@ -115,28 +117,22 @@ def distance(axis, result, styles):
 
 
 def similarity(axis, result, styles):
-    names, matrix = result["cka"]["names"], np.array(result["cka"]["matrix"])
-    kinds = list(result["models"])
-    mean = np.array([[_mean_of_pairs(matrix, names, a, b) for b in kinds] for a in kinds])
+    names, kinds = result["cka"]["names"], list(result["models"])
+    mean, half = (_by_kind(np.array(result["cka"][key]), names, kinds) for key in ("matrix", "half_interval"))
     axis.imshow(mean, vmin=0, vmax=1, cmap="cividis")
-    for i, j in np.ndindex(mean.shape):
-        axis.text(
-            j,
-            i,
-            "-" if np.isnan(mean[i, j]) else f"{mean[i, j]:.2f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if mean[i, j] < 0.6 else "black",
-        )
+    for i, j in np.argwhere(~np.isnan(mean)):
+        colour = "white" if mean[i, j] < 0.6 else "black"
+        axis.text(j, i, f"{mean[i, j]:.2f}\n±{half[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right", fontsize=8)
     axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axis.set_title("Linear CKA, mean over pairs of different models", fontsize=10)
+    axis.set_title("Linear CKA of different models, 95 % over images", fontsize=10)
 
 
-def _mean_of_pairs(matrix, names, a, b):
-    pairs = [matrix[i, j] for i, of_i in enumerate(names) for j, of_j in enumerate(names) if of_i == a and of_j == b and i != j]
-    return np.mean(pairs) if pairs else np.nan
+def _by_kind(matrix, names, kinds):
+    """Mean over the pairs of different models of two kinds; NaN where there is none."""
+    names, different = np.array(names), ~np.eye(len(names), dtype=bool)
+    masks = [[different & (names[:, None] == a) & (names == b) for b in kinds] for a in kinds]
+    return np.array([[matrix[mask].mean() if mask.any() else np.nan for mask in row] for row in masks])
 
 
 def legend(axis, result, styles):

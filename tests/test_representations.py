@@ -263,6 +263,8 @@ def test_analyze_writes_tables_and_pictures_and_goes_on(trained, diffusion_dir, 
     result = json.loads((tmp_path / "analysis.json").read_text())
     assert [len(rows) for rows in result["models"].values()] == [2, 1, 1] and np.shape(result["cka"]["matrix"]) == (4, 4)
     assert result["cka"]["matrix"][1][2] == pytest.approx(1)  # the same checkpoint under two names
+    half = np.array(result["cka"]["half_interval"])
+    assert (half == half.T).all() and half[1, 2] == pytest.approx(0, abs=1e-6) and 0 < half[0, 3] < 0.5
     row, teacher = result["models"]["at"][0], result["models"]["teacher"][0]
     assert "alignment_draws" in teacher and "alignment_draws" not in row and teacher["sigma"] > 0
     for key in analyze.METRICS.keys() - {"alignment_draws"}:
