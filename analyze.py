@@ -21,6 +21,7 @@ Writes analysis.json, analysis.md, one PNG per analysis and analysis.png into --
 parts/, named by the hash of all that it depends on: the same command goes on, and another set of models reuses it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from common import attacks, checkpoint, cli, data, diffusion, dist, generative, models, pictures, representations, runlog
-from common.representations import N_GROUPS, half_samples, interval
+from common.representations import N_GROUPS, by_group, half_samples, interval, means
 
 METRICS = {  # of a model: (title in the table, format)
     "clean": ("clean", "{:.1%}"),
@@ -98,11 +99,20 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------- one model, measured
 
 
+def batches_of(images, ids, args, device):
+    """x in [0, 1] of the uint8 images of these numbers, batch by batch."""
+    for part in np.split(ids, range(args.batch_size, len(ids), args.batch_size)):
+        yield data.to_x(images[part], device)
+
+
 @torch.no_grad()
-def features_of(model, images, ids, args, device):
-    """Penultimate features (N, D) float32 of the uint8 images of these numbers."""
-    batches = np.split(ids, range(args.batch_size, len(ids), args.batch_size))
-    return np.concatenate([model(data.to_x(images[part], device), with_features=True)[1].float().cpu().numpy() for part in batches])
+def features_of(model, images, ids, args, device, path=None):
+    """Penultimate features (N, D) float32 of the uint8 images of these numbers: in memory, or in the file `path` mapped."""
+    shape = len(ids), model.logits.in_features
+    features = np.lib.format.open_memmap(path, "w+", np.float32, shape) if path else np.empty(shape, np.float32)
+    for i, x in enumerate(batches_of(images, ids, args, device)):
+        features[i * args.batch_size :][: len(x)] = model(x, with_features=True)[1].float().cpu().numpy()
+    return features
 
 
 def margin_gradients(model, x, y):
@@ -134,65 +144,54 @@ def attacked(model, images, labels, args, device):
     return tuple(map(np.concatenate, (clean, adversarial, correct, robust)))
 
 
-def by_group(values):
-    """(G, 1 + ...): by group, the number of images and the sum of their values."""
-    return np.array([[len(values[g::N_GROUPS]), *np.atleast_1d(values[g::N_GROUPS].sum(0))] for g in range(N_GROUPS)])
+def pixel_values(model, images, labels, args, device):
+    """(B, 4 + rings) of each batch: margin, length of its gradient, their quotient, whether it is correct, the gradient's spectrum."""
+    for i, x in enumerate(batches_of(images, np.arange(len(labels)), args, device)):
+        y = torch.from_numpy(labels[i * args.batch_size :][: len(x)]).to(device)
+        margin, gradient = margin_gradients(model, x, y)
+        margin, length = margin.double(), gradient.flatten(1).double().norm(p=DUAL[args.norm], dim=1)
+        columns = torch.stack([margin, length, margin / length.clamp(min=1e-12), margin > 0], 1)
+        yield torch.cat([columns, representations.spectrum(gradient)], 1).cpu().numpy()
 
 
-def mean_of(sums, groups):
-    total = sums[groups].sum(0)
-    return total[1:] / total[0] if len(total) > 2 else total[1] / total[0]
-
-
-def measure(model, splits, args, device):
-    """(what the table and the pictures show: a dict of numbers and lists, features (N, D) of the test images)."""
-    (fit_images, fit_ids, _), (images, ids, labels) = splits
+def measure(model, splits, args, device, path):
+    """What the table and the pictures show of a model, numbers and lists by name; the test images' features go into the file `path`."""
+    (fit_images, fit_ids, _), (images, labels) = splits
     weight, bias = (p.detach().double().cpu().numpy() for p in (model.logits.weight, model.logits.bias))
-    features, fit_features = features_of(model, images, ids, args, device), features_of(model, fit_images, fit_ids, args, device)
+    features = features_of(model, images, np.arange(len(labels)), args, device, path)
+    fit_features = features_of(model, fit_images, fit_ids, args, device)
     found = {"dim": features.shape[1]}
 
     moments = representations.moments(features)
-    spectra = half_samples(lambda groups: representations.singular_values(moments, groups) / len(groups) ** 0.5)
-    found["singular_values"] = (np.array(spectra[0]) / spectra[0][0]).tolist()
-    found["rank_me"] = half_samples(lambda groups: representations.rank_me(representations.singular_values(moments, groups)))
-    found["stable_rank"] = half_samples(lambda groups: representations.stable_rank(representations.singular_values(moments, groups)))
+    values = representations.singular_values(moments, np.arange(N_GROUPS))
+    found["singular_values"] = (values / values[0]).tolist()
+
+    def ranks(groups):
+        values = representations.singular_values(moments, groups)
+        return [representations.rank_me(values), representations.stable_rank(values)]
+
+    found["rank_me"], found["stable_rank"] = zip(*half_samples(ranks))
 
     kernel = representations.kernel_sums(features)
     found["uniformity"] = half_samples(lambda groups: representations.uniformity(kernel, groups))
     clean, adversarial, correct, robust = attacked(model, images, labels[: args.n_attacked], args, device)
-    distances = representations.squared_distances(clean, adversarial)
-    found["alignment"] = half_samples(lambda groups: representations.alignment(distances, groups))
+    of_attacked = {"robust": robust, "alignment": representations.squared_distances(clean, adversarial)}
     if isinstance(model, generative.DiffusionHead) and len(model.noise) > 1:
-        with torch.no_grad():
-            x = data.to_x(images[ids[: args.n_attacked]], device)
-            draws = [
-                np.concatenate([model.features(part, noise).cpu().numpy() for part in x.split(args.batch_size)])
-                for noise in model.noise.split(1)[:2]
-            ]
-        distances_draws = representations.squared_distances(*draws)
-        found["alignment_draws"] = half_samples(lambda groups: representations.alignment(distances_draws, groups))
-    withstood = by_group(np.float64(robust))
-    found["robust"] = half_samples(lambda groups: mean_of(withstood, groups))
+        of_attacked["alignment_draws"] = representations.squared_distances(*two_draws(model, images, len(clean), args, device))
+    for key, values in of_attacked.items():
+        found[key] = half_samples(functools.partial(mean_of, by_group([values]), 0))
     found["embedding"] = embedding(clean, adversarial, args.seed) | {
         "label": labels[: args.n_attacked].tolist(),
         "fooled": (correct & ~robust).tolist(),
     }
 
-    spectrum, margins, gradients = [], [], []
-    for part in np.split(ids, range(args.batch_size, len(ids), args.batch_size)):
-        x, y = data.to_x(images[part], device), torch.from_numpy(labels[part]).to(device)
-        margin, gradient = margin_gradients(model, x, y)
-        spectrum.append(representations.spectrum(gradient).cpu().numpy())
-        margins.append(margin.double().cpu().numpy())
-        gradients.append(gradient.flatten(1).double().norm(p=DUAL[args.norm], dim=1).cpu().numpy())
-    curve, margins, gradients = by_group(np.concatenate(spectrum)), np.concatenate(margins), np.concatenate(gradients)
-    size = x.shape[-1]
-    found["saliency"] = half_samples(lambda groups: mean_of(curve, groups) / mean_of(curve, groups).sum())
-    found["high_frequencies"] = half_samples(lambda groups: representations.high_share(mean_of(curve, groups), size))
-    of = {"margin": margins, "gradient": gradients, "distance": margins / gradients, "clean": margins > 0}
-    for key, values in of.items():
-        sums = by_group(np.asarray(values, np.float64))
-        found[key] = half_samples(lambda groups, sums=sums: mean_of(sums, groups))
+    sums = by_group(pixel_values(model, images, labels, args, device))
+    for column, key in enumerate(("margin", "gradient", "distance", "clean")):
+        found[key] = half_samples(functools.partial(mean_of, sums, column))
+    curve = means(sums, np.arange(N_GROUPS))[4:]
+    found["saliency"] = (curve / curve.sum()).tolist()
+    size = data.DATASETS[args.dataset].image_size
+    found["high_frequencies"] = half_samples(lambda groups: representations.high_share(means(sums, groups)[4:], size))
 
     basis, mean = representations.principal_components(fit_features)
     counts = representations.dimension_counts(features, labels, weight, bias, basis, mean)
@@ -200,16 +199,33 @@ def measure(model, splits, args, device):
     found["dimension_curve"] = (counts.sum(0) / len(labels)).tolist()
 
     scale = np.sqrt(np.square(fit_features - mean).mean())
-    fit_x, test_x = (torch.from_numpy((f - mean) / scale).float().to(device) for f in (fit_features, features))
-    errors = np.zeros((args.sae_seeds, len(features)))
-    for seed in range(args.sae_seeds):
-        sae = representations.train_sae(fit_x, args.sae_latents, args.sae_k, args.sae_steps, args.seed + seed)
-        with torch.no_grad():
-            errors[seed] = (sae(test_x) - test_x).square().sum(1).cpu().numpy()
-    total = by_group(np.stack([errors.mean(0), (test_x - test_x.mean(0)).square().sum(1).cpu().numpy()], 1))
-    found["sae"] = half_samples(lambda groups: total[groups, 1].sum() / total[groups, 2].sum())
-    found["sae_by_seed"] = (errors.sum(1) / total[:, 2].sum()).tolist()
-    return found, features
+    fit_x = torch.from_numpy((fit_features - mean) / scale).float().to(device)
+    seeds = range(args.seed, args.seed + args.sae_seeds)
+    saes = [representations.train_sae(fit_x, args.sae_latents, args.sae_k, args.sae_steps, seed) for seed in seeds]
+    test_mean = torch.from_numpy((moments[1].sum(0) / len(labels) - mean) / scale).float().to(device)
+
+    @torch.no_grad()
+    def errors():
+        for start in range(0, len(features), args.batch_size):
+            x = torch.from_numpy((features[start : start + args.batch_size] - mean) / scale).float().to(device)
+            yield torch.stack([(centre - x).square().sum(1) for centre in (test_mean, *(sae(x) for sae in saes))], 1).cpu().numpy()
+
+    left = by_group(errors())  # columns: number of images, variance, error of each autoencoder
+    found["sae"] = half_samples(lambda groups: left[groups, 2:].sum() / left[groups, 1].sum() / len(saes))
+    found["sae_by_seed"] = (left[:, 2:].sum(0) / left[:, 1].sum()).tolist()
+    return found
+
+
+def mean_of(sums, column, groups):
+    return means(sums, groups)[column]
+
+
+@torch.no_grad()
+def two_draws(model, images, n, args, device):
+    """Features of the first n images under one draw of noise, and under another."""
+    for noise in model.noise.split(1)[:2]:
+        parts = [model.features(x, noise) for x in batches_of(images, np.arange(n), args, device)]
+        yield torch.cat(parts).float().cpu().numpy()
 
 
 def embedding(clean, adversarial, seed):
@@ -226,32 +242,39 @@ def embedding(clean, adversarial, seed):
 # ----------------------------------------------------------------------------------------------------- all models
 
 
-def load_teacher(args, spec, splits, device):
-    """The diffusion model's block as a classifier: a logistic regression on features of training images."""
-    network = diffusion.load_diffusion(args.teacher, device)
-    network.check_teaches(f"--teacher {args.teacher}", spec, with_labels=False)
-    block, sigma = args.block or network.default_block, args.sigma or network.default_sigma
-    network.check_blocks([block])
-    network.check_sigmas([sigma])
-    images, ids, labels = splits[0]
-    with torch.no_grad():
-        width = network.features(data.to_x(images[:1], device), sigma, None, [block], torch.zeros(1, *network.noise_shape, device=device))[
-            0
-        ].shape[1]
-    nothing = torch.zeros(spec.num_classes, width), torch.zeros(spec.num_classes)
-    model = generative.DiffusionHead(network, args.n_noise, False, args.seed, block, sigma, *nothing).to(device).eval()
-    weight, bias = representations.fit_linear(features_of(model, images, ids, args, device), labels, spec.num_classes)
-    model = generative.DiffusionHead(network, args.n_noise, False, args.seed, block, sigma, weight, bias).to(device).eval()
-    return model.requires_grad_(False), {"network_sha256": network.sha256, "block": block, "sigma": sigma, "n_noise": args.n_noise}
+@torch.no_grad()
+def teacher_classifier(network, block, sigma, fit, spec, args, device):
+    """The diffusion model's block as a classifier: a logistic regression on its features of the training images `fit`."""
+    images, ids, labels = fit
+
+    def with_head(weight, bias):
+        head = generative.DiffusionHead(network, args.n_noise, False, args.seed, block, sigma, weight.cpu(), bias.cpu())
+        return head.to(device).eval().requires_grad_(False)
+
+    noise = torch.zeros(1, *network.noise_shape, device=device)
+    width = network.features(data.to_x(images[ids[:1]], device), sigma, None, [block], noise)[0].shape[1]
+    headless = with_head(torch.zeros(spec.num_classes, width), torch.zeros(spec.num_classes))
+    with torch.enable_grad():
+        fitted = representations.fit_linear(features_of(headless, images, ids, args, device), labels, spec.num_classes, device)
+    return with_head(*fitted)
+
+
+def read_part(stem, n):
+    """(what measure found of a model, its features (n, D) mapped): the files that main wrote."""
+    row = checkpoint.read_json(f"{stem}.json")
+    wanted = METRICS.keys() - {"alignment_draws"} | {"dim", "singular_values", "saliency", "dimension_curve", "embedding"}
+    if not wanted <= row.keys():
+        raise cli.UserError(f"{stem}.json: lacks {', '.join(sorted(wanted - row.keys()))}; delete it, it will be made again")
+    return row, checkpoint.open_npy(f"{stem}.npy", np.float32, (n, row["dim"]))
 
 
 def similarities(features):
     """CKA of every pair of feature arrays and the half-width of its 95 % interval over the images: two symmetric lists of lists."""
-    own = [representations.moments(f) for f in features]
     found, half = np.eye(len(features)), np.zeros((len(features), len(features)))
     for i in range(len(features)):
+        own = representations.moments(features[i])
         for j in range(i):
-            pair = own[i], own[j], representations.moments(features[i], features[j])
+            pair = own, representations.moments(features[j]), representations.moments(features[i], features[j])
             value, low, _ = half_samples(lambda groups, pair=pair: representations.cka(*pair, groups), n_draws=50)
             found[i, j] = found[j, i] = value
             half[i, j] = half[j, i] = value - low
@@ -278,36 +301,48 @@ def main(args):
     images, labels = data.load_test(spec, args.data_dir)
     n, n_train = min(len(labels), args.n_images), len(train[1])
     fit_ids = np.sort(np.random.default_rng(0).permutation(n_train)[:MAX_FIT])  # training images may be sorted by class
-    splits = (train[0], fit_ids, train[1][fit_ids]), (images, np.arange(n), labels[:n])
+    splits = (train[0], fit_ids, train[1][fit_ids]), (images, labels[:n])
     if min(n, args.n_attacked) < 2 * N_GROUPS:
         raise cli.UserError(f"--n-images, --n-attacked: intervals need at least {2 * N_GROUPS} images, there are {min(n, args.n_attacked)}")
+    network = None
+    if args.teacher:
+        network = diffusion.load_diffusion(args.teacher, device)
+        network.check_teaches(f"--teacher {args.teacher}", spec, with_labels=False)
+        block, sigma = args.block or network.default_block, args.sigma or network.default_sigma
+        network.check_blocks([block])
+        network.check_sigmas([sigma])
+
+    # What is computed of a model has its file, by the hash of all that it depends on. Models are shared out over the processes.
     other = ("models", "model", "out_dir", "data_dir", "teacher", "block", "sigma", "n_noise")
     settings = {key: value for key, value in vars(args).items() if key not in other} | {"image_size": spec.image_size}
-    jobs = [*args.models, *([("teacher", args.teacher)] if args.teacher else [])]
+    jobs, identities = list(args.models), [{"checkpoint_sha256": checkpoint.sha256(path)} for _, path in args.models]
+    if network:
+        jobs.append(("teacher", args.teacher))
+        identities.append({"network_sha256": network.sha256, "block": block, "sigma": sigma, "n_noise": args.n_noise})
+    requests = [{"format": 2, "n": n, "torch": torch.__version__, "device": device.type} | settings | of for of in identities]
+    digests = [hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16] for request in requests]
+    stems = [os.path.join(args.out_dir, "parts", digest) for digest in digests]
+    todo = [stems.index(stem) for stem in dict.fromkeys(stems) if not os.path.exists(f"{stem}.json")]
     os.makedirs(os.path.join(args.out_dir, "parts"), exist_ok=True)
-    stems = {}
-    for i, (name, path) in enumerate(runlog.progress(jobs, rank, desc="analyze", unit="model")):
-        if i % world_size != rank:
-            continue
+    dist.barrier()
+    for i in runlog.progress(todo[rank::world_size], rank, desc="analyze", unit="model"):
+        name, path = jobs[i]
         if name == "teacher":
-            model, what = load_teacher(args, spec, splits, device)
+            model = teacher_classifier(network, block, sigma, splits[0], spec, args, device)
         else:
-            model, what = models.load_classifier(path, spec, device)[0], {"checkpoint_sha256": checkpoint.sha256(path)}
-        request = {"format": 1, "n": n, "torch": torch.__version__, "device": device.type} | settings | what
-        stem = os.path.join(args.out_dir, "parts", hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16])
-        if not os.path.exists(f"{stem}.json"):
-            found, features = measure(model, splits, args, device)
-            checkpoint.write_npy(features, f"{stem}.npy")
-            checkpoint.write_json(request | found, f"{stem}.json")
-        stems[i] = stem
-    stems = {i: stem for part in dist.gather_objects(stems) for i, stem in part.items()}
+            model = models.load_classifier(path, spec, device)[0]
+        found = measure(model, splits, args, device, f"{stems[i]}.npy.writing")
+        os.replace(f"{stems[i]}.npy.writing", f"{stems[i]}.npy")
+        checkpoint.write_json(requests[i] | found, f"{stems[i]}.json")
+    dist.barrier()
+
     if rank == 0:
         result = {"settings": settings, "environment": runlog.environment(), "models": {}}
-        for i, (name, path) in enumerate(jobs):
-            result["models"].setdefault(name, []).append({"path": path} | checkpoint.read_json(f"{stems[i]}.json"))
-        order = [(name, i) for name in result["models"] for i, (of, _) in enumerate(jobs) if of == name]
-        features = [np.load(f"{stems[i]}.npy", mmap_mode="r") for _, i in order]
-        matrix, half = similarities(features)
+        parts = [read_part(stem, n) for stem in stems]
+        for (name, path), (row, _) in zip(jobs, parts):
+            result["models"].setdefault(name, []).append({"path": path} | row)
+        order = [(name, features) for name in result["models"] for (of, _), (_, features) in zip(jobs, parts) if of == name]
+        matrix, half = similarities([features for _, features in order])
         result["cka"] = {"names": [name for name, _ in order], "matrix": matrix, "half_interval": half}
         checkpoint.write_json(result, os.path.join(args.out_dir, "analysis.json"))
         with checkpoint.atomic(os.path.join(args.out_dir, "analysis.md")) as file:

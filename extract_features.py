@@ -10,7 +10,7 @@ in one pass of the network, which is left at the last of them.
     python extract_features.py --blocks up_blocks.0.resnets.0 --sigmas 0.1 --save-head out/head.pt    # a classifier to attack
 
 Writes <split>-<block>-sigma<sigma>.npy (float32, (N, draws, channels), memory-mapped) and <split>-labels.npy for the splits
-train, val and test, and manifest.json. Files that are complete are skipped. --probe fits a logistic regression to "train",
+train, val and test, and manifest.json. Work that was cut goes on where it was. --probe fits a logistic regression to "train",
 every draw an example, and prints accuracies on "val", whose draws are averaged: choose block and sigma there, never on the test
 images (--probe-split test reports); --eps adds PGD-20 on the margin in linf, on the first --n-attacked images, each seen
 under --n-draws fixed draws that the gradient goes through (an average over them). probe.json and a heat map, probe.png.
@@ -18,6 +18,7 @@ under --n-draws fixed draws that the gradient goes through (an average over them
 evaluate.py --model diffusion-head --teacher ... --checkpoint out/head.pt.
 """
 
+import math
 import os
 
 import numpy as np
@@ -113,7 +114,10 @@ def feature_path(out_dir, split, block, sigma):
 
 
 def extract(model, images, split, sigma, blocks, args, rank, world_size):
-    """Write the split's features at one sigma. Each rank fills its batches' rows of shared memory maps, renamed when all are done."""
+    """Write the split's features at one sigma. Each rank fills its batches' rows of shared memory maps, renamed when all are done.
+
+    Beside each map lies one with a flag per batch, set once its rows are written: work that was cut goes on from there.
+    """
     paths = [feature_path(args.out_dir, split, block, sigma) for block in blocks]
     todo = [i for i, path in enumerate(paths) if not os.path.exists(path)]
     if not todo:
@@ -123,19 +127,36 @@ def extract(model, images, split, sigma, blocks, args, rank, world_size):
     if rank == 0:
         widths = [f.shape[2] for f in features_of(model, images[:1], [0], split, sigma, blocks, 1, args.seed)]
         for path, width in zip(paths, widths):
-            np.lib.format.open_memmap(path + ".writing", "w+", np.float32, (len(images), args.n_draws, width)).flush()
+            zeros(path + ".writing", np.float32, (len(images), args.n_draws, width))
+            zeros(path + ".done.writing", np.uint8, (len(batches),))
     dist.barrier()
-    maps = [np.lib.format.open_memmap(path + ".writing", "r+") for path in paths]
-    for ids in runlog.progress(batches[rank::world_size], rank, desc=f"{split} sigma {sigma:g}", unit="batch", leave=False):
-        for array, values in zip(maps, features_of(model, images[ids], ids, split, sigma, blocks, args.n_draws, args.seed)):
+    maps, flags = ([np.lib.format.open_memmap(path + end, "r+") for path in paths] for end in (".writing", ".done.writing"))
+    mine = range(rank, len(batches), world_size)
+    for i in runlog.progress(mine, rank, desc=f"{split} sigma {sigma:g}", unit="batch", leave=False):
+        if all(done[i] for done in flags):
+            continue
+        ids = batches[i]
+        for array, done, values in zip(maps, flags, features_of(model, images[ids], ids, split, sigma, blocks, args.n_draws, args.seed)):
             array[ids] = values
+            done[i] = 1
     for array in maps:
         array.flush()
     dist.barrier()
     if rank == 0:
         for path in paths:
             os.replace(path + ".writing", path)
+            os.unlink(path + ".done.writing")
     dist.barrier()
+
+
+def zeros(path, dtype, shape):
+    """An .npy file of zeros that takes no space yet; one that is there must be of this kind."""
+    if not os.path.exists(path):
+        with checkpoint.atomic(path) as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+    checkpoint.open_npy(path, dtype, shape)
 
 
 def report_probe(found, blocks, args, n):

@@ -29,7 +29,7 @@ def draw(result, out_dir):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
         save(figure, os.path.join(out_dir, f"{name}.png"))
-    figure, axes = plt.subplots(2, 4, figsize=(18, 8.6), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(12.5, 18), layout="constrained")
     for axis, panel in zip(axes.flat, panels.values()):
         panel(axis, result, styles)
     legend(axes.flat[7], result, styles)
@@ -47,7 +47,7 @@ def save(figure, path):
 def curves(axis, result, styles, key, x_of):
     """One line per name, the mean over its models; a band between the extremes where there are several."""
     for name, rows in result["models"].items():
-        lines = np.array([row[key] if not isinstance(row[key][0], list) else row[key][0] for row in rows])
+        lines = np.array([row[key] for row in rows])
         x = x_of(lines.shape[1])
         axis.plot(x, lines.mean(0), label=name, **styles[name])
         if len(rows) > 1:

@@ -1,7 +1,8 @@
 """What features look like: rank, spread, similarity, frequencies of the gradient, sparse autoencoders, and their intervals.
 
-Features are (N, D) arrays. Image i is of group i % N_GROUPS: what a metric needs of the images is added up by group, a group at a
-time and in float64, so that memory does not grow with N, and any subset of the groups gives the metric of its images.
+Features are (N, D) arrays, in memory or mapped from a file. Image i is of group i % N_GROUPS: what a metric needs of the images is
+added up by group, some rows at a time and in float64, so that memory does not grow with N, and any subset of the groups gives the
+metric of its images.
 """
 
 import numpy as np
@@ -13,13 +14,31 @@ from torch import nn
 N_GROUPS = 32
 
 
-def grouped(features):
-    """The rows of each group, in turn, as float64 arrays."""
+def group_rows(n, at_once=1024):
+    """(group, a slice of its rows) in turn, until all n rows were named once; a slice is of at most `at_once` rows."""
     for group in range(N_GROUPS):
-        yield np.asarray(features[group::N_GROUPS], np.float64)
+        for start in range(group, n, N_GROUPS * at_once):
+            yield group, slice(start, min(n, start + N_GROUPS * at_once), N_GROUPS)
 
 
-def half_samples(statistic, n_draws=200):
+def by_group(parts):
+    """(G, 1 + K): by group, the number of images and the sums of their values. parts: (B, K) arrays of consecutive images."""
+    total, first = 0, 0
+    for values in parts:
+        values = np.column_stack([np.ones(len(values)), values])
+        sums = np.zeros((N_GROUPS, values.shape[1]))
+        np.add.at(sums, (first + np.arange(len(values))) % N_GROUPS, values)
+        total, first = total + sums, first + len(values)
+    return total
+
+
+def means(sums, groups):
+    """(K,): mean values of the images of the groups, from by_group's sums."""
+    total = sums[groups].sum(0)
+    return total[1:] / total[0]
+
+
+def half_samples(statistic, n_draws=100):
     """[estimate, low, high]: statistic(all groups), and its 95 % interval over the images; arrays for an array.
 
     statistic(groups) is the metric of the images of the groups, an index array. The spread of its values over random halves of
@@ -47,9 +66,15 @@ def interval(rows, key):
 
 
 def moments(a, b=None):
-    """(n (G,), mean sums (G, D), products (G, D, E)) of features a (N, D) with b (N, E), or with themselves."""
-    parts = [(len(x), x.sum(0), x.T @ y) for x, y in zip(grouped(a), grouped(a if b is None else b))]
-    return tuple(np.array(part) for part in zip(*parts))
+    """(n (G,), sums (G, D), products (G, D, E)) of features a (N, D) with b (N, E), or with themselves."""
+    b = a if b is None else b
+    n, sums, products = np.zeros(N_GROUPS), np.zeros((N_GROUPS, a.shape[1])), np.zeros((N_GROUPS, a.shape[1], b.shape[1]))
+    for group, rows in group_rows(len(a)):
+        x = np.asarray(a[rows], np.float64)
+        n[group] += len(x)
+        sums[group] += x.sum(0)
+        products[group] += x.T @ (x if b is a else np.asarray(b[rows], np.float64))
+    return n, sums, products
 
 
 def _centred(products, sums_a, sums_b, n):
@@ -60,7 +85,7 @@ def singular_values(of, groups):
     """Singular values, descending, of the centred features whose moments are `of`; a feature more than images has none."""
     n, sums, products = (part[groups].sum(0) for part in of)
     eigenvalues = np.linalg.eigvalsh(_centred(products, sums, sums, n))[::-1]
-    return np.sqrt(eigenvalues.clip(0))[: min(n, len(eigenvalues))]
+    return np.sqrt(eigenvalues.clip(0))[: min(int(n), len(eigenvalues))]
 
 
 def rank_me(values):
@@ -90,26 +115,25 @@ def cka(of_a, of_b, between, groups):
 
 
 def unit(features):
-    """Rows of length 1."""
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+    """Rows of length 1, float64; a row of zeros stays one."""
+    features = np.asarray(features, np.float64)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def squared_distances(a, b):
-    """(G, 2): by group, the number of pairs of rows and their summed squared distances on the unit sphere."""
-    return np.array([(len(x), np.square(unit(x) - unit(y)).sum()) for x, y in zip(grouped(a), grouped(b))])
-
-
-def alignment(distances, groups):
-    """Mean squared distance of the pairs on the unit sphere (Wang & Isola, arXiv 2005.10242, alpha 2); 0 if all pairs coincide."""
-    n, total = distances[groups].sum(0)
-    return float(total / n)
+    """(N,): squared distances of the rows of a and b on the unit sphere; their mean is the alignment of Wang & Isola
+    (arXiv 2005.10242, alpha 2), 0 if all pairs coincide."""
+    return np.square(unit(a) - unit(b)).sum(1)
 
 
 def kernel_sums(features):
     """(n (G,), (G, G)): sum of exp(-2 |z_i - z_j|^2) over pairs of different rows of two groups, on the unit sphere."""
-    rows = [unit(x) for x in grouped(features)]
-    sums = np.array([[np.exp(4 * (a @ b.T - 1)).sum() for b in rows] for a in rows])
-    n = np.array([len(a) for a in rows])
+    n, sums = np.zeros(N_GROUPS), np.zeros((N_GROUPS, N_GROUPS))
+    for group_a, rows_a in group_rows(len(features)):
+        a = unit(features[rows_a])
+        n[group_a] += len(a)
+        for group_b, rows_b in group_rows(len(features)):
+            sums[group_a, group_b] += np.exp(4 * (a @ unit(features[rows_b]).T - 1)).sum()
     return n, sums - np.diag(n)  # a row with itself: exp(0)
 
 
@@ -151,20 +175,21 @@ def dimension_counts(features, labels, weight, bias, basis, mean):
     """
     heads = basis.T @ weight.T  # (D, K)
     counts = np.zeros((N_GROUPS, len(basis) + 1))
-    for group, (rows, y) in enumerate(zip(grouped(features), (labels[g::N_GROUPS] for g in range(N_GROUPS)))):
-        logits = np.tile(bias + weight @ mean, (len(rows), 1))
-        parts = (rows - mean) @ basis
-        counts[group, 0] = (logits.argmax(1) == y).sum()
+    for group, rows in group_rows(len(features)):
+        parts, y = (np.asarray(features[rows], np.float64) - mean) @ basis, labels[rows]
+        logits = np.tile(bias + weight @ mean, (len(y), 1))
+        counts[group, 0] += (logits.argmax(1) == y).sum()
         for k in range(len(basis)):
             logits += parts[:, k : k + 1] * heads[k]
-            counts[group, k + 1] = (logits.argmax(1) == y).sum()
+            counts[group, k + 1] += (logits.argmax(1) == y).sum()
     return counts
 
 
 def principal_components(features):
     """(basis (D, D), mean (D,)): columns the eigenvectors of the features' covariance, by descending variance."""
-    n, sums, products = (part.sum(0) for part in moments(features))
-    return np.linalg.eigh(_centred(products, sums, sums, n))[1][:, ::-1], sums / n
+    mean = features.mean(0, dtype=np.float64)
+    centred = features - mean
+    return np.linalg.eigh(centred.T @ centred)[1][:, ::-1], mean
 
 
 def classification_dimension(counts, groups):

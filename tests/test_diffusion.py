@@ -13,7 +13,7 @@ import torch
 import extract_features
 import generate_synthetic
 import train_diffusion
-from common import data, diffusion
+from common import cli, data, diffusion
 
 
 def tiny_net(classes=3, **kwargs):
@@ -253,3 +253,51 @@ def test_stored_features_are_those_of_a_direct_call(diffusion_dir, tmp_path):
         assert stored[ids, draw] == pytest.approx(direct, abs=1e-5)
     assert np.abs(stored[:, 0] - stored[:, 1]).max() > 1e-3
     assert np.array_equal(np.load(tmp_path / "f" / "test-labels.npy"), labels)
+
+
+def test_extraction_goes_on_batch_by_batch(diffusion_dir, tmp_path, monkeypatch):
+    """Cut in the fifth batch, then under another set of blocks: nothing that is written is computed again, and the bytes are the same."""
+    calls, real = [], extract_features.features_of
+
+    def run(out, *blocks, stop=1000):
+        def counted(model, images, ids, split, *args):
+            calls.append(split)
+            if len(calls) == stop:
+                raise ZeroDivisionError
+            return real(model, images, ids, split, *args)
+
+        calls.clear()
+        monkeypatch.setattr(extract_features, "features_of", counted)
+        argv = [
+            "--diffusion",
+            diffusion_dir,
+            "--blocks",
+            *blocks,
+            "--sigmas",
+            "0.3",
+            "--batch-size",
+            "100",
+            "--out-dir",
+            str(tmp_path / out),
+        ]
+        extract_features.main(extract_features.parse_args(argv))
+
+    run("whole", "mid_block", "up_blocks.0.resnets.0")
+    assert calls.count("train") == 1 + 8  # one image for the width
+    with pytest.raises(ZeroDivisionError):
+        run("cut", "mid_block", stop=6)
+    run("cut", "mid_block", "up_blocks.0.resnets.0")
+    assert calls.count("train") == 1 + 8  # for the other block
+    with pytest.raises(ZeroDivisionError):
+        run("again", "mid_block", "up_blocks.0.resnets.0", stop=6)
+    run("again", "mid_block", "up_blocks.0.resnets.0")
+    assert calls.count("train") == 1 + 4
+    for path in (tmp_path / "whole").glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    monkeypatch.setattr(extract_features, "features_of", real)
+    (tmp_path / "again" / "test-mid_block-sigma0.3.npy").unlink()
+    np.save(tmp_path / "again" / "x.npy", np.zeros(3))
+    (tmp_path / "again" / "x.npy").rename(tmp_path / "again" / "test-mid_block-sigma0.3.npy.writing")
+    with pytest.raises(cli.UserError, match=r"sigma0.3.npy.writing: found float64 \(3,\), expected float32"):
+        run("again", "mid_block")
