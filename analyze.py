@@ -5,6 +5,7 @@
 
 Of every model, on test images (common/representations.py has the formulae):
 
+  accuracy       clean; under PGD-20 on the margin, at the radius and at a third of it
   rank           RankMe and stable rank of the penultimate features, and their singular values
   spread         uniformity on the unit sphere; alignment of clean and adversarial (PGD-20 on the margin) versions of an image
   frequencies    magnitude of the Fourier transform of d margin / d x, by radius; share above a quarter of a cycle per pixel
@@ -34,7 +35,8 @@ from common.representations import N_GROUPS, by_group, half_samples, interval, m
 
 METRICS = {  # of a model: (title in the table, format)
     "clean": ("clean", "{:.1%}"),
-    "robust": ("PGD-20", "{:.1%}"),
+    "robust": ("robust", "{:.1%}"),
+    "robust_third": ("robust at a third of the radius", "{:.1%}"),
     "rank_me": ("RankMe", "{:.1f}"),
     "stable_rank": ("stable rank", "{:.2f}"),
     "uniformity": ("uniformity", "{:.2f}"),
@@ -122,7 +124,7 @@ def margin_gradients(model, x, y):
     return margin.detach(), torch.autograd.grad(margin.sum(), x)[0]
 
 
-def attacked(model, images, labels, args, device):
+def attacked(model, images, labels, eps, args, device):
     """PGD-20, step eps / 4, on the margin, of the first images, those with labels.
 
     Returns (features of the images, of their adversarial versions, which are correct, which stay so), a row per image.
@@ -131,8 +133,8 @@ def attacked(model, images, labels, args, device):
     for i, s in enumerate(range(0, len(labels), args.batch_size)):
         rows = slice(s, min(s + args.batch_size, len(labels)))
         x, y = data.to_x(images[rows], device), torch.from_numpy(labels[rows]).to(device)
-        start = attacks.random_start(x.shape, args.norm, args.eps, data.stream(args.seed, "analyze-pgd", i, device))
-        attack = dict(norm=args.norm, eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
+        start = attacks.random_start(x.shape, args.norm, eps, data.stream(args.seed, "analyze-pgd", i, device))
+        attack = dict(norm=args.norm, eps=eps, step_size=eps / 4, n_steps=20, loss="margin")
         x_adv = attacks.pgd(model, x, y, [start], **attack)
         with torch.no_grad():
             (logits, features), (logits_adv, features_adv) = (model(part, with_features=True) for part in (x, x_adv))
@@ -174,8 +176,10 @@ def measure(model, splits, args, device, path):
 
     kernel = representations.kernel_sums(features)
     found["uniformity"] = half_samples(lambda groups: representations.uniformity(kernel, groups))
-    clean, adversarial, correct, robust = attacked(model, images, labels[: args.n_attacked], args, device)
-    of_attacked = {"robust": robust, "alignment": representations.squared_distances(clean, adversarial)}
+    first = model, images, labels[: args.n_attacked]
+    clean, adversarial, correct, robust = attacked(*first, args.eps, args, device)
+    of_attacked = {"robust": robust, "robust_third": attacked(*first, args.eps / 3, args, device)[3]}
+    of_attacked |= {"alignment": representations.squared_distances(clean, adversarial)}
     if isinstance(model, generative.DiffusionHead) and len(model.noise) > 1:
         of_attacked["alignment_draws"] = representations.squared_distances(*two_draws(model, images, len(clean), args, device))
     for key, values in of_attacked.items():
@@ -282,15 +286,15 @@ def similarities(features):
 
 
 def markdown(result):
-    """The table: one row per name."""
-    keys = [key for key in METRICS if any(key in row for rows in result["models"].values() for row in rows)]
-    lines = ["| | models | features | " + " | ".join(METRICS[key][0] for key in keys) + " |", "|---" * (len(keys) + 3) + "|"]
-    for name, rows in result["models"].items():
-        cells = []
-        for key in keys:
-            of, form = interval(rows, key), METRICS[key][1]
-            cells.append(f"{form.format(of[0])} ({form.format(of[1])} to {form.format(of[2])})" if of else "-")
-        lines.append(f"| {name} | {len(rows)} | {rows[0]['dim']} | " + " | ".join(cells) + " |")
+    """The table: a column per name, a row per metric."""
+    found = result["models"]
+    lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    lines.append("| models, features | " + " | ".join(f"{len(rows)}, {rows[0]['dim']}" for rows in found.values()) + " |")
+    for key, (title, form) in METRICS.items():
+        of = [interval(rows, key) for rows in found.values()]
+        if any(of):
+            cells = [f"{form.format(v[0])} ({form.format(v[1])} to {form.format(v[2])})" if v else "-" for v in of]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -319,7 +323,7 @@ def main(args):
     if network:
         jobs.append(("teacher", args.teacher))
         identities.append({"network_sha256": network.sha256, "block": block, "sigma": sigma, "n_noise": args.n_noise})
-    requests = [{"format": 2, "n": n, "torch": torch.__version__, "device": device.type} | settings | of for of in identities]
+    requests = [{"format": 3, "n": n, "torch": torch.__version__, "device": device.type} | settings | of for of in identities]
     digests = [hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16] for request in requests]
     stems = [os.path.join(args.out_dir, "parts", digest) for digest in digests]
     todo = [stems.index(stem) for stem in dict.fromkeys(stems) if not os.path.exists(f"{stem}.json")]

@@ -33,7 +33,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import attacks, autoattack, checkpoint, cli, data, diffusion, dist, generative, models, robustbench, runlog, sanity, stats
+from common import (
+    attacks,
+    autoattack,
+    checkpoint,
+    cli,
+    data,
+    diffusion,
+    dist,
+    generative,
+    models,
+    results,
+    robustbench,
+    runlog,
+    sanity,
+    stats,
+)
 
 ATTACKS = {  # --attack: (its name in tables, its parts in the order in which they run)
     "clean": ("clean", []),
@@ -197,7 +212,7 @@ def attack_chunk(model, source, x, y, chunk, path, heard, eps, args):
             return model(x).argmax(1)
 
     if os.path.exists(path):
-        part = read_chunk(path, len(y), names)
+        part = results.read_chunk(path, len(y), names)
     else:
         correct = predicted(x, "evaluate-clean") == y
         fooled_by = torch.where(correct, len(names), -1).tolist()
@@ -210,57 +225,13 @@ def attack_chunk(model, source, x, y, chunk, path, heard, eps, args):
         if len(left):
             torch.manual_seed(data.seed_of(args.seed, f"attack-{names[k]}", chunk) % 2**32)  # a resumed chunk draws what an uncut one does
             x_adv = adversarial(names[k], model, source, x, y, left, chunk, eps, args)
-            x_adv = in_threat_model(x_adv, x[left], names[k], args.norm, eps)
+            x_adv = attacks.in_threat_model(x_adv, x[left], names[k], args.norm, eps)
             fooled_by[left[predicted(x_adv, f"evaluate-{names[k]}") != y[left]]] = k
         part["seconds"].append(round(time.time() - begun, 3))
         part |= {"fooled_by": fooled_by.tolist(), "warnings": sorted({*part["warnings"], *heard.drain()})}
         checkpoint.write_json(part, path)
     if not names:
         checkpoint.write_json(part, path)
-
-
-def read_chunk(path, n, names):
-    """What attack_chunk left in a file: verdicts of n images after the attacks that `seconds` is of, in the order of `names`."""
-    part = checkpoint.read_json(path)
-    try:
-        kinds = isinstance(part["zero_gradients"], int) and all(isinstance(text, str) for text in part["warnings"])
-        fits = len(part["fooled_by"]) == n and set(part["fooled_by"]) <= {*range(-1, len(names) + 1)}
-        if kinds and fits and len([s for s in part["seconds"] if s >= 0]) <= len(names):
-            return part
-    except (KeyError, TypeError):
-        pass
-    raise cli.UserError(f"{path}: damaged, no chunk of {n} images; delete it, and it is attacked again")
-
-
-def read_check(path, name, n):
-    """What check_sanity left in a file: {"fooled": n truth values} of "steps" and "transfer", {"lines": [...]} of the others."""
-    part = checkpoint.read_json(path)
-    try:
-        if name in ("steps", "transfer"):
-            fits = len(part["fooled"]) == n and set(part["fooled"]) <= {True, False}
-        else:
-            fits = all((type(a["check"]), type(a["ok"]), type(a["found"])) == (str, bool, str) for a in part["lines"])
-        if fits:
-            return part
-    except (KeyError, TypeError):
-        pass
-    raise cli.UserError(f"{path}: damaged, no check of {n} images; delete it, and it runs again")
-
-
-def in_threat_model(x_adv, x, name, norm, eps):
-    """x_adv; an error where an attack left the ball or [0, 1], for it would understate robustness.
-
-    In l1 the package's projection, a cumulative sum over all pixels in float32, overshoots by up to some per cent on large
-    images: those are pulled back towards x onto the ball, and judged there.
-    """
-    delta = (x_adv - x).flatten(1)
-    size = delta.norm(p={"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
-    if norm == "l1":
-        shrink = (eps / size).clamp(max=1).where(size > eps * (1 + 1e-5), 1.0)
-        x_adv, size = torch.where((shrink < 1).view(-1, 1, 1, 1), x + (x_adv - x) * shrink.view(-1, 1, 1, 1), x_adv), size * shrink
-    if not (size.max() <= eps * (1 + 1e-5) + 1e-6 and x_adv.min() >= -1e-6 and x_adv.max() <= 1 + 1e-6):
-        raise RuntimeError(f"{name} left the threat model: {norm} {size.max():.6f} of {eps}, pixels {x_adv.min()} to {x_adv.max()}")
-    return x_adv
 
 
 def check_sanity(name, model, source, x, y, path, heard, eps, args):
@@ -301,65 +272,6 @@ def load_model(args, spec, device):
     settings["checkpoint_sha256"] = checkpoint.sha256(args.checkpoint) if args.checkpoint else None
     model = torch.compile(model, dynamic=True) if args.compile else model
     return Finite(model, f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--teacher {args.teacher}").eval(), settings, trained
-
-
-def merge(parts, request, labels, args, seconds):
-    """(result, per-image arrays) of the files that all processes left."""
-    names, n, n_checked = request["attacks"], request["n"], request["sanity_images"]
-    sizes = [min(args.batch_size, n - start) for start in range(0, n, args.batch_size)]
-    chunks = [read_chunk(path, size, names) for size, (_, _, path) in zip(sizes, parts)]
-    fooled_by = np.concatenate([chunk["fooled_by"] for chunk in chunks]).astype(np.int8)
-    clean_correct, robust = fooled_by >= 0, fooled_by == len(names)
-    groups = {name: read_check(path, name, n_checked) for kind, name, path in parts if kind == "sanity"}
-    lines = [line for name in sanity.CHECKS if name in groups for line in groups[name]["lines"]]
-    n_zero = sum(chunk["zero_gradients"] for chunk in chunks)
-    if names:
-        lines.append(sanity.line("hardly any image has a zero gradient", n_zero <= 0.01 * n, f"{n_zero} of {n}"))
-    for name, check in {"steps": "APGD-CE of 300 steps fools hardly any more", "transfer": "transfer fools no more"}.items():
-        if name in groups:
-            found = int((np.array(groups[name]["fooled"]) & robust[:n_checked]).sum())
-            ok = found <= (0.01 * n_checked if name == "steps" else 0)
-            without = f"; {(robust.sum() - found) / n:.2%} robust without them" if found else ""
-            lines.append(sanity.line(check, ok, f"{found} of {n_checked} that count as robust{without}"))
-    if "square" in names:
-        found = int((fooled_by == names.index("square")).sum())
-        lines.append(sanity.line("Square fools hardly any that gradients did not", found <= max(1, 0.002 * n), f"{found} of {n}"))
-    if args.randomised:
-        lines = [sanity.line(sanity.RANDOM, not a["ok"], a["found"]) if a["check"] == sanity.DETERMINISTIC else a for a in lines]
-    heard = [{"points of zero gradient" if "zero gradient" in m else m for m in chunk["warnings"]} for chunk in chunks]
-    warnings = {f"pyautoattack: {m} (in {sum(m in of for of in heard)} of {len(heard)} chunks)" for m in set().union(*heard)}
-    failed = [f"check failed: {line['check']} ({line['found']})" for line in lines if not line["ok"]]
-    result = request | {
-        "checkpoint": args.checkpoint or args.teacher,
-        "clean": clean_correct.mean(),
-        "clean_interval": stats.wilson(int(clean_correct.sum()), n),
-        "clean_correct": int(clean_correct.sum()),
-        "robust": robust.mean() if names else None,
-        "robust_interval": stats.wilson(int(robust.sum()), n) if names else None,
-        "robust_correct": int(robust.sum()) if names else None,
-        "zero_gradients": n_zero,
-        "sanity": lines,
-        "warnings": failed + sorted(warnings),
-        "seconds": seconds,
-        "seconds_by_attack": {name: round(sum(chunk["seconds"][k] for chunk in chunks), 1) for k, name in enumerate(names)},
-        "environment": runlog.environment(),
-    }
-    per_image = {"index": np.arange(n), "label": labels[:n], "clean_correct": clean_correct, "robust": robust, "fooled_by": fooled_by}
-    return result, per_image | {"attacks": np.array(names, str)}
-
-
-def print_result(result, path):
-    for warning in result["warnings"]:
-        print(f"WARNING: {warning}")
-    rows = {"clean": "clean", "robust": f"{result['attack_name']}, {result['norm']} {result['eps']:.4g}"}
-    for key, name in list(rows.items())[: 2 if result["attacks"] else 1]:
-        low, high = result[f"{key}_interval"]
-        suspect = "   WARNING: see above" if key == "robust" and result["warnings"] else ""
-        print(f"{name:<40} {result[key]:7.2%}   95 % interval {low:.2%} to {high:.2%}   n = {result['n']}{suspect}")
-    print("sanity checks " + (f"on the first {result['sanity_images']} images" if result["sanity_images"] else "(--sanity-images 0)"))
-    for line in result["sanity"]:
-        print(f"  {'ok' if line['ok'] else 'FAILED':<7}{line['check']:<48}{line['found']}")
-    print(f"{result['seconds']:.0f} s; {path}", flush=True)
 
 
 def evaluate(model, source, settings, images, labels, n, eps, args, rank, world_size, device):
@@ -418,7 +330,7 @@ def evaluate(model, source, settings, images, labels, n, eps, args, rank, world_
             check_sanity(name, model, source, x, y, part, heard, eps, args)
     dist.barrier()
     if rank == 0:
-        result, per_image = merge(parts, request, labels, args, round(time.time() - begun, 1))
+        result, per_image = results.merge(parts, request, labels, args, round(time.time() - begun, 1))
         with checkpoint.atomic(per_image_path) as file:
             np.savez(file, **per_image)
         checkpoint.write_json(result, path)
@@ -445,15 +357,15 @@ def main(args):
     n = len(labels) if args.n_images is None else args.n_images
     if n > len(labels):
         raise cli.UserError(f"--n-images {n}: {spec.name} has {len(labels)} test images")
-    results = []
+    found = []
     for eps in args.eps:
         if rank == 0 and trained != (None, None) and trained != (args.norm, eps):
             print(f"note: trained against {trained[0]} {trained[1]:.4g}, evaluated against {args.norm} {eps:.4g}")
-        results.append(evaluate(model, source, settings, images, labels, n, eps, args, rank, world_size, device))
+        found.append(evaluate(model, source, settings, images, labels, n, eps, args, rank, world_size, device))
         if rank == 0:
-            print_result(results[-1], result_path(args, eps))
-    if rank == 0 and len(results) > 1:
-        stats.curve_png(results, trained, os.path.splitext(result_path(args, "curve"))[0] + ".png")
+            results.print_result(found[-1], result_path(args, eps))
+    if rank == 0 and len(found) > 1:
+        stats.curve_png(found, trained, os.path.splitext(result_path(args, "curve"))[0] + ".png")
     dist.teardown()
 
 

@@ -21,7 +21,7 @@ def draw(result, out_dir):
     styles = {name: dict(color=COLOURS[i % 8], linestyle=DASHES[i % 4]) for i, name in enumerate(result["models"])}
     panels = {
         **{"rank": rank, "spread": spread, "frequencies": frequencies, "sparseness": sparseness},
-        **{"dimension": dimension, "distance": distance, "similarity": similarity},
+        **{"dimension": dimension, "margin": margin, "distance": distance, "similarity": similarity},
     }
     for name, panel in panels.items():
         figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
@@ -32,7 +32,7 @@ def draw(result, out_dir):
     figure, axes = plt.subplots(4, 2, figsize=(12.5, 18), layout="constrained")
     for axis, panel in zip(axes.flat, panels.values()):
         panel(axis, result, styles)
-    legend(axes.flat[7], result, styles)
+    legend(figure, result, styles)
     save(figure, os.path.join(out_dir, "analysis.png"))
     embedding(result, os.path.join(out_dir, "embedding.png"))
 
@@ -65,19 +65,41 @@ def bars(axis, result, styles, key):
 
 def rank(axis, result, styles):
     curves(axis, result, styles, "singular_values", lambda n: np.arange(1, n + 1))
-    axis.set(xlabel="number of the singular value", ylabel="size, of the largest (log scale)", yscale="log", ylim=(1e-3, 1.2))
+    axis.set(xlabel="number of the singular value", ylabel="size, of the largest (log scale)", yscale="log")
+    axis.set_ylim(max(axis.get_ylim()[0], 1e-4), 1.2)
     axis.set_title("Spectrum of the features: a slow fall is a high rank", fontsize=10)
     axis.grid(alpha=0.3)
 
 
-def spread(axis, result, styles):
+def crosses(axis, result, styles, key_x, key_y):
+    """One point per name, with its intervals."""
     for name, rows in result["models"].items():
-        (x, *x_range), (y, *y_range) = interval(rows, "alignment"), interval(rows, "uniformity")
+        (x, *x_range), (y, *y_range) = interval(rows, key_x), interval(rows, key_y)
         lengths = [[[v - low], [high - v]] for v, (low, high) in ((x, x_range), (y, y_range))]
         axis.errorbar(x, y, lengths[1], lengths[0], marker="o", capsize=3, color=styles[name]["color"], label=name)
-    axis.set(xlabel="alignment: squared distance of clean and adversarial features", ylabel="uniformity")
-    axis.set_title("Alignment and uniformity: lower is closer, and more spread", fontsize=10)
     axis.grid(alpha=0.3)
+
+
+def plain_ticks(of):
+    """Numbers without exponents on a logarithmic axis of about one decade."""
+    of.set_major_formatter("{x:g}")
+    of.set_minor_formatter("{x:g}")
+
+
+def spread(axis, result, styles):
+    crosses(axis, result, styles, "alignment", "uniformity")
+    axis.set(xlabel="alignment: squared distance of clean and adversarial features (log scale)", ylabel="uniformity", xscale="log")
+    plain_ticks(axis.xaxis)
+    axis.set_title("Alignment and uniformity: lower is closer, and more spread", fontsize=10)
+
+
+def margin(axis, result, styles):
+    crosses(axis, result, styles, "margin", "gradient")
+    axis.set(
+        xlabel="margin of the logits", ylabel=f"length of its gradient, dual to {result['settings']['norm']} (log scale)", yscale="log"
+    )
+    plain_ticks(axis.yaxis)
+    axis.set_title("Margin and its gradient, means over test images", fontsize=10)
 
 
 def frequencies(axis, result, styles):
@@ -101,7 +123,7 @@ def dimension(axis, result, styles):
     curves(axis, result, styles, "dimension_curve", np.arange)
     for name, rows in result["models"].items():
         axis.axvline(interval(rows, "dimension")[0], color=styles[name]["color"], linewidth=0.8, linestyle=styles[name]["linestyle"])
-    axis.set(xlabel="principal components kept (upright: 99 % of the accuracy)", ylabel="accuracy of the last layer", ylim=(0, 1.02))
+    axis.set(xlabel="principal components kept (vertical lines: 99 % of the accuracy)", ylabel="accuracy of the last layer", ylim=(0, 1.02))
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xlim(0, None)
     axis.set_title("Classification dimension", fontsize=10)
@@ -110,10 +132,10 @@ def dimension(axis, result, styles):
 
 def distance(axis, result, styles):
     bars(axis, result, styles, "distance")
-    settings = result["settings"]
-    axis.axhline(settings["eps"], color="grey", linestyle=":", label=f"radius of the attack, {settings['eps']:.3g}")
-    axis.set_ylabel(f"margin / length of its gradient, {settings['norm']}")
-    axis.set_title("First-order distance to the boundary, mean over test images", fontsize=10)
+    eps, norm = result["settings"]["eps"], result["settings"]["norm"]
+    axis.axhline(eps, color="grey", linestyle=":")
+    axis.set_ylabel(f"margin / length of its gradient, {norm}")
+    axis.set_title(f"First-order distance to the boundary, mean (dotted: radius of the attack, {eps:.3g})", fontsize=10)
 
 
 def similarity(axis, result, styles):
@@ -135,16 +157,13 @@ def _by_kind(matrix, names, kinds):
     return np.array([[matrix[mask].mean() if mask.any() else np.nan for mask in row] for row in masks])
 
 
-def legend(axis, result, styles):
-    axis.axis("off")
+def legend(figure, result, styles):
     handles = [plt.Line2D([], [], linewidth=3, **style) for style in styles.values()]
     labels = [f"{name}: {len(rows)} model{'s' * (len(rows) > 1)}, {rows[0]['dim']} features" for name, rows in result["models"].items()]
-    axis.legend(handles, labels, loc="upper left", fontsize=11, frameon=False)
     rows, settings = next(iter(result["models"].values())), result["settings"]
-    attack = f"attack: {settings['norm']} {settings['eps']:.3g}, PGD-20, first {settings['n_attacked']}"
-    text = [f"{settings['dataset']}, {rows[0]['n']} test images", attack]
-    text += ["bars and crosses: 95 %, over models or images", "bands: extremes of the models"]
-    axis.text(0.02, 0.2, "\n".join(text), fontsize=11, transform=axis.transAxes)
+    text = f"{settings['dataset']}, {rows[0]['n']} test images; attack: {settings['norm']} {settings['eps']:.3g}, PGD-20, first "
+    text += f"{settings['n_attacked']}; bars and crosses: 95 %, over models or images; bands: extremes of the models"
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=12, title=text, title_fontsize=12, frameon=False)
 
 
 def heat_maps(result, path):

@@ -3,6 +3,7 @@
 # the diffusion model. After runs/quickstart.sh, whose diffusion model and images it uses. About half an hour on two CPU cores; resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 out=out/analysis-digits
 for seed in 0 1 2 3 4; do

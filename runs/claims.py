@@ -18,6 +18,7 @@ KINDS = ("standard", "at", "at_dra", "dm_at", "dm_at_dra", "teacher")
 CLAIMS = [  # (what is claimed, metric, A, B, sign of A - B that is claimed, 0 for either)
     ("Diffusion features are diverse: higher rank than a standard classifier's", "rank_share", "teacher", "standard", 1),
     ("They are partly robust: more accurate under attack than a standard classifier", "robust", "teacher", "standard", 1),
+    ("The same, at a third of the radius", "robust_third", "teacher", "standard", 1),
     ("Their saliency has less of the high frequencies than a standard classifier's", "high_frequencies", "teacher", "standard", -1),
     ("So has a robust classifier's", "high_frequencies", "at", "standard", -1),
     ("Synthetic images lower the rank", "rank_me", "dm_at", "at", -1),

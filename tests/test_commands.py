@@ -36,6 +36,7 @@ def commands(text):
                             .replace("$seed", "0")
                             .replace("$weight", "1")
                             .replace("${models[@]}", "--model=a=b")
+                            .replace('"${fashion[@]}"', "--dataset fashion-mnist --data-dir data")
                         ),
                     )
                 )

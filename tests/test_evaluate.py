@@ -16,7 +16,7 @@ from torch import nn
 
 import evaluate
 import train_at
-from common import attacks, autoattack, checkpoint, cli, data, models, robustbench, sanity
+from common import attacks, autoattack, checkpoint, cli, data, models, results, robustbench, sanity
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +161,11 @@ def test_l1_points_outside_the_ball_are_pulled_back_and_judged_there():
     direction = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) - x  # [0, 1] is convex: no step leaves it
     lengths = torch.tensor([11.0, 12.0, 13.0]).view(-1, 1, 1, 1)
     x_adv = x + direction * lengths / direction.flatten(1).norm(p=1, dim=1).view(-1, 1, 1, 1)
-    inside = evaluate.in_threat_model(x_adv, x, "apgd-ce", "l1", 12.0)
+    inside = attacks.in_threat_model(x_adv, x, "apgd-ce", "l1", 12.0)
     assert (inside - x).flatten(1).norm(p=1, dim=1).tolist() == pytest.approx([11, 12, 12], rel=1e-5)
     assert torch.equal(inside[:2], x_adv[:2]) and not torch.equal(inside[2], x_adv[2])
     with pytest.raises(RuntimeError, match="pixels"):
-        evaluate.in_threat_model(x + 1, x, "apgd-ce", "l1", 1000.0)
+        attacks.in_threat_model(x + 1, x, "apgd-ce", "l1", 1000.0)
 
 
 def test_sanity_is_printed_and_stored(best, tmp_path, capsys):
@@ -222,7 +222,7 @@ def test_logits_that_are_nan_under_attack_are_refused(attack, best, tmp_path, mo
 def test_square_that_fools_many_is_warned_of(best, tmp_path, monkeypatch):
     """Gradients that fool nobody and a black box that does: the sign of masked gradients."""
     monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: 1 - x if name == "square" else x)
-    monkeypatch.setattr(evaluate, "in_threat_model", lambda x_adv, *args: x_adv)
+    monkeypatch.setattr(attacks, "in_threat_model", lambda x_adv, *args: x_adv)
     result, per_image = run(best, tmp_path, "--attack", "autoattack", "--n-images", "20")
     assert (per_image["fooled_by"] == 3).any() and any("Square fools" in warning for warning in result["warnings"])
 
@@ -255,7 +255,7 @@ class Noisy(nn.Module):
 def test_rand_expects_a_randomised_model(best, tmp_path, monkeypatch):
     real = models.load_classifier
     monkeypatch.setattr(autoattack, "attack", lambda name, model, x, y, **settings: (x + 0.2).clamp(0, 1))
-    monkeypatch.setattr(evaluate, "in_threat_model", lambda x_adv, *args: x_adv)
+    monkeypatch.setattr(attacks, "in_threat_model", lambda x_adv, *args: x_adv)
     argv = ["--attack", "rand", "--n-images", "40", "--eps", "0.05", "--sanity-images", "4"]
     (tmp_path / "noisy").mkdir()
     assert any(sanity.RANDOM in warning for warning in run(best, tmp_path, *argv)[0]["warnings"])
@@ -302,8 +302,8 @@ def test_several_radii_have_results_of_their_own_and_a_curve(best, tmp_path):
     path.write_bytes(Path(best).read_bytes())
     argv = ["--checkpoint", str(path), "--attack", "pgd", "--n-steps", "5", "--n-images", "40", "--sanity-images", "0"]
     evaluate.main(evaluate.parse_args([*argv, "--eps", "0.02", "0.1", "0.3"]))
-    results = [json.loads((tmp_path / f"results-best-pgd-linf-{eps}-n40.json").read_text()) for eps in ("0.02", "0.1", "0.3")]
-    assert results[0]["robust"] > results[1]["robust"] > results[2]["robust"]
+    found = [json.loads((tmp_path / f"results-best-pgd-linf-{eps}-n40.json").read_text()) for eps in ("0.02", "0.1", "0.3")]
+    assert found[0]["robust"] > found[1]["robust"] > found[2]["robust"]
     assert (tmp_path / "results-best-pgd-linf-curve-n40.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -352,7 +352,7 @@ def test_what_lies_beside_a_result(best, tmp_path):
 def test_damaged_checks_are_refused(name, content, best, tmp_path, monkeypatch):
     argv = ["--attack", "pgd", "--n-images", "10", "--sanity-images", "10", "--n-steps", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "merge", None)
+        patch.setattr(results, "merge", None)
         with pytest.raises(TypeError):
             run(best, tmp_path, *argv)
     (tmp_path / "result.parts" / f"sanity-{name}.json").write_text(json.dumps(content))

@@ -272,8 +272,10 @@ def test_analyze_writes_tables_and_pictures_and_goes_on(trained, diffusion_dir, 
             value, low, high = found[key]
             assert low <= value <= high and math.isfinite(high - low), key
     table = (tmp_path / "analysis.md").read_text()
-    assert table in capsys.readouterr().out and table.count("\n") == 5 and "| at | 2 | 64 |" in table
-    for name in ("rank", "spread", "frequencies", "sparseness", "dimension", "distance", "similarity", "embedding", "analysis"):
+    assert (
+        table in capsys.readouterr().out and table.count("\n") == 3 + len(analyze.METRICS) and table.startswith("| | at | one | teacher |")
+    )
+    for name in ("rank", "spread", "frequencies", "sparseness", "dimension", "margin", "distance", "similarity", "embedding", "analysis"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
     monkeypatch.setattr(analyze, "measure", None)
     analyze.main(analyze.parse_args(argv))  # nothing is computed again
@@ -349,7 +351,7 @@ def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
     """Made numbers: lower in every seed, higher in every seed, and neither; the teacher against the spread of the seeds."""
 
     def row(dim=64, **values):
-        base = dict.fromkeys(("rank_me", "robust", "high_frequencies", "sae", "dimension"), 1.0) | values
+        base = dict.fromkeys(("rank_me", "robust", "robust_third", "high_frequencies", "sae", "dimension"), 1.0) | values
         return {"dim": dim, "n": 100} | {key: [value, 0, 0] for key, value in base.items()}
 
     made = {name: [row(rank_me=30 + seed, robust=0.0, sae=0.5 + seed) for seed in range(3)] for name in claims.KINDS[:-1]}
