@@ -16,7 +16,8 @@ Of every model, on test images (common/representations.py has the formulae):
 
 One NAME given several times is one kind of model trained with several seeds. --teacher adds a frozen diffusion model as a row: the pooled
 output of one block at one noise level, averaged over --n-noise draws, under a logistic regression fitted to training images; its
-alignment is also that of two draws. Intervals are 95 %: over seeds (Student's t) where a name has several, else over images.
+alignment is also that of two draws. Intervals are 95 %: over seeds (Student's t) where a name has several, else over images (and, of
+the sparse autoencoder, over its seeds).
 
 Writes analysis.json, analysis.md, one PNG per analysis and analysis.png into --out-dir. What is computed of a model is kept in
 parts/, named by the hash of all that it depends on: the same command goes on, and another set of models reuses it.
@@ -30,7 +31,7 @@ import os
 import numpy as np
 import torch
 
-from common import attacks, checkpoint, cli, data, diffusion, dist, generative, models, pictures, representations, runlog
+from common import attacks, checkpoint, cli, data, diffusion, dist, generative, models, pictures, representations, runlog, stats
 from common.representations import N_GROUPS, by_group, half_samples, interval, means
 
 METRICS = {  # of a model: (title in the table, format)
@@ -147,17 +148,22 @@ def attacked(model, images, labels, eps, args, device):
 
 
 def pixel_values(model, images, labels, args, device):
-    """(B, 4 + rings) of each batch: margin, length of its gradient, their quotient, whether it is correct, the gradient's spectrum."""
+    """(B, 5 + rings) of each batch: whether it is correct, whether the margin has a gradient, margin, length of its gradient, their
+    quotient (0 without a gradient), the gradient's spectrum."""
     for i, x in enumerate(batches_of(images, np.arange(len(labels)), args, device)):
         y = torch.from_numpy(labels[i * args.batch_size :][: len(x)]).to(device)
         margin, gradient = margin_gradients(model, x, y)
         margin, length = margin.double(), gradient.flatten(1).double().norm(p=DUAL[args.norm], dim=1)
-        columns = torch.stack([margin, length, margin / length.clamp(min=1e-12), margin > 0], 1)
+        distance = torch.where(length > 0, margin / length, 0.0)
+        columns = torch.stack([margin > 0, length > 0, margin, length, distance], 1)
         yield torch.cat([columns, representations.spectrum(gradient)], 1).cpu().numpy()
 
 
-def measure(model, splits, args, device, path):
-    """What the table and the pictures show of a model, numbers and lists by name; the test images' features go into the file `path`."""
+def measure(name, model, splits, args, device, path):
+    """What the table and the pictures show of a model, numbers and lists by name; the test images' features go into the file `path`.
+
+    Raises UserError, which calls the model `name`, where there is nothing to measure: features or gradients that tell no images apart.
+    """
     (fit_images, fit_ids, _), (images, labels) = splits
     weight, bias = (p.detach().double().cpu().numpy() for p in (model.logits.weight, model.logits.bias))
     features = features_of(model, images, np.arange(len(labels)), args, device, path)
@@ -166,6 +172,10 @@ def measure(model, splits, args, device, path):
 
     moments = representations.moments(features)
     values = representations.singular_values(moments, np.arange(N_GROUPS))
+    if not values[0] > 1e-6 * np.linalg.norm(moments[1].sum(0)) / len(labels) ** 0.5:
+        raise cli.UserError(f"{name}: its features are not finite, or the same for all images")
+    if args.sae_k >= features.shape[1]:
+        raise cli.UserError(f"--sae-k {args.sae_k}: expected less than the {features.shape[1]} features of {name}")
     found["singular_values"] = (values / values[0]).tolist()
 
     def ranks(groups):
@@ -178,9 +188,10 @@ def measure(model, splits, args, device, path):
     found["uniformity"] = half_samples(lambda groups: representations.uniformity(kernel, groups))
     first = model, images, labels[: args.n_attacked]
     clean, adversarial, correct, robust = attacked(*first, args.eps, args, device)
-    of_attacked = {"robust": robust, "robust_third": attacked(*first, args.eps / 3, args, device)[3]}
-    of_attacked |= {"alignment": representations.squared_distances(clean, adversarial)}
-    if isinstance(model, generative.DiffusionHead) and len(model.noise) > 1:
+    for key, withstood in {"robust": robust, "robust_third": attacked(*first, args.eps / 3, args, device)[3]}.items():
+        found[key] = [withstood.mean(), *stats.wilson(int(withstood.sum()), len(withstood))]
+    of_attacked = {"alignment": representations.squared_distances(clean, adversarial)}
+    if isinstance(model, generative.DiffusionHead):
         of_attacked["alignment_draws"] = representations.squared_distances(*two_draws(model, images, len(clean), args, device))
     for key, values in of_attacked.items():
         found[key] = half_samples(functools.partial(mean_of, by_group([values]), 0))
@@ -190,12 +201,16 @@ def measure(model, splits, args, device, path):
     }
 
     sums = by_group(pixel_values(model, images, labels, args, device))
-    for column, key in enumerate(("margin", "gradient", "distance", "clean")):
-        found[key] = half_samples(functools.partial(mean_of, sums, column))
-    curve = means(sums, np.arange(N_GROUPS))[4:]
+    n_correct, n_zero = int(sums[:, 1].sum()), len(labels) - int(sums[:, 2].sum())
+    if n_zero == len(labels):
+        raise cli.UserError(f"{name}: the margin's gradient is zero on all images")
+    found["clean"], found["zero_gradients"] = [n_correct / len(labels), *stats.wilson(n_correct, len(labels))], n_zero
+    found["margin"], found["gradient"] = (half_samples(functools.partial(mean_of, sums, column)) for column in (2, 3))
+    found["distance"] = half_samples(lambda groups: sums[groups, 5].sum() / max(sums[groups, 2].sum(), 1))
+    curve = means(sums, np.arange(N_GROUPS))[5:]
     found["saliency"] = (curve / curve.sum()).tolist()
     size = data.DATASETS[args.dataset].image_size
-    found["high_frequencies"] = half_samples(lambda groups: representations.high_share(means(sums, groups)[4:], size))
+    found["high_frequencies"] = half_samples(lambda groups: representations.high_share(means(sums, groups)[5:], size))
 
     basis, mean = representations.principal_components(fit_features)
     counts = representations.dimension_counts(features, labels, weight, bias, basis, mean)
@@ -215,8 +230,11 @@ def measure(model, splits, args, device, path):
             yield torch.stack([(centre - x).square().sum(1) for centre in (test_mean, *(sae(x) for sae in saes))], 1).cpu().numpy()
 
     left = by_group(errors())  # columns: number of images, variance, error of each autoencoder
-    found["sae"] = half_samples(lambda groups: left[groups, 2:].sum() / left[groups, 1].sum() / len(saes))
+    value, low, high = half_samples(lambda groups: left[groups, 2:].sum() / left[groups, 1].sum() / len(saes))
     found["sae_by_seed"] = (left[:, 2:].sum(0) / left[:, 1].sum()).tolist()
+    of_seeds = interval([{"sae": [error]} for error in found["sae_by_seed"]], "sae") if len(saes) > 1 else [value, value]
+    half = np.hypot((high - low) / 2, (of_seeds[-1] - of_seeds[0]))
+    found["sae"] = [value, value - half, value + half]
     return found
 
 
@@ -226,9 +244,12 @@ def mean_of(sums, column, groups):
 
 @torch.no_grad()
 def two_draws(model, images, n, args, device):
-    """Features of the first n images under one draw of noise, and under another."""
-    for noise in model.noise.split(1)[:2]:
-        parts = [model.features(x, noise) for x in batches_of(images, np.arange(n), args, device)]
+    """Features of the first n images under a draw of noise of each image's own, and under another."""
+    for draw in range(2):
+        parts = []
+        for i, x in enumerate(batches_of(images, np.arange(n), args, device)):
+            streams = data.id_streams(args.seed, f"analyze-draw-{draw}", i * args.batch_size + np.arange(len(x)))
+            parts.append(model.features(x, data.normal_of(streams, model.diffusion.noise_shape).to(device)))
         yield torch.cat(parts).float().cpu().numpy()
 
 
@@ -286,7 +307,7 @@ def similarities(features):
 
 
 def markdown(result):
-    """The table: a column per name, a row per metric."""
+    """The table: a column per name, a row per metric, and below it what they are of."""
     found = result["models"]
     lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     lines.append("| models, features | " + " | ".join(f"{len(rows)}, {rows[0]['dim']}" for rows in found.values()) + " |")
@@ -295,7 +316,7 @@ def markdown(result):
         if any(of):
             cells = [f"{form.format(v[0])} ({form.format(v[1])} to {form.format(v[2])})" if v else "-" for v in of]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\n{pictures.caption(result)}.\n"
 
 
 def main(args):
@@ -304,6 +325,8 @@ def main(args):
     train, _ = data.load_train(spec, args.data_dir, args.val_size)
     images, labels = data.load_test(spec, args.data_dir)
     n, n_train = min(len(labels), args.n_images), len(train[1])
+    if n_train < 2 * N_GROUPS:
+        raise cli.UserError(f"--val-size {args.val_size}: leaves {n_train} training images, the fits need at least {2 * N_GROUPS}")
     fit_ids = np.sort(np.random.default_rng(0).permutation(n_train)[:MAX_FIT])  # training images may be sorted by class
     splits = (train[0], fit_ids, train[1][fit_ids]), (images, labels[:n])
     if min(n, args.n_attacked) < 2 * N_GROUPS:
@@ -323,10 +346,13 @@ def main(args):
     if network:
         jobs.append(("teacher", args.teacher))
         identities.append({"network_sha256": network.sha256, "block": block, "sigma": sigma, "n_noise": args.n_noise})
-    requests = [{"format": 3, "n": n, "torch": torch.__version__, "device": device.type} | settings | of for of in identities]
+    requests = [{"format": 4, "n": n, "torch": torch.__version__, "device": device.type} | settings | of for of in identities]
     digests = [hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16] for request in requests]
+    for i, (job, digest) in enumerate(zip(jobs, digests)):
+        if (job[0], digest) in [(name, of) for (name, _), of in zip(jobs[:i], digests)]:
+            raise cli.UserError(f"--model {job[0]}={job[1]}: the same model as another one of that name, seeds must differ")
     stems = [os.path.join(args.out_dir, "parts", digest) for digest in digests]
-    todo = [stems.index(stem) for stem in dict.fromkeys(stems) if not os.path.exists(f"{stem}.json")]
+    todo = [stems.index(stem) for stem in dict.fromkeys(stems) if not all(os.path.exists(stem + end) for end in (".json", ".npy"))]
     os.makedirs(os.path.join(args.out_dir, "parts"), exist_ok=True)
     dist.barrier()
     for i in runlog.progress(todo[rank::world_size], rank, desc="analyze", unit="model"):
@@ -335,7 +361,7 @@ def main(args):
             model = teacher_classifier(network, block, sigma, splits[0], spec, args, device)
         else:
             model = models.load_classifier(path, spec, device)[0]
-        found = measure(model, splits, args, device, f"{stems[i]}.npy.writing")
+        found = measure(f"{name} ({path})", model, splits, args, device, f"{stems[i]}.npy.writing")
         os.replace(f"{stems[i]}.npy.writing", f"{stems[i]}.npy")
         checkpoint.write_json(requests[i] | found, f"{stems[i]}.json")
     dist.barrier()
@@ -345,6 +371,14 @@ def main(args):
         parts = [read_part(stem, n) for stem in stems]
         for (name, path), (row, _) in zip(jobs, parts):
             result["models"].setdefault(name, []).append({"path": path} | row)
+        for name, rows in result["models"].items():
+            if len({row["dim"] for row in rows}) > 1:
+                found = " and ".join(str(row["dim"]) for row in rows)
+                raise cli.UserError(f"--model {name}: models of {found} features; give those of one kind of network one name")
+            if rows[0]["dim"] * 5 > n:
+                print(
+                    f"note: {n} images for the {rows[0]['dim']} features of {name}: ranks are low and similarities high for want of images"
+                )
         order = [(name, features) for name in result["models"] for (of, _), (_, features) in zip(jobs, parts) if of == name]
         matrix, half = similarities([features for _, features in order])
         result["cka"] = {"names": [name for name, _ in order], "matrix": matrix, "half_interval": half}

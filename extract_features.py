@@ -13,7 +13,7 @@ Writes <split>-<block>-sigma<sigma>.npy (float32, (N, draws, channels), memory-m
 train, val and test, and manifest.json. Work that was cut goes on where it was. --probe fits a logistic regression to "train",
 every draw an example, and prints accuracies on "val", whose draws are averaged: choose block and sigma there, never on the test
 images (--probe-split test reports); --eps adds PGD-20 on the margin in linf, on the first --n-attacked images, each seen
-under --n-draws fixed draws that the gradient goes through (an average over them). probe.json and a heat map, probe.png.
+under the --n-draws of its stored features, and the gradient goes through all of them. probe.json and a heat map, probe.png.
 --save-head writes the probe of one block and sigma as a head, to be evaluated and attacked by AutoAttack:
 evaluate.py --model diffusion-head --teacher ... --checkpoint out/head.pt.
 """
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     group.add_argument("--probe", action="store_true", help="fit and print a linear probe per (block, sigma)")
     group.add_argument("--probe-split", choices=["val", "test"], default="val", help="images that the probe's accuracy is of")
     group.add_argument("--eps", type=cli.positive, help="attack the probes, too: linf radius of x in [0, 1] (default: no attack)")
-    group.add_argument("--n-attacked", type=cli.count, default=64, help="first images of the split that are attacked")
+    group.add_argument("--n-attacked", type=cli.count, default=200, help="first images of the split that are attacked")
     group.add_argument("--save-head", help="file for the probe of one block and one sigma, such as out/head.pt")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=250, help="images per network call on one process")
@@ -92,12 +92,18 @@ def accuracy_of(weight, bias, features, labels):
 
 
 def attacked_accuracy(model, block, sigma, weight, bias, images, labels, args):
-    """Share of correct predictions on adversarial images: PGD-20, step eps / 4, on the margin, through all draws."""
+    """Share of correct predictions on adversarial versions of the first images of the probed split: PGD-20, step eps / 4, on the margin.
+
+    Each image is seen under the very draws of its stored features, and the gradient goes through all of them.
+    """
     head = generative.DiffusionHead(model, args.n_draws, False, args.seed, block, sigma, weight.cpu(), bias.cpu())
     head = head.to(model.device).eval().requires_grad_(False)
     n_correct = 0
     for i, s in enumerate(range(0, len(images), args.batch_size)):
         x, y = data.to_x(images[s : s + args.batch_size], model.device), torch.from_numpy(labels[s : s + args.batch_size]).to(model.device)
+        streams = data.id_streams(args.seed, f"features-{args.probe_split}", range(s, s + len(x)))
+        draws = [data.normal_of(streams, model.noise_shape).to(model.device) for _ in range(args.n_draws)]
+        head.draws = lambda x, draws=draws: draws
         start = attacks.random_start(x.shape, "linf", args.eps, data.stream(args.seed, "probe-pgd", i, model.device))
         settings = dict(norm="linf", eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
         x_adv = attacks.pgd(head, x, y, [start], **settings)
@@ -127,6 +133,8 @@ def extract(model, images, split, sigma, blocks, args, rank, world_size):
     if rank == 0:
         widths = [f.shape[2] for f in features_of(model, images[:1], [0], split, sigma, blocks, 1, args.seed)]
         for path, width in zip(paths, widths):
+            if not os.path.exists(path + ".writing") and os.path.exists(path + ".done.writing"):
+                os.unlink(path + ".done.writing")  # flags of a map that is gone
             zeros(path + ".writing", np.float32, (len(images), args.n_draws, width))
             zeros(path + ".done.writing", np.uint8, (len(batches),))
     dist.barrier()
@@ -145,6 +153,7 @@ def extract(model, images, split, sigma, blocks, args, rank, world_size):
     if rank == 0:
         for path in paths:
             os.replace(path + ".writing", path)
+        for path in paths:
             os.unlink(path + ".done.writing")
     dist.barrier()
 

@@ -13,12 +13,13 @@ from common.representations import interval  # noqa: E402
 
 # Okabe and Ito's palette, safe for the colour-blind; lines differ by their dashes, too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
-DASHES = ("-", "--", "-.", ":")
+DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vP*Xp"
 
 
 def draw(result, out_dir):
     """Write all pictures of the `result` of analyze.py and print their names."""
-    styles = {name: dict(color=COLOURS[i % 8], linestyle=DASHES[i % 4]) for i, name in enumerate(result["models"])}
+    kinds = enumerate(result["models"])
+    styles = {name: dict(color=COLOURS[i % 8], linestyle=DASHES[(i + i // 8) % 4], marker=MARKERS[i % 9]) for i, name in kinds}
     panels = {
         **{"rank": rank, "spread": spread, "frequencies": frequencies, "sparseness": sparseness},
         **{"dimension": dimension, "margin": margin, "distance": distance, "similarity": similarity},
@@ -49,7 +50,7 @@ def curves(axis, result, styles, key, x_of):
     for name, rows in result["models"].items():
         lines = np.array([row[key] for row in rows])
         x = x_of(lines.shape[1])
-        axis.plot(x, lines.mean(0), label=name, **styles[name])
+        axis.plot(x, lines.mean(0), label=name, **styles[name] | {"marker": None})
         if len(rows) > 1:
             axis.fill_between(x, lines.min(0), lines.max(0), color=styles[name]["color"], alpha=0.15, linewidth=0)
 
@@ -76,7 +77,7 @@ def crosses(axis, result, styles, key_x, key_y):
     for name, rows in result["models"].items():
         (x, *x_range), (y, *y_range) = interval(rows, key_x), interval(rows, key_y)
         lengths = [[[v - low], [high - v]] for v, (low, high) in ((x, x_range), (y, y_range))]
-        axis.errorbar(x, y, lengths[1], lengths[0], marker="o", capsize=3, color=styles[name]["color"], label=name)
+        axis.errorbar(x, y, lengths[1], lengths[0], capsize=3, label=name, **styles[name] | {"linestyle": "none"})
     axis.grid(alpha=0.3)
 
 
@@ -157,12 +158,17 @@ def _by_kind(matrix, names, kinds):
     return np.array([[matrix[mask].mean() if mask.any() else np.nan for mask in row] for row in masks])
 
 
-def legend(figure, result, styles):
-    handles = [plt.Line2D([], [], linewidth=3, **style) for style in styles.values()]
-    labels = [f"{name}: {len(rows)} model{'s' * (len(rows) > 1)}, {rows[0]['dim']} features" for name, rows in result["models"].items()]
+def caption(result):
+    """What the numbers of a result are of, in one sentence."""
     rows, settings = next(iter(result["models"].values())), result["settings"]
-    text = f"{settings['dataset']}, {rows[0]['n']} test images; attack: {settings['norm']} {settings['eps']:.3g}, PGD-20, first "
-    text += f"{settings['n_attacked']}; bars and crosses: 95 %, over models or images; bands: extremes of the models"
+    attack = f"{settings['norm']} {settings['eps']:.3g}, PGD-20, first {settings['n_attacked']}"
+    return f"{settings['dataset']}, {rows[0]['n']} test images; attack: {attack}; intervals: 95 %, over models where there are several"
+
+
+def legend(figure, result, styles):
+    handles = [plt.Line2D([], [], linewidth=3, markersize=8, **style) for style in styles.values()]
+    labels = [f"{name}: {len(rows)} model{'s' * (len(rows) > 1)}, {rows[0]['dim']} features" for name, rows in result["models"].items()]
+    text = f"{caption(result)}; bands: extremes"
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=12, title=text, title_fontsize=12, frameon=False)
 
 
@@ -190,20 +196,25 @@ def heat_maps(result, path):
 def embedding(result, path):
     """Penultimate features of the first model of each name in two dimensions: clean, adversarial, and those that are fooled."""
     kinds = list(result["models"].items())
-    figure, axes = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 8), layout="constrained", squeeze=False)
-    for column, (name, rows) in enumerate(kinds):
+    columns = min(3, len(kinds))
+    bands = -(-len(kinds) // columns)  # of two rows, PCA above t-SNE
+    figure, axes = plt.subplots(2 * bands, columns, figsize=(4.2 * columns, 8 * bands), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, (name, rows) in enumerate(kinds):
         found = rows[0]["embedding"]
         label, fooled = np.array(found["label"]), np.array(found["fooled"])
         for row, (key, title) in enumerate((("pca", "PCA"), ("tsne", "t-SNE"))):
-            axis, points = axes[row, column], np.array(found[key])
+            axis, points = axes[2 * (place // columns) + row, place % columns], np.array(found[key])
             clean, adversarial = points[: len(label)], points[len(label) :]
             axis.scatter(*clean.T, c="#0072B2", s=12, alpha=0.5, linewidth=0, label="clean")
-            axis.scatter(*adversarial[~fooled].T, c="#E69F00", s=12, alpha=0.6, linewidth=0, label="adversarial, withstood")
+            axis.scatter(*adversarial[~fooled].T, c="#E69F00", s=12, alpha=0.6, linewidth=0, label="adversarial")
             axis.scatter(*adversarial[fooled].T, c="black", s=26, marker="x", linewidth=1, label="adversarial, fooled")
             for k in np.unique(label) if len(np.unique(label)) <= 20 else []:
-                axis.text(*np.median(clean[label == k], axis=0), str(k), fontsize=13, weight="bold", ha="center", va="center")
+                axis.text(*np.median(clean[label == k], axis=0), str(k), fontsize=15, weight="bold", ha="center", va="center")
+            axis.axis("on")
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{name}, {title}: {fooled.mean():.0%} fooled", fontsize=10)
-    axes[0, 0].legend(fontsize=8, loc="best")
-    figure.suptitle("Features of test images and of their adversarial versions; numbers stand at the classes' medians", fontsize=11)
+            axis.set_title(f"{name}, {title}: {fooled.mean():.0%} fooled", fontsize=13)
+    axes[0, 0].legend(fontsize=10, loc="best")
+    figure.supxlabel("Features of test images; numbers: median of a class", fontsize=13)
     save(figure, path)

@@ -14,7 +14,7 @@ from torch import nn
 N_GROUPS = 32
 
 
-def group_rows(n, at_once=1024):
+def group_rows(n, at_once=256):
     """(group, a slice of its rows) in turn, until all n rows were named once; a slice is of at most `at_once` rows."""
     for group in range(N_GROUPS):
         for start in range(group, n, N_GROUPS * at_once):
@@ -133,7 +133,12 @@ def kernel_sums(features):
         a = unit(features[rows_a])
         n[group_a] += len(a)
         for group_b, rows_b in group_rows(len(features)):
-            sums[group_a, group_b] += np.exp(4 * (a @ unit(features[rows_b]).T - 1)).sum()
+            b = unit(features[rows_b])
+            exponents = a @ b.T
+            exponents *= 4
+            exponents -= 2 * np.square(a).sum(1)[:, None]
+            exponents -= 2 * np.square(b).sum(1)
+            sums[group_a, group_b] += np.exp(exponents, out=exponents).sum()
     return n, sums - np.diag(n)  # a row with itself: exp(0)
 
 

@@ -21,4 +21,4 @@ for kind in standard at at_dra dm_at dm_at_dra; do
 done
 torchrun --nproc_per_node 2 analyze.py "${models[@]}" --teacher out/diffusion-digits --out-dir $out
 python -m runs.claims --analysis $out
-torchrun --nproc_per_node 2 extract_features.py --probe --n-draws 2 --eps 0.05 --n-attacked 64 --out-dir out/features-digits-2-draws
+torchrun --nproc_per_node 2 extract_features.py --probe --n-draws 2 --eps 0.05 --out-dir out/features-digits-2-draws

@@ -3,8 +3,9 @@
 python -m runs.claims --analysis out/analysis-digits
 
 The models are named standard, at, at_dra, dm_at, dm_at_dra, each with the same seeds in the same order, and teacher. Differences of two
-kinds of classifiers are paired by seed; the teacher is one network, whose own interval, over images, is added in quadrature.
-"yes" and "no": the 95 % interval (Student's t) lies on the claimed, or the other, side of 0. Not corrected for the number of claims.
+kinds of classifiers are paired by seed; the teacher is one network, to whose differences both sides' intervals over images are added, in
+quadrature. "yes" and "no": the 95 % interval (Student's t) lies on the claimed, or the other, side of 0; where the claim is that two
+differ, either side is a yes. Not corrected for the number of claims.
 """
 
 import os
@@ -16,7 +17,8 @@ from common.representations import interval
 
 KINDS = ("standard", "at", "at_dra", "dm_at", "dm_at_dra", "teacher")
 CLAIMS = [  # (what is claimed, metric, A, B, sign of A - B that is claimed, 0 for either)
-    ("Diffusion features are diverse: higher rank than a standard classifier's", "rank_share", "teacher", "standard", 1),
+    ("Diffusion features are diverse: higher rank than a standard classifier's", "rank_me", "teacher", "standard", 1),
+    ("The same, as a share of the number of features", "rank_share", "teacher", "standard", 1),
     ("They are partly robust: more accurate under attack than a standard classifier", "robust", "teacher", "standard", 1),
     ("The same, at a third of the radius", "robust_third", "teacher", "standard", 1),
     ("Their saliency has less of the high frequencies than a standard classifier's", "high_frequencies", "teacher", "standard", -1),
@@ -27,9 +29,9 @@ CLAIMS = [  # (what is claimed, metric, A, B, sign of A - B that is claimed, 0 f
     ("The same, with synthetic images", "sae", "dm_at_dra", "dm_at", -1),
     ("DRA raises the classification dimension", "dimension", "at_dra", "at", 1),
     ("The same, with synthetic images", "dimension", "dm_at_dra", "dm_at", 1),
-    ("Images and representations act differently, on the rank", "rank_me", "dm_at", "at_dra", 0),
-    ("On the sparse autoencoder's error", "sae", "dm_at", "at_dra", 0),
-    ("On the classification dimension", "dimension", "dm_at", "at_dra", 0),
+    ("Images and representations act differently: A and B differ in rank", "rank_me", "dm_at", "at_dra", 0),
+    ("In the sparse autoencoder's error", "sae", "dm_at", "at_dra", 0),
+    ("In the classification dimension", "dimension", "dm_at", "at_dra", 0),
     ("(check) DRA brings features nearer to the teacher's: CKA", "teacher_cka", "at_dra", "at", 1),
     ("(check) The same, with synthetic images", "teacher_cka", "dm_at_dra", "dm_at", 1),
 ]
@@ -45,9 +47,9 @@ def judge(result, metric, a, b, sign):
     """(value of A, value of B, [difference, low, high], yes | no | not resolved)."""
     found = {name: np.array([row[metric] for row in result["models"][name]]) for name in (a, b)}  # (seeds, [value, low, high])
     difference, low, high = interval([{"d": [value]} for value in found[a][:, 0] - found[b][:, 0]], "d")
-    of_images = sum((found[name][0, 2] - found[name][0, 1]) / 2 for name in (a, b) if name == "teacher")
-    half = np.hypot((high - low) / 2, of_images)
-    verdict = "not resolved" if abs(difference) <= half else "yes" if sign == 0 or sign * difference > 0 else "no"
+    of_images = [(found[name][:, 2] - found[name][:, 1]).mean() / 2 for name in (a, b)] if "teacher" in (a, b) else []
+    half = np.linalg.norm([(high - low) / 2, *of_images])
+    verdict = "not resolved" if not abs(difference) > half else "yes" if sign == 0 or sign * difference > 0 else "no"
     return found[a][:, 0].mean(), found[b][:, 0].mean(), [difference, difference - half, difference + half], verdict
 
 
@@ -60,6 +62,12 @@ def main(args):
         raise cli.UserError(
             f"{path}: expected one teacher, and {', '.join(KINDS[:-1])} with as many models each, at least 2, found {sizes}"
         )
+    seeds = {}
+    for name in KINDS[:-1]:
+        runs = [os.path.join(os.path.dirname(row["path"]), "args.json") for row in result["models"][name]]
+        seeds[name] = [checkpoint.read_json(run).get("seed") for run in runs]
+        if seeds[name] != seeds["standard"]:
+            raise cli.UserError(f"{path}: the seeds of standard are {seeds['standard']}, those of {name} {seeds[name]}, in this order")
     rows = [row for of in result["models"].values() for row in of]  # in the order of the similarities
     teacher = result["cka"]["names"].index("teacher")
     for row, similarities in zip(rows, result["cka"]["matrix"]):

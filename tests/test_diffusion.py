@@ -292,6 +292,14 @@ def test_extraction_goes_on_batch_by_batch(diffusion_dir, tmp_path, monkeypatch)
         run("again", "mid_block", "up_blocks.0.resnets.0", stop=6)
     run("again", "mid_block", "up_blocks.0.resnets.0")
     assert calls.count("train") == 1 + 4
+    with pytest.raises(ZeroDivisionError):
+        run("lost", "mid_block", stop=6)
+    for path in (tmp_path / "lost").glob("train-*0.3.npy.writing"):
+        path.unlink()  # its flags are of no use then
+    run("lost", "mid_block")
+    assert (tmp_path / "lost" / "train-mid_block-sigma0.3.npy").read_bytes() == (
+        tmp_path / "whole" / "train-mid_block-sigma0.3.npy"
+    ).read_bytes()
     for path in (tmp_path / "whole").glob("*.npy"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}

@@ -156,7 +156,7 @@ def test_probes_are_attacked_end_to_end(diffusion_dir, tmp_path, capsys):
         extract_features.main(extract_features.parse_args([*argv, "--eps", eps]))
         found[eps] = json.loads((tmp_path / "features" / "probe.json").read_text())
     clean = np.array(found["0.4"]["accuracy"])
-    assert clean.shape == (2, 1) and np.abs(np.array(found["1e-6"]["attacked"]) - clean).max() < 0.08  # shared noise, or an image's own
+    assert clean.shape == (2, 1) and np.abs(np.array(found["1e-6"]["attacked"]) - clean).max() < 0.01  # the very draws
     assert np.max(found["0.4"]["attacked"]) < 0.02 < clean.min()
     assert "under attack, linf 0.4, first 200 images" in capsys.readouterr().out
     assert (tmp_path / "features" / "probe.png").read_bytes()[:4] == b"\x89PNG"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tracemalloc
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.stats import ortho_group
 
 import analyze
 import train_at
-from common import cli, data, models, representations
+from common import checkpoint, cli, data, models, representations
 from common.representations import N_GROUPS
 from runs import claims
 
@@ -86,8 +87,14 @@ def test_alignment_and_uniformity_against_slow_sums():
     assert representations.squared_distances(a, 3 * a).max() < 1e-12
     for groups in (ALL, np.array([0, 5, 9])):
         rows = np.concatenate([unit_a[g::N_GROUPS] for g in groups])
-        pairs = [math.exp(-2 * ((x - y) ** 2).sum()) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
-        assert representations.uniformity(representations.kernel_sums(a), groups) == pytest.approx(math.log(np.mean(pairs)))
+        assert representations.uniformity(representations.kernel_sums(a), groups) == pytest.approx(slow_uniformity(rows))
+    a[:20] = unit_a[:20] = 0  # a dead feature vector stays zero
+    assert representations.uniformity(representations.kernel_sums(a), ALL) == pytest.approx(slow_uniformity(unit_a))
+
+
+def slow_uniformity(rows):
+    pairs = [math.exp(-2 * ((x - y) ** 2).sum()) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+    return math.log(np.mean(pairs))
 
 
 def test_uniformity_of_the_circle():
@@ -117,7 +124,7 @@ def test_cka_is_the_formula_and_ignores_rotation_and_scale():
 # ----------------------------------------------------------------------------------------------------------- frequencies
 
 
-@pytest.mark.parametrize("cycles", [(0, 0), (3, 0), (2, 2), (0, 7)])
+@pytest.mark.parametrize("cycles", [(0, 0), (3, 0), (2, 2), (4, 0), (0, 7)])
 def test_spectrum_of_a_sinusoid_is_its_ring(cycles):
     size = 16
     j, i = np.meshgrid(np.arange(size), np.arange(size))
@@ -267,13 +274,15 @@ def test_analyze_writes_tables_and_pictures_and_goes_on(trained, diffusion_dir, 
     assert (half == half.T).all() and half[1, 2] == pytest.approx(0, abs=1e-6) and 0 < half[0, 3] < 0.5
     row, teacher = result["models"]["at"][0], result["models"]["teacher"][0]
     assert "alignment_draws" in teacher and "alignment_draws" not in row and teacher["sigma"] > 0
+    assert 0 < teacher["alignment_draws"][0] < 1 and teacher["clean"][0] > 0.5
+    assert len(set(row["sae_by_seed"])) == 2 and row["robust_third"][0] > row["robust"][0]
     for key in analyze.METRICS.keys() - {"alignment_draws"}:
         for found in (row, teacher):
             value, low, high = found[key]
             assert low <= value <= high and math.isfinite(high - low), key
     table = (tmp_path / "analysis.md").read_text()
     assert (
-        table in capsys.readouterr().out and table.count("\n") == 3 + len(analyze.METRICS) and table.startswith("| | at | one | teacher |")
+        table in capsys.readouterr().out and table.count("\n") == 5 + len(analyze.METRICS) and table.startswith("| | at | one | teacher |")
     )
     for name in ("rank", "spread", "frequencies", "sparseness", "dimension", "margin", "distance", "similarity", "embedding", "analysis"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
@@ -293,10 +302,10 @@ def test_memory_does_not_grow_with_the_images(trained, tmp_path):
     for copies in (1, 16):
         many = np.tile(images[:512], (copies, 1, 1, 1)), np.tile(labels[:512], copies)
         tracemalloc.start()
-        analyze.measure(model, ((images, np.arange(800), labels), many), args, "cpu", str(tmp_path / "features.npy"))
+        analyze.measure("a", model, ((images, np.arange(800), labels), many), args, "cpu", str(tmp_path / "features.npy"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 0.5e6, peaks
+    assert peaks[1] < peaks[0] + 1e6, peaks
 
 
 def test_two_processes_analyze_as_one(trained, tmp_path):
@@ -327,7 +336,7 @@ def test_what_is_measured_of_a_classifier(trained, tmp_path):
     train, _ = data.load_train(DIGITS, None, 200)
     images, labels = (part[:128] for part in data.load_test(DIGITS, None))
     path = str(tmp_path / "features.npy")
-    found = analyze.measure(model, ((train[0], np.arange(800), train[1]), (images, labels)), args, "cpu", path)
+    found = analyze.measure("a", model, ((train[0], np.arange(800), train[1]), (images, labels)), args, "cpu", path)
     x, y = data.to_x(images), torch.from_numpy(labels)
     logits, expected = model(x, with_features=True)
     np.testing.assert_allclose(np.load(path), expected.numpy(), rtol=1e-4, atol=1e-5)
@@ -344,7 +353,64 @@ def test_what_is_measured_of_a_classifier(trained, tmp_path):
     assert found["margin"][0] == pytest.approx(np.mean(margins), rel=1e-4)
     assert found["gradient"][0] == pytest.approx(np.mean(lengths), rel=1e-4)
     assert found["distance"][0] == pytest.approx(np.mean(np.array(margins) / lengths), rel=1e-3)
+    fit = model(data.to_x(train[0]), with_features=True)[1].double().numpy()
+    mean, basis = fit.mean(0), np.linalg.svd(fit - fit.mean(0))[2]
+    features, weight, bias = (t.double().detach().numpy() for t in (expected, model.logits.weight, model.logits.bias))
+    for k in (0, 4, 9, 64):
+        kept = (features - mean) @ basis[:k].T @ basis[:k] + mean
+        assert found["dimension_curve"][k] == pytest.approx(((kept @ weight.T + bias).argmax(1) == labels).mean(), abs=0.01)
+    scale = np.sqrt(np.square(fit - mean).mean())
+    fit, features = (torch.from_numpy((part - mean) / scale).float() for part in (fit, features))
+    for seed, error in enumerate(found["sae_by_seed"]):
+        sae = representations.train_sae(fit, 32, 8, 20, seed)
+        left = (sae(features) - features).square().sum() / (features - features.mean(0)).square().sum()
+        assert error == pytest.approx(left.item(), rel=0.01)
     assert found["alignment"][0] > 0 and sum(found["saliency"]) == pytest.approx(1)
+
+
+def test_what_is_wrong_without_an_attack_is_not_robust(monkeypatch):
+    """A dark image that the attack brightens is classified right then, and still not robust."""
+
+    class Bright(torch.nn.Module):
+        def forward(self, x, with_features=False):
+            features = torch.stack([0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5], 1)
+            return (features, features) if with_features else features
+
+    monkeypatch.setattr(analyze.attacks, "pgd", lambda model, x, y, starts, **settings: 1 - x)
+    images, labels = np.stack([np.full((8, 8, 1), value, np.uint8) for value in (0, 255)]), np.array([1, 1])
+    args = analyze.parse_args(["--model", "a=x"])
+    _, _, correct, robust = analyze.attacked(Bright(), images, labels, 0.1, args, "cpu")
+    assert correct.tolist() == [False, True] and robust.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("key", ["block.0.conv_1.weight", "logits.weight"])
+def test_models_that_tell_no_images_apart_are_refused(key, trained, tmp_path):
+    """All features alike, or no gradient: one line with the name, not a crash of a library or a NaN."""
+    state = checkpoint.load(trained[0], {})
+    for name, value in state["weights"].items():
+        if key == "logits.weight" and name == key or key != "logits.weight" and name.startswith(("layer", "batchnorm")):
+            value.zero_()
+    checkpoint.save(state, tmp_path / "dead.pt")
+    message = "the same for all images" if key != "logits.weight" else "gradient is zero on all images"
+    with pytest.raises(cli.UserError, match=rf"a \(.*dead.pt\): .*{message}"):
+        analyze.main(analyze.parse_args(["--model", f"a={tmp_path}/dead.pt", *SMALL, "--out-dir", str(tmp_path / "out")]))
+
+
+def test_models_that_are_not_of_one_kind(trained, tmp_path):
+    for argv, match in (
+        (["--model", f"a={trained[0]}", "--model", f"a={trained[0]}/../best.pt"], "the same model as another one of that name"),
+        (["--model", f"a={trained[0]}", "--sae-k", "64", "--sae-latents", "80"], "--sae-k 64: expected less than the 64 features"),
+        (["--model", f"a={trained[0]}", "--val-size", "950"], "leaves 50 training images, the fits need at least 64"),
+        (["--model", f"a={trained[0]}", "--model", f"a={tmp_path}/run/best.pt"], "--model a: models of 64 and 128 features"),
+    ):
+        if "128" in match:
+            short = ["--model", "wrn-10-2", "--epochs", "1", "--loss", "standard", "--eval-n-steps", "1"]
+            train_at.main(train_at.parse_args([*short, "--out-dir", str(tmp_path / "run")]))
+        small = SMALL[:6] if "--sae-k" in argv else SMALL
+        if "/../" in argv[-1]:
+            argv[-1] = f"a={os.path.dirname(trained[0])}/./best.pt"
+        with pytest.raises(cli.UserError, match=match):
+            analyze.main(analyze.parse_args([*argv, *small, "--out-dir", str(tmp_path / "out")]))
 
 
 def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
@@ -357,7 +423,12 @@ def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
     made = {name: [row(rank_me=30 + seed, robust=0.0, sae=0.5 + seed) for seed in range(3)] for name in claims.KINDS[:-1]}
     made["dm_at"] = [row(rank_me=29 + seed + 0.1 * (seed == 1), sae=0.5 + seed) for seed in range(3)]
     made["at_dra"] = [row(sae=0.9 + seed + 0.01 * seed) for seed in range(3)]
-    made |= {"teacher": [row(dim=32, rank_me=20.0, robust=0.4)]}
+    made |= {"teacher": [row(dim=32, rank_me=20.0, robust=0.4, robust_third=1.5) | {"robust_third": [1.5, 0.9, 2.1]}]}
+    for name, rows in made.items():
+        for seed, of in enumerate(rows):
+            of["path"] = str(tmp_path / f"{name}-{seed}" / "best.pt")
+            (tmp_path / f"{name}-{seed}").mkdir()
+            (tmp_path / f"{name}-{seed}" / "args.json").write_text(json.dumps({"seed": seed}))
     names = [name for name, rows in made.items() for _ in rows]
     result = {"models": made, "cka": {"names": names, "matrix": np.eye(len(names)).tolist()}}
     (tmp_path / "analysis.json").write_text(json.dumps(result))
@@ -366,7 +437,14 @@ def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
     assert lines["rank_me: dm_at - at"].endswith("| yes |") and "-0.967" in lines["rank_me: dm_at - at"]
     assert lines["sae: at_dra - at"].endswith("| no |") and lines["dimension: at_dra - at"].endswith("| not resolved |")
     assert lines["rank_share: teacher - standard"].endswith("| yes |") and "0.625" in lines["rank_share: teacher - standard"]
+    assert lines["rank_me: teacher - standard"].endswith("| no |")
+    assert lines["robust: teacher - standard"].endswith("| yes |")  # the intervals over images are of no width
+    assert lines["robust_third: teacher - standard"].endswith("| not resolved |")  # 0.5 +- 0.6
+    assert lines["rank_me: dm_at - at_dra"].endswith("| yes |") and lines["dimension: dm_at - at_dra"].endswith("| not resolved |")
     assert "3 seeds, 100 test images" in capsys.readouterr().out
+    (tmp_path / "at-1" / "args.json").write_text(json.dumps({"seed": 5}))
+    with pytest.raises(cli.UserError, match=r"seeds of standard are \[0, 1, 2\], those of at \[0, 5, 2\]"):
+        claims.main(claims.parse_args(["--analysis", str(tmp_path)]))
     result["models"]["at"].pop()
     (tmp_path / "analysis.json").write_text(json.dumps(result))
     with pytest.raises(cli.UserError, match="as many models each"):
