@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from common import checkpoint  # noqa: E402
 from common.representations import interval  # noqa: E402
@@ -82,9 +83,10 @@ def crosses(axis, result, styles, key_x, key_y):
 
 
 def plain_ticks(of):
-    """Numbers without exponents on a logarithmic axis of about one decade."""
+    """1, 2, 5, 10, ... as they are on a logarithmic axis."""
+    of.set_major_locator(LogLocator(subs=(1, 2, 5)))
     of.set_major_formatter("{x:g}")
-    of.set_minor_formatter("{x:g}")
+    of.set_minor_formatter(NullFormatter())
 
 
 def spread(axis, result, styles):
