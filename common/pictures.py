@@ -138,7 +138,7 @@ def distance(axis, result, styles):
     eps, norm = result["settings"]["eps"], result["settings"]["norm"]
     axis.axhline(eps, color="grey", linestyle=":")
     axis.set_ylabel(f"margin / length of its gradient, {norm}")
-    axis.set_title(f"First-order distance to the boundary, mean (dotted: radius of the attack, {eps:.3g})", fontsize=10)
+    axis.set_title(f"First-order distance to the boundary (dotted: radius, {eps:.3g})", fontsize=10)
 
 
 def similarity(axis, result, styles):
