@@ -20,7 +20,8 @@ alignment is also that of two draws. Intervals are 95 %: over seeds (Student's t
 the sparse autoencoder, over its seeds).
 
 Writes analysis.json, analysis.md, one PNG per analysis and analysis.png into --out-dir. What is computed of a model is kept in
-parts/, named by the hash of all that it depends on: the same command goes on, and another set of models reuses it.
+parts/, model by model, named by the hash of all that it depends on, the code of the metrics included: the same command goes on with
+the models that are left, and another set of models reuses those that are there.
 """
 
 import functools
@@ -95,6 +96,8 @@ def parse_args(argv=None):
     if args.eps is None and args.norm not in spec.eps:
         parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
     args.eps = args.eps or spec.eps[args.norm]
+    if args.norm == "linf" and args.eps > 1:
+        parser.error(f"argument --eps: {args.eps:g}, expected at most 1, of x in [0, 1]; 8/255 is written so")
     args.val_size = spec.val_size if args.val_size is None else args.val_size
     return args
 
@@ -346,16 +349,19 @@ def main(args):
     if network:
         jobs.append(("teacher", args.teacher))
         identities.append({"network_sha256": network.sha256, "block": block, "sigma": sigma, "n_noise": args.n_noise})
-    requests = [{"format": 4, "n": n, "torch": torch.__version__, "device": device.type} | settings | of for of in identities]
+    code = {f"{os.path.basename(file)}_sha256": checkpoint.sha256(file) for file in (__file__, representations.__file__)}
+    requests = [code | {"n": n, "torch": torch.__version__, "device": device.type} | settings | of for of in identities]
     digests = [hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16] for request in requests]
     for i, (job, digest) in enumerate(zip(jobs, digests)):
         if (job[0], digest) in [(name, of) for (name, _), of in zip(jobs[:i], digests)]:
             raise cli.UserError(f"--model {job[0]}={job[1]}: the same model as another one of that name, seeds must differ")
-    stems = [os.path.join(args.out_dir, "parts", digest) for digest in digests]
+    folder = os.path.join(args.out_dir, "parts")
+    if rank == 0:
+        runlog.claim_directory(folder, {"script": "analyze.py"}, "parts.json")
+    stems = [os.path.join(folder, digest) for digest in digests]
     todo = [stems.index(stem) for stem in dict.fromkeys(stems) if not all(os.path.exists(stem + end) for end in (".json", ".npy"))]
-    os.makedirs(os.path.join(args.out_dir, "parts"), exist_ok=True)
     dist.barrier()
-    for i in runlog.progress(todo[rank::world_size], rank, desc="analyze", unit="model"):
+    for i in runlog.progress(todo[::-1][rank::world_size], rank, desc="analyze", unit="model"):  # the teacher, the slowest, first
         name, path = jobs[i]
         if name == "teacher":
             model = teacher_classifier(network, block, sigma, splits[0], spec, args, device)

@@ -132,6 +132,8 @@ def parse_args(argv=None):
     if args.eps is None and args.norm not in spec.eps:
         parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
     args.eps = list(dict.fromkeys(args.eps or [spec.eps[args.norm]]))
+    if args.norm == "linf" and max(args.eps) > 1:
+        parser.error(f"argument --eps: {max(args.eps):g}, expected at most 1, of x in [0, 1]; 8/255 is written so")
     if args.norm == "l1" and (args.attack in ("pgd", "transfer") or args.transfer_from):
         parser.error("argument --norm: pgd and transfer know linf and l2; take apgd or autoattack for l1")
     if args.attack == "transfer" and not args.transfer_from:

@@ -10,7 +10,8 @@ in one pass of the network, which is left at the last of them.
     python extract_features.py --blocks up_blocks.0.resnets.0 --sigmas 0.1 --save-head out/head.pt    # a classifier to attack
 
 Writes <split>-<block>-sigma<sigma>.npy (float32, (N, draws, channels), memory-mapped) and <split>-labels.npy for the splits
-train, val and test, and manifest.json. Work that was cut goes on where it was. --probe fits a logistic regression to "train",
+train, val and test, and manifest.json. Features that were cut go on
+batch by batch; probes and their attacks start again. --probe fits a logistic regression to "train",
 every draw an example, and prints accuracies on "val", whose draws are averaged: choose block and sigma there, never on the test
 images (--probe-split test reports); --eps adds PGD-20 on the margin in linf, on the first --n-attacked images, each seen
 under the --n-draws of its stored features, and the gradient goes through all of them. probe.json and a heat map, probe.png.
@@ -55,6 +56,8 @@ def parse_args(argv=None):
     args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
     args.blocks, args.sigmas = args.blocks and list(dict.fromkeys(args.blocks)), list(dict.fromkeys(args.sigmas))
     parser.refuse_unused(argv, {"--eps": ("--probe", args.probe), "--n-attacked": ("--eps", args.eps)})
+    if args.eps and args.eps > 1:
+        parser.error(f"argument --eps: {args.eps:g}, expected at most 1, of x in [0, 1]; 8/255 is written so")
     if args.save_head and not (args.blocks and len(args.blocks) == len(args.sigmas) == 1):
         parser.error("argument --save-head: goes with one of --blocks and one of --sigmas")
     args.out_dir = args.out_dir or f"out/features-{args.dataset}"

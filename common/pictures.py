@@ -14,13 +14,14 @@ from common.representations import interval  # noqa: E402
 
 # Okabe and Ito's palette, safe for the colour-blind; lines differ by their dashes, too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
-DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vP*Xp"
+DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2, 2, 2)))
+MARKERS = "osD^vP*Xp"
 
 
 def draw(result, out_dir):
     """Write all pictures of the `result` of analyze.py and print their names."""
     kinds = enumerate(result["models"])
-    styles = {name: dict(color=COLOURS[i % 8], linestyle=DASHES[(i + i // 8) % 4], marker=MARKERS[i % 9]) for i, name in kinds}
+    styles = {name: dict(color=COLOURS[i % 8], linestyle=DASHES[(i + i // 8) % 8], marker=MARKERS[i % 9]) for i, name in kinds}
     panels = {
         **{"rank": rank, "spread": spread, "frequencies": frequencies, "sparseness": sparseness},
         **{"dimension": dimension, "margin": margin, "distance": distance, "similarity": similarity},
@@ -93,7 +94,7 @@ def spread(axis, result, styles):
     crosses(axis, result, styles, "alignment", "uniformity")
     axis.set(xlabel="alignment: squared distance of clean and adversarial features (log scale)", ylabel="uniformity", xscale="log")
     plain_ticks(axis.xaxis)
-    axis.set_title("Alignment and uniformity: lower is closer, and more spread", fontsize=10)
+    axis.set_title("Left: closer under attack; down: more spread on the sphere", fontsize=10)
 
 
 def margin(axis, result, styles):
@@ -108,7 +109,11 @@ def margin(axis, result, styles):
 def frequencies(axis, result, styles):
     curves(axis, result, styles, "saliency", lambda n: np.arange(n) / result["settings"]["image_size"])
     axis.axvline(0.25, color="grey", linewidth=1, linestyle=":")
-    axis.set(xlabel="frequency, cycles per pixel (dotted: above are the high ones)", ylabel="share of the magnitude", ylim=(0, None))
+    axis.set(
+        xlabel="frequency, cycles per pixel (dotted: above are the high ones)",
+        ylabel="mean magnitude at this radius, summing to 1",
+        ylim=(0, None),
+    )
     axis.set_title("Frequencies of the margin's gradient", fontsize=10)
     axis.grid(alpha=0.3)
 
@@ -169,9 +174,12 @@ def caption(result):
 
 def legend(figure, result, styles):
     handles = [plt.Line2D([], [], linewidth=3, markersize=8, **style) for style in styles.values()]
-    labels = [f"{name}: {len(rows)} model{'s' * (len(rows) > 1)}, {rows[0]['dim']} features" for name, rows in result["models"].items()]
+    labels = [
+        f"{name}: {len(rows)} model{'s' * (len(rows) > 1)}, {rows[0]['dim']} features, RankMe {interval(rows, 'rank_me')[0]:.1f}"
+        for name, rows in result["models"].items()
+    ]
     text = f"{caption(result)}; bands: extremes"
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=12, title=text, title_fontsize=12, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=12, title=text, title_fontsize=12, frameon=False)
 
 
 def heat_maps(result, path):
@@ -187,7 +195,7 @@ def heat_maps(result, path):
         values = 100 * np.array(result[key])
         axis.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9, color="white" if value < 60 else "black")
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9, color="white" if value < 60 else "black")
         axis.set_xticks(range(len(result["sigmas"])), [f"{sigma:g}" for sigma in result["sigmas"]])
         axis.set_yticks(range(len(result["blocks"])), result["blocks"] if key == "accuracy" else [""] * len(result["blocks"]), fontsize=8)
         axis.set_xlabel("noise level sigma")
@@ -218,5 +226,7 @@ def embedding(result, path):
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{name}, {title}: {fooled.mean():.0%} fooled", fontsize=13)
     axes[0, 0].legend(fontsize=10, loc="best")
-    figure.supxlabel("Features of test images; numbers: median of a class", fontsize=13)
+    settings = result["settings"]
+    attack = f"{settings['norm']} {settings['eps']:.3g}, PGD-20"
+    figure.supxlabel(f"First model of each name, {len(label)} test images; attack: {attack}; digits: median of a class", fontsize=12)
     save(figure, path)

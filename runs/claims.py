@@ -29,6 +29,8 @@ CLAIMS = [  # (what is claimed, metric, A, B, sign of A - B that is claimed, 0 f
     ("The same, with synthetic images", "sae", "dm_at_dra", "dm_at", -1),
     ("DRA raises the classification dimension", "dimension", "at_dra", "at", 1),
     ("The same, with synthetic images", "dimension", "dm_at_dra", "dm_at", 1),
+    ("(not claimed) DRA changes the rank", "rank_me", "at_dra", "at", 0),
+    ("(not claimed) The same, with synthetic images", "rank_me", "dm_at_dra", "dm_at", 0),
     ("Images and representations act differently: A and B differ in rank", "rank_me", "dm_at", "at_dra", 0),
     ("In the sparse autoencoder's error", "sae", "dm_at", "at_dra", 0),
     ("In the classification dimension", "dimension", "dm_at", "at_dra", 0),
@@ -41,6 +43,13 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--analysis", default="out/analysis-digits", help="--out-dir of analyze.py")
     return parser.parse_args(argv)
+
+
+def kind_of(settings):
+    """The name of a training run, one of KINDS, from its args.json."""
+    if settings.get("loss") == "standard":
+        return "standard"
+    return ("dm_at" if settings.get("synthetic") else "at") + ("_dra" if settings.get("script") == "train_at_aux.py" else "")
 
 
 def judge(result, metric, a, b, sign):
@@ -65,9 +74,15 @@ def main(args):
     seeds = {}
     for name in KINDS[:-1]:
         runs = [os.path.join(os.path.dirname(row["path"]), "args.json") for row in result["models"][name]]
-        seeds[name] = [checkpoint.read_json(run).get("seed") for run in runs]
-        if seeds[name] != seeds["standard"]:
-            raise cli.UserError(f"{path}: the seeds of standard are {seeds['standard']}, those of {name} {seeds[name]}, in this order")
+        settings = [checkpoint.read_json(run) for run in runs]
+        for run, of in zip(runs, settings):
+            if kind_of(of) != name:
+                raise cli.UserError(f"{run}: is of a run of the kind {kind_of(of)}, given as {name}")
+        seeds[name] = [of.get("seed") for of in settings]
+        if seeds[name] != seeds["standard"] or len(set(seeds[name])) < n_seeds:
+            raise cli.UserError(
+                f"{path}: the seeds of standard are {seeds['standard']}, those of {name} {seeds[name]}; expected the same, all different"
+            )
     rows = [row for of in result["models"].values() for row in of]  # in the order of the similarities
     teacher = result["cka"]["names"].index("teacher")
     for row, similarities in zip(rows, result["cka"]["matrix"]):

@@ -90,6 +90,8 @@ FLAGS = [
     ("evaluate", ["--checkpoint", "x.pt", "--model", "wrn-28-10", "--export", "robustbench"], ["--model", "not --export"]),
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "clean", "--eps", "0.1", "0.2"], ["--eps", "does nothing here", "an attack"]),
     ("evaluate", ["--checkpoint", "x.pt", "--transfer-from", "y.pt", "--sanity-images", "0"], ["--transfer-from", "--sanity-images 0"]),
+    ("evaluate", ["--checkpoint", "x.pt", "--eps", "8"], ["--eps", "8, expected at most 1"]),
+    ("extract_features", ["--probe", "--eps", "8"], ["--eps", "8, expected at most 1"]),
     ("evaluate", ["--checkpoint", "x.pt", "--eps", "0.15", "0.15001"], ["--eps", "one name"]),
     ("evaluate", ["--model", "diffusion-classifier", "--teacher", "x", "--keep-classes", "10"], ["--keep-classes", "less than 10"]),
     ("evaluate", ["--compare", "a", "b", "--norm", "l1", "--export", "robustbench"], ["--compare", "no other flag", "--export, --norm"]),

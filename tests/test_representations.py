@@ -416,6 +416,10 @@ def test_models_that_are_not_of_one_kind(trained, tmp_path):
 def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
     """Made numbers: lower in every seed, higher in every seed, and neither; the teacher against the spread of the seeds."""
 
+    def settings(name, seed):
+        made = {"seed": seed, "loss": "standard" if name == "standard" else "trades", "synthetic": ["x"] if "dm" in name else None}
+        return made | {"script": "train_at_aux.py" if "dra" in name else "train_at.py"}
+
     def row(dim=64, **values):
         base = dict.fromkeys(("rank_me", "robust", "robust_third", "high_frequencies", "sae", "dimension"), 1.0) | values
         return {"dim": dim, "n": 100} | {key: [value, 0, 0] for key, value in base.items()}
@@ -428,7 +432,7 @@ def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
         for seed, of in enumerate(rows):
             of["path"] = str(tmp_path / f"{name}-{seed}" / "best.pt")
             (tmp_path / f"{name}-{seed}").mkdir()
-            (tmp_path / f"{name}-{seed}" / "args.json").write_text(json.dumps({"seed": seed}))
+            (tmp_path / f"{name}-{seed}" / "args.json").write_text(json.dumps(settings(name, seed)))
     names = [name for name, rows in made.items() for _ in rows]
     result = {"models": made, "cka": {"names": names, "matrix": np.eye(len(names)).tolist()}}
     (tmp_path / "analysis.json").write_text(json.dumps(result))
@@ -442,9 +446,14 @@ def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
     assert lines["robust_third: teacher - standard"].endswith("| not resolved |")  # 0.5 +- 0.6
     assert lines["rank_me: dm_at - at_dra"].endswith("| yes |") and lines["dimension: dm_at - at_dra"].endswith("| not resolved |")
     assert "3 seeds, 100 test images" in capsys.readouterr().out
-    (tmp_path / "at-1" / "args.json").write_text(json.dumps({"seed": 5}))
-    with pytest.raises(cli.UserError, match=r"seeds of standard are \[0, 1, 2\], those of at \[0, 5, 2\]"):
-        claims.main(claims.parse_args(["--analysis", str(tmp_path)]))
+    for wrong, match in (
+        (settings("at", 5), r"seeds of standard are \[0, 1, 2\], those of at \[0, 5, 2\]"),
+        (settings("dm_at", 1), "at-1/args.json: is of a run of the kind dm_at, given as at"),
+    ):
+        (tmp_path / "at-1" / "args.json").write_text(json.dumps(wrong))
+        with pytest.raises(cli.UserError, match=match):
+            claims.main(claims.parse_args(["--analysis", str(tmp_path)]))
+    (tmp_path / "at-1" / "args.json").write_text(json.dumps(settings("at", 1)))
     result["models"]["at"].pop()
     (tmp_path / "analysis.json").write_text(json.dumps(result))
     with pytest.raises(cli.UserError, match="as many models each"):
@@ -460,6 +469,7 @@ def test_claims_are_judged_by_paired_differences(tmp_path, capsys):
         (["--model", "a=x", "--model", "a=x"], "the same model twice"),
         (["--model", "a=x", "--sigma", "1"], "--sigma: does nothing here"),
         (["--model", "a=x", "--sae-k", "300"], "300 of 256 latents"),
+        (["--model", "a=x", "--eps", "8"], "--eps: 8, expected at most 1"),
     ],
 )
 def test_flags_of_analyze(argv, match, capsys):
