@@ -21,4 +21,10 @@ for kind in standard at at_dra dm_at dm_at_dra; do
 done
 torchrun --nproc_per_node 2 analyze.py "${models[@]}" --teacher out/diffusion-digits --out-dir $out
 python -m runs.claims --analysis $out
+# Sparser and less sparse autoencoders.
+models=()
+for kind in at at_dra; do
+  for seed in 0 1 2 3 4; do models+=(--model "$kind=$out/$kind-$seed/best.pt"); done
+done
+for k in 4 16; do torchrun --nproc_per_node 2 analyze.py "${models[@]}" --sae-k $k --sae-seeds 1 --out-dir out/analysis-digits-k$k; done
 torchrun --nproc_per_node 2 extract_features.py --probe --n-draws 2 --eps 0.05 --out-dir out/features-digits-2-draws

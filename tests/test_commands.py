@@ -35,6 +35,7 @@ def commands(text):
                             .replace("$out", "out")
                             .replace("$seed", "0")
                             .replace("$weight", "1")
+                            .replace("$k", "4")
                             .replace("${models[@]}", "--model=a=b")
                             .replace('"${fashion[@]}"', "--dataset fashion-mnist --data-dir data")
                         ),
