@@ -14,6 +14,12 @@ lint: .venv/dev
 bench: .venv/runtime
 	.venv/bin/python benchmarks/train_step.py
 
+evidence: .venv/runtime
+	for table in table curve ablations; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/digits_$$table.sh || exit; done
+
+results: .venv/runtime
+	.venv/bin/python -m runs.results
+
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; try: make PYTHON=python3.12")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -24,4 +30,4 @@ bench: .venv/runtime
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test lint bench evidence results

@@ -37,6 +37,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--val-size", type=cli.count, help="first training images, held out as in train_at.py (default: 200 for digits, else 1024)"
     )
+    group.add_argument("--n-train", type=cli.count, help="images of the split train: the next so many (default: all others)")
     group.add_argument("--diffusion", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
     group = parser.add_argument_group("features")
     group.add_argument("--blocks", nargs="+", help="blocks of the network (default: all)")
@@ -201,6 +202,7 @@ def main(args):
         "format": 3,
         "dataset": spec.name,
         "val_size": args.val_size,
+        "n_train": args.n_train,
         "seed": args.seed,
         "batch_size": args.batch_size,
         "n_draws": args.n_draws,
@@ -212,13 +214,12 @@ def main(args):
     if rank == 0:
         data.prepare(spec, args.data_dir, args.download)
     dist.barrier()
-    train, val = data.load_train(spec, args.data_dir, args.val_size)
+    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
     splits = {"train": train, "val": val, "test": data.load_test(spec, args.data_dir)}
     labels = {split: split_labels for split, (_, split_labels) in splits.items()}
     if (args.probe or args.save_head) and len(np.unique(labels["train"])) < spec.num_classes:
-        raise cli.UserError(
-            f"--val-size {args.val_size}: a class has no training image left, --probe and --save-head need all {spec.num_classes}"
-        )
+        found = f"the {len(labels['train'])} training images lack a class"
+        raise cli.UserError(f"--val-size, --n-train: {found}, --probe and --save-head need all {spec.num_classes}")
     if rank == 0:
         runlog.claim_directory(args.out_dir, manifest, "manifest.json")
     dist.barrier()

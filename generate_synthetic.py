@@ -34,6 +34,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--val-size", type=cli.count0, help="first training images, held out as in train_at.py (default: 200 for digits, else 1024)"
     )
+    group.add_argument("--n-train", type=cli.count, help="the next so many are those it was trained on (default: all others)")
     group.add_argument("--diffusion", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
     group = parser.add_argument_group("set")
     group.add_argument("--n-images", type=cli.count, default=10_000, help="images to generate")
@@ -183,7 +184,7 @@ def main(args):
     if rank == 0:
         data.prepare(spec, args.data_dir, args.download)
     if rank == 0 and not spec.files:  # for the memorisation check
-        (train, _), _ = data.load_train(spec, args.data_dir, args.val_size)
+        (train, _), _ = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
         test, _ = data.load_test(spec, args.data_dir)
     if args.classifier:
         classifier, _ = models.load_classifier(args.classifier, spec, device)

@@ -369,7 +369,7 @@ def main(args):
                     best = score
                     checkpoint.save(classifier, os.path.join(args.out_dir, "best.pt"))
                     with checkpoint.atomic(os.path.join(args.out_dir, "best.safetensors")) as file:
-                        file.write(safetensors.torch.save(classifier["weights"], {"model_name": args.model, "dataset": spec.name}))
+                        file.write(safetensors.torch.save(classifier["weights"], {"classifier": f"{args.model}, {spec.name}"}))
                 state = classifier | {"best": best, "seconds": seconds}
                 state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoint.save(state, last_path)

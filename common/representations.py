@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from scipy import stats as distributions
 from torch import nn
 
+from common.stats import t_interval
+
 N_GROUPS = 32
 
 
@@ -57,9 +59,7 @@ def interval(rows, key):
     found = [row[key] for row in rows if key in row]
     if len(found) < 2:
         return found[0] if found else None
-    values = np.array([value[0] for value in found])
-    half = distributions.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return [values.mean(), values.mean() - half, values.mean() + half]
+    return t_interval([value[0] for value in found])
 
 
 # ------------------------------------------------------------------------------------------------- rank and similarity

@@ -4,7 +4,7 @@ import os
 import zipfile
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from common import checkpoint
 from common.cli import UserError
@@ -14,6 +14,13 @@ def wilson(n_correct, n):
     """Wilson's 95 % interval of an accuracy, [low, high]."""
     ci = binomtest(n_correct, n).proportion_ci(method="wilson")
     return [float(ci.low), float(ci.high)]
+
+
+def t_interval(values):
+    """[mean, low, high]: Student's 95 % interval of the mean of at least two values, such as one per seed."""
+    mean = np.mean(values)
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return [mean, mean - half, mean + half]
 
 
 def mcnemar(only_a, only_b):
@@ -41,10 +48,10 @@ def paired_difference(both, only_a, only_b, neither):
 
 
 def read_verdicts(path):
-    """What evaluate.py left in an .npz file, as a dict: index, label, clean_correct and robust per image, names of the attacks."""
+    """What evaluate.py left in an .npz file, as a dict: index, label, clean_correct, robust, fooled_by per image; names of the attacks."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
-            arrays = {key: found[key] for key in ("index", "label", "clean_correct", "robust")}
+            arrays = {key: found[key] for key in ("index", "label", "clean_correct", "robust", "fooled_by")}
             attacks = found["attacks"]
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         raise UserError(f"{path}: missing, or no per-image file of evaluate.py") from None

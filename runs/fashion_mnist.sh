@@ -1,25 +1,38 @@
 #!/usr/bin/env bash
-# Fashion-MNIST, real 28 x 28 images, on two CPU cores in about an hour: the 2 x 2 at a small budget, one seed, from nothing.
-# The classifiers train on 6,400 real images (500 steps of 128); the diffusion model on all 58,976 that are not held out, so
-# that its images and representations know more than AT sees. Needs Debian's package dataset-fashion-mnist, or --download.
-# Run: the rows in README come from these commands. Every command resumes.
+# Fashion-MNIST, real 28 x 28 images: the 2 x 2 at a small budget, three seeds. The classifiers train on 6,400 real images (500 steps of 128);
+# the diffusion model on all 58,976 that are not held out, so that its images and representations know more than AT sees. Needs Debian's
+# package dataset-fashion-mnist, or --download and another --data-dir. About three hours on two CPU cores; every command resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export CUDA_VISIBLE_DEVICES=  # the table is of CPUs; two processes would need two GPUs
-export OMP_NUM_THREADS=1
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
+out=out/evidence/fashion-6400
+images=out/synthetic-fashion-mnist
+fashion=(--dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist)
 
 # The diffusion model (600 k parameters, about 20 minutes on one core) and 5,000 images.
-python train_diffusion.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --val-size 1024 --channels 24 48 48 --batch-size 64 --train-steps 1500 --eval-every 300
-torchrun --nproc_per_node 2 generate_synthetic.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --val-size 1024 --n-images 5000 --shard-size 500 --n-steps 10
-
-# AT, AT+DRA, DM-AT, DM-AT+DRA.
-python train_at.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --n-train 6400 --out-dir out/fashion/at
-python train_at_aux.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --n-train 6400 --out-dir out/fashion/at_dra
-python train_at.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --n-train 6400 --synthetic out/synthetic-fashion-mnist --out-dir out/fashion/dm_at
-python train_at_aux.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --n-train 6400 --synthetic out/synthetic-fashion-mnist --out-dir out/fashion/dm_at_dra
+python train_diffusion.py "${fashion[@]}" --val-size 1024 --channels 24 48 48 --batch-size 64 --train-steps 1500 --eval-every 300
+torchrun --nproc_per_node 2 generate_synthetic.py "${fashion[@]}" --val-size 1024 --n-images 5000 --shard-size 500 --n-steps 10
 
 # APGD-CE+T (an upper bound on robust accuracy) on the first 500 test images.
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/at/best.pt
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/at_dra/best.pt
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/dm_at/best.pt
-torchrun --nproc_per_node 2 evaluate.py --dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist --attack apgd --n-images 500 --checkpoint out/fashion/dm_at_dra/best.pt
+attack() { python evaluate.py "${fashion[@]}" --attack apgd --n-images 500 --checkpoint $1/best.pt; }
+without() {
+  for seed in 0 1 2; do
+    python train_at.py "${fashion[@]}" --n-train 6400 --seed $seed --out-dir $out/at/$seed
+    python train_at.py "${fashion[@]}" --n-train 6400 --seed $seed --synthetic $images --out-dir $out/dm_at/$seed
+    attack $out/at/$seed
+    attack $out/dm_at/$seed
+  done
+}
+with() {
+  for seed in 0 1 2; do
+    python train_at_aux.py "${fashion[@]}" --n-train 6400 --seed $seed --out-dir $out/at_dra/$seed
+    python train_at_aux.py "${fashion[@]}" --n-train 6400 --seed $seed --synthetic $images --out-dir $out/dm_at_dra/$seed
+    attack $out/at_dra/$seed
+    attack $out/dm_at_dra/$seed
+  done
+}
+without & lane=$!
+with
+wait $lane
+python -m runs.results --add out/evidence

@@ -18,29 +18,31 @@ DOCUMENTS = [
 ]
 
 
+FUNCTIONS = {"aligned": "train_at_aux", "mixed": "train_at", "generated": "generate_synthetic"}  # of runs/digits_ablations.sh
+
+
+def expand(text):
+    """A shell script with its arrays and variables replaced: those of loops by their first value, arguments of functions by numbers."""
+    for name, words in re.findall(r"^ *(\w+)=\((-.*)\)", text, re.M):
+        text = text.replace(f'"${{{name}[@]}}"', words)
+    text = text.replace("${models[@]}", "--model=a=b").replace('"${@:2}"', "").replace("$1", "1").replace("$2", "2")
+    variables = re.findall(r"^ *(\w+)=([\w/.-]+)", text, re.M) + re.findall(r"^ *for (\w+) in ([\w.-]+)", text, re.M)
+    for name, value in variables:
+        text = re.sub(rf"\${name}\b", value, text)
+    return text
+
+
 def commands(text):
-    """(script, argv) of every `python SCRIPT ...` and `torchrun ... SCRIPT ...` in a text."""
+    """(script, argv) of every `python SCRIPT ...` and `torchrun ... SCRIPT ...` in a text, and of runs/digits_ablations.sh's functions."""
     found = []
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in expand(text).replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|;|\||&(?= |$)", line.split("  #")[0]):
             match = re.search(r"(?:python3?|torchrun)\s+(?:\S+\s+)*?(-m (?:runs|common)\.\w+|(?:benchmarks/)?\w+\.py)(?=\s|$|`)(.*)", part)
             if match:
                 script = match[1].removeprefix("-m ").removesuffix(".py").replace("/", ".")
-                found.append(
-                    (
-                        script,
-                        shlex.split(
-                            match[2]
-                            .split("`")[0]
-                            .replace("$out", "out")
-                            .replace("$seed", "0")
-                            .replace("$weight", "1")
-                            .replace("$k", "4")
-                            .replace("${models[@]}", "--model=a=b")
-                            .replace('"${fashion[@]}"', "--dataset fashion-mnist --data-dir data")
-                        ),
-                    )
-                )
+                found.append((script, shlex.split(match[2].split("`")[0])))
+            elif match := re.match(r" *(?:do )?(aligned|mixed|generated) [a-z_]+=\S+ (.*)", part):
+                found.append((FUNCTIONS[match[1]], shlex.split(match[2])))
     return found
 
 
@@ -48,6 +50,12 @@ def test_the_search_finds_commands():
     text = "`python train_at.py --beta 3` and\ntorchrun --nproc_per_node 8 evaluate.py \\\n  --n-images 5 & x=$!\n"
     text += "A=1 python -m runs.report\nmake test"
     assert commands(text) == [("train_at", ["--beta", "3"]), ("evaluate", ["--n-images", "5"]), ("runs.report", [])]
+    text = 'few=(--val-size 5)\nout=out/a\nfor seed in 3 4; do\n  python train_at.py "${few[@]}" --seed $seed --out-dir $out/b; done'
+    assert commands(text) == [("train_at", ["--val-size", "5", "--seed", "3", "--out-dir", "out/a/b"])]
+    assert commands("  aligned sigma=1 --sigma 1\nfor a in 3 4; do mixed b=$a --beta $a; done") == [
+        ("train_at_aux", ["--sigma", "1"]),
+        ("train_at", ["--beta", "3"]),
+    ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -56,6 +64,8 @@ def test_every_documented_command_parses(document):
     if document in ("README.md", "runs/quickstart.sh") or document.removesuffix(".py") in SCRIPTS:
         assert found
     for script, argv in found:
+        if "--synthetic-fraction" in argv and "--synthetic" not in argv:  # the function adds the set
+            argv += ["--synthetic", "set"]
         importlib.import_module(script).parse_args(argv)
 
 

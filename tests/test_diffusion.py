@@ -225,6 +225,19 @@ def test_nearest_distances_are_those_of_a_slow_search():
     assert fast.shape == (1100,) and fast[:50].numpy() == pytest.approx(slow, abs=2e-3) and fast[5] < 2e-3
 
 
+def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path, capsys):
+    """Those after the held-out ones, and with --n-train only so many: the nearest of fewer images are farther."""
+    spec, means = data.DATASETS["digits"], []
+    for n_train in (None, 50):
+        argv = ["--diffusion", diffusion_dir, "--n-images", "20", "--n-steps", "2", "--val-size", "300"]
+        argv += ["--out-dir", str(tmp_path / str(n_train)), *(["--n-train", "50"] if n_train else [])]
+        generate_synthetic.main(generate_synthetic.parse_args(argv))
+        (train, _), _ = data.load_train(spec, "data", 300, n_train)
+        means.append(generate_synthetic.nearest_distances(data.load_test(spec, "data")[0], train, "cpu").mean())
+        assert f"test images {means[-1]:.3f};" in capsys.readouterr().out
+    assert means[1] > means[0] + 0.1
+
+
 def test_stored_features_are_those_of_a_direct_call(diffusion_dir, tmp_path):
     argv = [
         "--diffusion",
