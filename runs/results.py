@@ -77,9 +77,14 @@ def parse_args(argv=None):
 
 def read_run(folder):
     """What is kept of a run directory; None where it is not finished."""
-    settings, log = checkpoint.read_json(f"{folder}/args.json"), read_log(folder)
-    attacked = glob.glob(f"{folder}/results-best-autoattack-*.json") + glob.glob(f"{folder}/results-best-apgd-*.json")
-    if len(log) < -(-settings["epochs"] // settings["eval_every"]) or not (attacked or settings.get("aux_weight") == 0):
+    settings = checkpoint.read_json(f"{folder}/args.json")
+    attacked = glob.glob(f"{glob.escape(folder)}/results-best-autoattack-*.json") + glob.glob(
+        f"{glob.escape(folder)}/results-best-apgd-*.json"
+    )
+    if not os.path.exists(f"{folder}/best.pt") or not (attacked or settings.get("aux_weight") == 0):
+        return None
+    log = read_log(folder)
+    if len(log) < -(-settings["epochs"] // settings["eval_every"]):
         return None
     script = {"train_at.py": train_at, "train_at_aux.py": train_at_aux}[settings["script"]]
     defaults = json.loads(json.dumps(vars(script.parse_args(["--dataset", settings["dataset"]]))))  # tuples as lists, as in the file
@@ -306,7 +311,7 @@ def section(runs):
     experiments = by_cell(runs)
     main_cells = experiments[MAIN]
     names = varied(main_cells)
-    lines = [*cells_table(main_cells, list(MEASURES)), *zero_line(main_cells)]
+    lines = [*in_short(main_cells), *cells_table(main_cells, list(MEASURES)), *zero_line(main_cells)]
     lines += ["![Accuracies of every seed, and robust accuracy in the course of training](docs/results-cells.png)", ""]
     if sum(name in experiments for name in CURVE.values()) > 1:
         lines += [*curve_table(experiments), "![Accuracies and effects against the number of real images](docs/results-curve.png)", ""]
@@ -317,10 +322,18 @@ def section(runs):
     return "\n".join([*lines, work(runs), ""])
 
 
+def in_short(cells):
+    """The two effects in one sentence."""
+    of = {(what, measure): effect(cells, EFFECTS[what], measure) for what in (IMAGES, DRA) for measure in ("autoattack", "clean")}
+    images, images_clean, dra, dra_clean = (show(values, "+") for values in of.values())
+    text = f"**Synthetic images: {images} points of robust accuracy under AutoAttack, {images_clean} of clean; DRA: {dra} and {dra_clean}**"
+    return [f"{text} ({n_seeds(of.values())} seeds).", ""]
+
+
 def zero_line(cells):
     """Weight 0 against DM-AT: were the weights the same?"""
     same = [run["best_sha256"] == cells["dm_at"][seed]["best_sha256"] for seed, run in cells.get("zero", {}).items()]
-    return [f"DM-AT+DRA with weight 0 has the very weights of DM-AT on {sum(same)} of {len(same)} seeds.", ""]
+    return [f"DM-AT+DRA with weight 0 ends with DM-AT's very weights on {sum(same)} of {len(same)} seeds.", ""]
 
 
 def main(args):

@@ -52,7 +52,7 @@ def test_settings_stand_in_their_order_with_the_default_among_them():
 
 @pytest.fixture
 def evidence(tmp_path, diffusion_dir, monkeypatch):
-    """Runs of one epoch: at/0 attacked, at/1 not, zero/0 (DRA of weight 0) not."""
+    """Runs of one epoch: at/0 attacked, at/1 not; zero/0 (DRA of weight 0) not attacked, zero/1 only begun."""
     short = ["--epochs", "1", "--epoch-images", "16", "--batch-size", "8", "--n-steps", "1", "--eval-n-steps", "1", "--val-size", "20"]
     root = tmp_path / "evidence"
     for seed in "01":
@@ -62,6 +62,10 @@ def evidence(tmp_path, diffusion_dir, monkeypatch):
     evaluate.main(
         evaluate.parse_args(["--checkpoint", str(root / "few" / "at" / "0" / "best.pt"), "--n-images", "30", "--sanity-images", "0"])
     )
+    begun = root / "few" / "zero" / "1"  # killed before its first validation
+    begun.mkdir()
+    (begun / "args.json").write_text((root / "few" / "zero" / "0" / "args.json").read_text())
+    (begun / "log.jsonl").touch()
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     return root
