@@ -51,9 +51,9 @@ def results(tmp_path):
     for name, robust in (("a", "1110001111"), ("b", "1011001110")):
         verdict = np.array([c == "1" for c in robust])
         path = tmp_path / f"{name}.npz"
-        np.savez(
-            path, index=np.arange(10), label=np.arange(10), clean_correct=verdict | (np.arange(10) == 4), robust=verdict, attacks=["pgd"]
-        )
+        clean_correct = verdict | (np.arange(10) == 4)
+        arrays = {"index": np.arange(10), "label": np.arange(10), "clean_correct": clean_correct, "robust": verdict}
+        np.savez(path, **arrays, fooled_by=clean_correct.astype(np.int8) + verdict - 1, attacks=["pgd"])
         (tmp_path / f"{name}.json").write_text(json.dumps({"dataset": "digits", "eps": 0.15, "seed": 0}))
         paths.append(path)
     return paths
