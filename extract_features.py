@@ -218,8 +218,9 @@ def main(args):
     splits = {"train": train, "val": val, "test": data.load_test(spec, args.data_dir)}
     labels = {split: split_labels for split, (_, split_labels) in splits.items()}
     if (args.probe or args.save_head) and len(np.unique(labels["train"])) < spec.num_classes:
-        found = f"the {len(labels['train'])} training images lack a class"
-        raise cli.UserError(f"--val-size, --n-train: {found}, --probe and --save-head need all {spec.num_classes}")
+        left = f"--val-size {args.val_size}" + (f" with --n-train {args.n_train}" if args.n_train else "")
+        found = f"{left}: the {len(labels['train'])} images of the split train lack a class"
+        raise cli.UserError(f"{found}; --probe and --save-head need all {spec.num_classes}")
     if rank == 0:
         runlog.claim_directory(args.out_dir, manifest, "manifest.json")
     dist.barrier()
