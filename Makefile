@@ -15,7 +15,7 @@ bench: .venv/runtime
 	.venv/bin/python benchmarks/train_step.py
 
 evidence: .venv/runtime
-	for table in table curve ablations; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/digits_$$table.sh || exit; done
+	for part in digits_table digits_curve digits_ablations fashion_mnist; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$part.sh || exit; done
 
 results: .venv/runtime
 	.venv/bin/python -m runs.results

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What the representations look like on digits: four kinds of adversarially trained classifiers and standard ones, five seeds each, and
 # the diffusion model. After runs/quickstart.sh, whose diffusion model and images it uses. About half an hour on two CPU cores; resumes.
-set -euo pipefail
+set -meuo pipefail  # -m: a job in the background is a process group, all of which ends with this script
 cd "$(dirname "$0")/.."
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 out=out/analysis-digits
 for seed in 0 1 2 3 4; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # runs/analysis.sh on Fashion-MNIST, two seeds, 6,400 real images to train as in runs/fashion_mnist.sh, whose diffusion model and 5,000
 # synthetic images (its first two commands) it uses. About an hour on two CPU cores; resumes.
-set -euo pipefail
+set -meuo pipefail  # -m: a job in the background is a process group, all of which ends with this script
 cd "$(dirname "$0")/.."
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 out=out/analysis-fashion
 fashion=(--dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist)

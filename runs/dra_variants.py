@@ -2,7 +2,8 @@
 
 python -m runs.dra_variants infonce --synthetic out/evidence/synthetic-100 --teacher out/evidence/diffusion-100 --out-dir out/variant
 
-  infonce     contrastive: the other images' targets are negatives; cross-entropy of cosines / 0.1 instead of 1 - cosine
+  infonce     contrastive: the other targets of the batch are negatives, those of the same image under other noise among them (with 100
+              images there are some); cross-entropy of cosines / 0.1 instead of 1 - cosine. val_align in its log is no cosine
   whiten      targets whitened by the training images' covariance (with 1 % of its mean eigenvalue added), not only centred
   levels      targets at four noise levels side by side: 0.03, 0.1, 0.3, 1
   rise, fall  the weight rises linearly from 0 over the first half of training, or is 0 after it
@@ -28,11 +29,11 @@ alignment, alignment_head, teacher_targets, teacher_mean, one_cycle = (
 
 
 def infonce():
-    def contrast(head, features, targets):
-        cosines = F.normalize(head(features[0]).float(), dim=1) @ F.normalize(targets.float(), dim=1).T
+    def contrast(feature, head, targets):
+        cosines = F.normalize(head(feature).float(), dim=1) @ F.normalize(targets.float(), dim=1).T
         return 1 - F.cross_entropy(cosines / TEMPERATURE, torch.arange(len(targets)))
 
-    dra.alignment = contrast
+    dra.alignment = lambda head, features, targets: sum(contrast(f, head, targets) for f in features) / len(features)
 
 
 def whiten():
@@ -96,7 +97,7 @@ def earlier_stage(spatial):
         return kept[0].flatten(2).mT - mean
 
     def by_position(head, features, targets):
-        return F.cosine_similarity(head(features[0]).float(), targets.float(), dim=-1).mean()
+        return sum(F.cosine_similarity(head(f).float(), targets.float(), dim=-1).mean() for f in features) / len(features)
 
     models.WideResNet.forward, dra.alignment_head = forward, head
     if spatial:

@@ -2,9 +2,9 @@
 # Fashion-MNIST, real 28 x 28 images: the 2 x 2 at a small budget, three seeds. The classifiers train on 6,400 real images (500 steps of 128);
 # the diffusion model on all 58,976 that are not held out, so that its images and representations know more than AT sees. Needs Debian's
 # package dataset-fashion-mnist, or --download and another --data-dir. About three hours on two CPU cores; every command resumes.
-set -euo pipefail
+set -meuo pipefail  # -m: a job in the background is a process group, all of which ends with this script
 cd "$(dirname "$0")/.."
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
 out=out/evidence/fashion-6400
 images=out/synthetic-fashion-mnist

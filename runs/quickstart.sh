@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The quickstart's table: 2 x 2 of synthetic images (DM-AT) and representations (DRA) on digits, one seed, from nothing.
 # `make quickstart` calls it. Every command resumes or skips what is finished, so running it again continues.
-set -euo pipefail
+set -meuo pipefail  # -m: a job in the background is a process group, all of which ends with this script
 cd "$(dirname "$0")/.."
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 out=out/quickstart
 export CUDA_VISIBLE_DEVICES=  # the table is of CPUs; two processes would need two GPUs
 export OMP_NUM_THREADS=1  # small networks: two commands at once, one core each, beat one command on two cores

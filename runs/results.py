@@ -3,14 +3,18 @@
 python -m runs.results                     # README's results and the figures, from docs/results.json alone
 python -m runs.results --add out/evidence  # first take in the runs <experiment>/<cell>/<seed> below a directory
 
-A run is taken in once its best.pt was attacked (cell `zero`: once it was trained); taken in again, it replaces what was kept of that
-name. Kept is what its own files say: settings other than the script's defaults, accuracies, times, versions.
+A run is taken in once it was trained to its end, with its attack if its best.pt was attacked; taken in again, it replaces what was kept
+under that name. Kept is what its own files say: settings other than the script's defaults, accuracies, times, versions, and every test
+image's verdict, a digit: 0 wrong without an attack, k fell to the k-th attack, one more than there are attacks: withstood them all.
 
-Intervals are Student's, 95 %, over seeds. Differences of two cells are paired by seed: the same batches, crops, attack starts and
-initial weights. All seeds share the split, the diffusion model with its images, and the test images, whose own chance they leave out.
+Two 95 % intervals. Over seeds: Student's, of a value per seed; it is of these test images. Over seeds and images: both are samples and
+crossed (every seed meets the same images); it holds for other images of their kind. Differences of two cells are taken seed by seed and
+image by image. Cells of a seed have the same initial weights, and each random stream starts alike; those that differ in DRA alone also have
+the same batches, crops and attack starts. All seeds share the split, the diffusion model and its images: their chance is in no interval.
 """
 
 import glob
+import itertools
 import json
 import os
 
@@ -19,6 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import t
 
 import train_at
 import train_at_aux
@@ -36,7 +41,9 @@ CELLS = {  # (name in tables, colour: Okabe and Ito's palette, safe for the colo
     "dm_at": ("DM-AT", "#009E73"),
     "dm_at_dra": ("DM-AT+DRA", "#CC79A7"),
     "shuffled": ("DM-AT+DRA, targets shuffled", "#999999"),
+    "zero": ("DM-AT+DRA, weight 0", "#000000"),
 }
+MAY_DIFFER = {"aux_weight", "shuffle_targets", "synthetic", "synthetic_fraction", "synthetic_sha256", "teacher", "teacher_sha256"}
 IMAGES, DRA = "**synthetic images**, mean of both", "**DRA**, mean of both"
 EFFECTS = {  # name: pairs of cells; the effect is the mean of A - B over the pairs
     "synthetic images, without DRA": [("dm_at", "at")],
@@ -49,18 +56,20 @@ EFFECTS = {  # name: pairs of cells; the effect is the mean of A - B over the pa
     "DRA, against shuffled targets": [("dm_at_dra", "shuffled")],
     "shuffled targets, against no DRA": [("shuffled", "dm_at")],
 }
-MEASURES = {"validation": "held out, PGD-20", "clean": "clean", "two_attacks": "APGD-CE+T", "autoattack": "AutoAttack"}
+MEASURES = {"held_out": "held out, PGD-20", "clean": "clean", "two_attacks": "APGD-CE+T", "autoattack": "AutoAttack"}
+WITHSTOOD = {"clean": 1, "two_attacks": 3, "autoattack": 5}  # the least verdict that counts
 ABLATIONS = {  # cells <name>=<setting> of MAIN: (the default, the cell that has it, the cell without what is varied)
     "aux_weight": ("1", "dm_at_dra", "dm_at"),
     "align": ("adv", "dm_at_dra", "dm_at"),
     "sigma": ("0.1", "dm_at_dra", "dm_at"),
     "block": ("up_blocks.0.resnets.0", "dm_at_dra", "dm_at"),
-    "teacher_images": ("100", "dm_at_dra", "dm_at"),
-    "teacher_steps": ("200", "dm_at_dra", "dm_at"),
     "teacher_label": ("none", "dm_at_dra", "dm_at"),
+    "teacher_steps": ("200", "dm_at_dra", "dm_at"),
+    "teacher_images": ("100", "dm_at_dra", "dm_at"),
     "n_images": ("10000", "dm_at", "at"),
     "synthetic_fraction": ("0.7", "dm_at", "at"),
     "diffusion_steps": ("200", "dm_at", "at"),
+    "diffusion_seed": ("0", "dm_at", "at"),
     "guidance_scale": ("1", "dm_at", "at"),
     "loss": ("trades", "dm_at", "at"),
 }
@@ -76,12 +85,9 @@ def parse_args(argv=None):
 
 
 def read_run(folder):
-    """What is kept of a run directory; None where it is not finished."""
+    """What is kept of a run directory; None where it is not trained to its end."""
     settings = checkpoint.read_json(f"{folder}/args.json")
-    attacked = glob.glob(f"{glob.escape(folder)}/results-best-autoattack-*.json") + glob.glob(
-        f"{glob.escape(folder)}/results-best-apgd-*.json"
-    )
-    if not os.path.exists(f"{folder}/best.pt") or not (attacked or settings.get("aux_weight") == 0):
+    if not os.path.exists(f"{folder}/best.pt"):
         return None
     log = read_log(folder)
     if len(log) < -(-settings["epochs"] // settings["eval_every"]):
@@ -91,72 +97,132 @@ def read_run(folder):
     environment = checkpoint.read_json(f"{folder}/env.json")
     kept = {
         "script": settings["script"],
-        "settings": {key: settings[key] for key in sorted(defaults) if key in settings and settings[key] != defaults[key]},
-        "validation": [[line["step"], line["clean_acc"], line["robust_acc"]] for line in log],
+        "seed": settings["seed"],
+        "settings": {k: settings[k] for k in sorted(settings) if k not in ("script", "seed") and settings[k] != defaults.get(k)},
+        "held_out": [[line["step"], line["clean_acc"], line["robust_acc"]] for line in log],
         "best_sha256": checkpoint.sha256(f"{folder}/best.pt"),
         "train_seconds": log[-1]["seconds"],
         "environment": {key: environment[key] for key in ("device", "python", "torch", "numpy", "commit")},
     }
-    if attacked:
-        result = checkpoint.read_json(attacked[0])  # AutoAttack's, where there is one: its first two attacks are those of apgd
-        if result["checkpoint_sha256"] != kept["best_sha256"]:
-            raise cli.UserError(f"{attacked[0]}: of another checkpoint than {folder}/best.pt; attack that one")
-        fooled_by = stats.read_verdicts(f"{os.path.splitext(attacked[0])[0]}.npz")["fooled_by"]
-        survived = {"clean": 0, "two_attacks": 2} | ({"autoattack": 4} if result["attack"] == "autoattack" else {})
-        kept |= {"n": result["n"]} | {measure: int((fooled_by >= k).sum()) for measure, k in survived.items()}
-        kept |= {"attack": result["version"], "attack_seconds": sum(result["seconds_by_attack"].values()), "warnings": result["warnings"]}
-    return kept
+    return kept | read_attack(folder, settings, kept["best_sha256"])
+
+
+def read_attack(folder, settings, best_sha256):
+    """What is kept of the attack on a run's best.pt with the training's norm and radius, on the first test images: of AutoAttack
+    where there is one (its first two attacks are those of apgd), else of apgd; {} where there is neither."""
+    for attack in ("autoattack", "apgd"):
+        paths = sorted(glob.glob(f"{glob.escape(folder)}/results-best-{attack}-*.json"))
+        results = {path: checkpoint.read_json(path) for path in paths}
+        wanted = {"norm": settings["norm"], "eps": settings["eps"], "attack": attack, "image_list_sha256": None, "transfer_sha256": None}
+        wanted |= {"seed": 0, "settings": {}}
+        fitting = [path for path, result in results.items() if all(result[key] == value for key, value in wanted.items())]
+        if len(fitting) > 1:
+            raise cli.UserError(f"{' and '.join(fitting)}: which of them counts? Move the other away")
+        if fitting:
+            result = results[fitting[0]]
+            if result["checkpoint_sha256"] != best_sha256:
+                raise cli.UserError(f"{fitting[0]}: of another checkpoint than {folder}/best.pt; attack that one")
+            found = stats.read_verdicts(f"{os.path.splitext(fitting[0])[0]}.npz")
+            if not np.array_equal(found["index"], np.arange(result["n"])):
+                raise cli.UserError(f"{fitting[0]}: not of the first {result['n']} test images")
+            kept = {key: result[key] for key in ("attack", "version", "norm", "eps", "n", "warnings")}
+            verdicts = "".join(map(str, found["fooled_by"] + 1))
+            return kept | {"attack_seconds": round(sum(result["seconds_by_attack"].values()), 1), "verdicts": verdicts}
+    return {}
 
 
 def take_in(root):
-    """Every finished run below a directory into docs/results.json."""
+    """Every trained run below a directory into docs/results.json; returns all runs."""
     runs = checkpoint.read_json(STORE)["runs"] if os.path.exists(STORE) else {}
-    folders = [os.path.dirname(path) for path in sorted(glob.glob(f"{root}/*/*/*/args.json"))]
+    folders = [os.path.dirname(path) for path in sorted(glob.glob(f"{glob.escape(root)}/*/*/*/args.json"))]
     found = {os.path.relpath(folder, root): read_run(folder) for folder in folders}
     runs |= {name: run for name, run in found.items() if run}
+    by_cell(runs)  # raises where they do not belong together, before anything is written
     with checkpoint.atomic(STORE) as file:  # a line per run, so that a change reads as one
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs))
         file.write(f'{{"runs": {{\n{lines}\n}}}}\n'.encode())
-    print(f"{STORE}: {len(runs)} runs; below {root} {sum(map(bool, found.values()))} finished, {len(found)} begun")
+    print(f"{STORE}: {len(runs)} runs; below {root} {sum(map(bool, found.values()))} trained, {len(found)} begun")
+    return runs
 
 
 def by_cell(runs):
-    """{experiment: {cell: {seed: run}}}."""
+    """{experiment: {cell: {seed: run}}}. UserError where runs stand side by side that cannot be compared."""
     found = {}
-    for name, run in runs.items():
+    for name, run in sorted(runs.items()):
         experiment, cell, seed = name.split("/")
+        if run["seed"] != int(seed):
+            raise cli.UserError(f"{name}: a run with --seed {run['seed']}")
         found.setdefault(experiment, {}).setdefault(cell, {})[int(seed)] = run
+    for experiment, cells in found.items():
+        for cell, seeds in cells.items():
+            agree(f"{experiment}/{cell}", [run["settings"] for run in seeds.values()])
+            agree(f"{experiment}/{cell}", [{key: run[key] for key in ("norm", "eps", "n")} for run in seeds.values() if "n" in run])
+        firsts = [next(iter(seeds.values()))["settings"] for cell, seeds in cells.items() if cell in CELLS]
+        agree(experiment, [{key: value for key, value in settings.items() if key not in MAY_DIFFER} for settings in firsts])
+        for key in ("synthetic_sha256", "teacher_sha256"):
+            agree(experiment, [{key: settings[key]} for settings in firsts if key in settings])
+    for size, experiment in CURVE.items():
+        sizes = {run["settings"].get("n_train") for seeds in found.get(experiment, {}).values() for run in seeds.values()}
+        if sizes - {size}:
+            raise cli.UserError(f"{experiment}: runs with --n-train {sizes}")
     return found
+
+
+def agree(name, settings):
+    for other in settings[1:]:
+        if differ := sorted(key for key in settings[0] | other if settings[0].get(key) != other.get(key)):
+            raise cli.UserError(f"{STORE}, {name}: its runs differ in {', '.join(differ)}; keep the lines of one kind")
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
 
 
-def accuracy(run, measure):
-    """In %: of the best checkpoint; on held-out images for `validation`, else on the test images. None where it was not measured."""
-    if measure == "validation":
-        return 100 * max(robust for _, _, robust in run["validation"])
-    return 100 * run[measure] / run["n"] if measure in run else None
+def has(run, measure):
+    return measure == "held_out" or "verdicts" in run and (measure != "autoattack" or run["attack"] == "autoattack")
 
 
-def accuracies(cell, measure):
-    """Those of a cell's seeds, (seeds,)."""
-    return np.array([accuracy(cell[seed], measure) for seed in sorted(cell) if accuracy(cell[seed], measure) is not None])
+def outcomes(cell, seeds, measure):
+    """(seeds, images): 100 where the best checkpoint is right; of held-out images only their mean is kept, (seeds, 1). The mean is in %."""
+    if measure == "held_out":
+        return np.array([[100 * max(robust for _, _, robust in cell[seed]["held_out"])] for seed in seeds])
+    return np.array([[100.0 * (int(v) >= WITHSTOOD[measure]) for v in cell[seed]["verdicts"]] for seed in seeds])
 
 
 def effect(cells, pairs, measure):
-    """Mean of A - B over the pairs of cells, in points, of every seed that all of them have: (seeds,)."""
-    named = {name: cells.get(name, {}) for pair in pairs for name in pair}
-    seeds = sorted(set.intersection(*({s for s, run in cell.items() if accuracy(run, measure) is not None} for cell in named.values())))
-    rows = [[accuracy(named[a][seed], measure) - accuracy(named[b][seed], measure) for a, b in pairs] for seed in seeds]
-    return np.array(rows).reshape(len(seeds), len(pairs)).mean(1)
+    """Mean of A - B over pairs of cells, of every seed that all of them have: (seeds, images), (0, 1) without a seed. B None: A alone."""
+    named = [cells.get(name, {}) for pair in pairs for name in pair if name]
+    seeds = sorted(set.intersection(*({seed for seed, run in cell.items() if has(run, measure)} for cell in named)))
+    if not seeds:
+        return np.zeros((0, 1))
+    return np.mean([outcomes(cells[a], seeds, measure) - (outcomes(cells[b], seeds, measure) if b else 0) for a, b in pairs], 0)
 
 
-def show(found, sign=""):
-    """Mean (low to high) of a value per seed."""
-    if len(found) < 2:
-        return f"{found[0]:{sign}.1f}" if len(found) else "-"
-    return "{:{s}.1f} ({:{s}.1f} to {:{s}.1f})".format(*stats.t_interval(found), s=sign)
+def accuracies(cells, cell, measure):
+    return effect(cells, [(cell, None)], measure)
+
+
+def over_seeds_and_images(values):
+    """Half the width of a 95 % interval of the mean of (seeds, images), both random: the variance that a two-way layout gives (mean
+    squares; a negative component counts as 0), with Satterthwaite's degrees of freedom."""
+    n_seeds, n_images = values.shape
+    by_seed, by_image = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    rest = ((values - by_seed - by_image + values.mean()) ** 2).sum() / ((n_seeds - 1) * (n_images - 1))
+    of_seeds = max(n_images * by_seed.var(ddof=1), rest)
+    of_images = max(n_seeds * by_image.var(ddof=1), rest)
+    total = of_seeds + of_images - rest
+    if total == 0:
+        return 0.0
+    freedom = total**2 / (of_seeds**2 / (n_seeds - 1) + of_images**2 / (n_images - 1) + rest**2 / ((n_seeds - 1) * (n_images - 1)))
+    return t.ppf(0.975, freedom) * (total / values.size) ** 0.5
+
+
+def show(values, sign=""):
+    """Mean ± half the interval over seeds (over seeds and images, never less)."""
+    if len(values) < 2:
+        return f"{values.mean():{sign}.1f}" if len(values) else "-"
+    mean, low, _ = stats.t_interval(values.mean(1))
+    both = f" ({max(over_seeds_and_images(values), mean - low):.1f})" if values.shape[1] > 1 else ""
+    return f"{mean:{sign}.1f} ± {mean - low:.1f}{both}"
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures
@@ -166,31 +232,33 @@ def markdown(titles, rows):
     return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
-def cells_table(cells, measures):
-    """Every cell's accuracies and, below, the effects: of all seeds that a measure has, two numbers where they differ."""
-    shown = [(name, cells[cell]) for cell, (name, _) in CELLS.items() if cell in cells]
-    lines = markdown(
-        ["", "seeds", *(MEASURES[m] for m in measures)],
-        [[name, n_seeds([accuracies(cell, m) for m in measures]), *(show(accuracies(cell, m)) for m in measures)] for name, cell in shown],
-    )
-    found = {name: [effect(cells, pairs, m) for m in measures] for name, pairs in EFFECTS.items()}
-    rows = [[name, n_seeds(of), *(show(values, "+") for values in of)] for name, of in found.items() if len(of[0])]
-    return lines + markdown(["effect, points", "seeds", *(MEASURES[m] for m in measures)], rows)
-
-
 def n_seeds(found):
+    """Of several measures: "10", or "10 or 3" where not all of a cell's runs were attacked."""
     return " or ".join(map(str, sorted({len(values) for values in found}, reverse=True)))
 
 
-def curve_table(experiments):
+def cells_table(cells, measures):
+    """Every cell's accuracies and, below, the effects."""
+    found = {name: [accuracies(cells, cell, m) for m in measures] for cell, (name, _) in CELLS.items()}
+    rows = [[name, n_seeds(of), *map(show, of)] for name, of in found.items() if len(of[-1])]
+    lines = markdown(["accuracy, %", "seeds", *(MEASURES[m] for m in measures)], rows)
+    found = {name: [effect(cells, pairs, m) for m in measures] for name, pairs in EFFECTS.items()}
+    rows = [[name, n_seeds(of), *(show(values, "+") for values in of)] for name, of in found.items() if len(of[-1])]
+    return lines + markdown(["effect, points", "seeds", *(MEASURES[m] for m in measures)], rows)
+
+
+def on_curve(experiments):
+    """{number of real images: cells} with two seeds or more of every cell of the 2 x 2."""
+    found = {size: experiments[name] for size, name in CURVE.items() if name in experiments}
+    return {size: cells for size, cells in found.items() if len(effect(cells, EFFECTS[IMAGES], "two_attacks")) > 1}
+
+
+def curve_table(curve):
     rows = []
-    for size, name in CURVE.items():
-        if name in experiments:
-            cells = experiments[name]
-            of = [effect(cells, EFFECTS[what], measure) for measure in ("two_attacks", "clean") for what in (IMAGES, DRA)]
-            rows.append(
-                [size, len(of[0]), *(show(accuracies(cells[cell], "two_attacks")) for cell in ("at", "dm_at")), *(show(v, "+") for v in of)]
-            )
+    for size, cells in curve.items():
+        of = [effect(cells, EFFECTS[what], measure) for measure in ("two_attacks", "clean") for what in (IMAGES, DRA)]
+        alone = [show(accuracies(cells, cell, "two_attacks")) for cell in ("at", "dm_at")]
+        rows.append([size, n_seeds(of), *alone, *(show(values, "+") for values in of)])
     titles = ["AT, robust", "DM-AT, robust", "images, robust", "DRA, robust", "images, clean", "DRA, clean"]
     return markdown(["real images", "seeds", *titles], rows)
 
@@ -205,27 +273,53 @@ def settings_of(cells, name):
         return dict(sorted(found.items()))
 
 
-def ablation_table(cells, names):
+def varied(cells):
+    """{ablation: {setting: cell}} of those of which another setting than the default was attacked; first the cell without it."""
+    found = {}
+    for name, (_, cell, without) in ABLATIONS.items():
+        settings = {s: c for s, c in settings_of(cells, name).items() if c == cell or len(effect(cells, [(c, cell)], "two_attacks"))}
+        if len(settings) > 1:
+            found[name] = {f"without ({CELLS[without][0]})": without} | settings
+    return found
+
+
+def ablation_table(cells, ablations):
     rows = []
-    for name in names:
-        default, _, reference = ABLATIONS[name]
-        for setting, cell in settings_of(cells, name).items():
-            found = [effect(cells, [(cell, reference)], measure) for measure in ("validation", "two_attacks", "clean")]
-            mark = " (default)" if setting == default else ""
-            rows.append([f"{name} {setting}{mark}", f"against {CELLS[reference][0]}", n_seeds(found), *(show(v, "+") for v in found)])
-    return markdown(["setting", "points", "seeds", *(MEASURES[m] for m in ("validation", "two_attacks", "clean"))], rows)
+    for name, settings in ablations.items():
+        reference = ABLATIONS[name][1]
+        for setting, cell in settings.items():
+            of = [effect(cells, [(cell, reference)], measure) for measure in ("held_out", "two_attacks", "clean")]
+            found = [n_seeds(of), *(show(values, "+") for values in of)] if cell != reference else ["", *["default"] * 3]
+            rows.append([f"`{name}`", setting, CELLS[reference][0], *found])
+    return markdown(["", "setting", "of", "seeds", *(MEASURES[m] for m in ("held_out", "two_attacks", "clean"))], rows)
+
+
+def forms_table(cells):
+    """Cells <cell>,<what differs>: against the cell without DRA."""
+    rows = []
+    for name in sorted(cells):
+        base, _, form = name.partition(",")
+        if form.startswith("variant="):
+            reference = base.removesuffix("_dra")
+            of = [effect(cells, [(name, reference)], measure) for measure in ("held_out", "two_attacks", "clean")]
+            form = form.removeprefix("variant=").replace(",", ", ")
+            rows.append([f"{CELLS[base][0]}, {form}", CELLS[reference][0], n_seeds(of), *(show(values, "+") for values in of)])
+    return markdown(["form of DRA", "against", "seeds", *(MEASURES[m] for m in ("held_out", "two_attacks", "clean"))], rows)
 
 
 def work(runs):
     """One line on what it took."""
     hours = [sum(run.get(key, 0) for run in runs.values()) / 3600 for key in ("train_seconds", "attack_seconds")]
     kinds = sorted({f"{e['device']}, Python {e['python']}, torch {e['torch']}" for e in (run["environment"] for run in runs.values())})
-    attacks = sorted({run["attack"] for run in runs.values() if "attack" in run})
-    return f"{len(runs)} runs; {hours[0]:.1f} core-hours of training, {hours[1]:.1f} of attacks; {'; '.join(kinds + attacks)}."
+    versions = sorted({run["version"] for run in runs.values() if "version" in run})
+    warnings = sum(bool(run.get("warnings")) for run in runs.values())
+    text = f"{len(runs)} classifiers, one CPU core each: {hours[0]:.1f} hours of training, {hours[1]:.1f} of attacks (diffusion models and"
+    return f"{text} their images not counted). {'; '.join(kinds + versions)}. Attacks that warned of a weakness of theirs: {warnings}."
 
 
-def dots(axis, x, found, colour):
-    """A dot per seed, and beside them the mean with its interval."""
+def dots(axis, x, values, colour):
+    """A dot per seed, and beside them the mean with its interval over seeds."""
+    found = values.mean(1)
     axis.plot(np.full(len(found), x + 0.1), found, ".", color=colour, alpha=0.4)
     if len(found) > 1:
         mean, low, high = stats.t_interval(found)
@@ -233,41 +327,41 @@ def dots(axis, x, found, colour):
 
 
 def line(axis, x, samples, **style):
-    """Means of samples (an array of seeds for each x) with their intervals, joined."""
-    found = np.array([stats.t_interval(sample) for sample in samples])
+    """Means of samples (seeds, images), one for each x, with their intervals over seeds, joined."""
+    found = np.array([stats.t_interval(sample.mean(1)) for sample in samples])
     axis.errorbar(x, found[:, 0], np.abs(found[:, 1:] - found[:, :1]).T, marker="o", capsize=3, **style)
 
 
 def cells_figure(cells, path):
     """Accuracies of the cells, and the course of training."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1, 1, 1.3))
-    shown = {cell: look for cell, look in CELLS.items() if cell in cells}
+    shown = {cell: look for cell, look in CELLS.items() if len(accuracies(cells, cell, "autoattack"))}
     for axis, measure in zip(axes, ("clean", "autoattack")):
         for x, (cell, (_, colour)) in enumerate(shown.items()):
-            dots(axis, x, accuracies(cells[cell], measure), colour)
+            dots(axis, x, accuracies(cells, cell, measure), colour)
         axis.set_xticks(range(len(shown)), [name.replace("+", "\n+").replace(", ", ",\n") for name, _ in shown.values()], fontsize=8)
-        axis.set(ylabel="accuracy, %", title=f"797 test images, {MEASURES[measure]}")
+        axis.set(ylabel="accuracy, %", title=f"test images, {MEASURES[measure]}")
     for cell, (name, colour) in shown.items():
-        course = np.array([run["validation"] for run in cells[cell].values()])  # (seeds, validations, [step, clean, robust])
+        course = np.array([run["held_out"] for run in cells[cell].values()])  # (seeds, validations, [step, clean, robust])
         axes[2].plot(course[0, :, 0], 100 * course[..., 2].mean(0), color=colour, marker="o", markersize=3, label=name)
-    axes[2].set(xlabel="step", ylabel="accuracy, %", title="500 held-out images, PGD-20, mean over seeds")
+    axes[2].set(xlabel="step", ylabel="accuracy, %", title="held-out images, PGD-20, mean over seeds")
     axes[2].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
     save(figure, path)
 
 
-def curve_figure(experiments, path):
+def curve_figure(curve, path):
     """Accuracies and effects against the number of real images."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    sizes = np.array([size for size, name in CURVE.items() if name in experiments])
-    of = [experiments[CURVE[size]] for size in sizes]
-    for k, (cell, (name, colour)) in enumerate(list(CELLS.items())[:4]):
-        line(axes[0], sizes * 1.03 ** (k - 1.5), [accuracies(cells[cell], "two_attacks") for cells in of], color=colour, label=name)
+    sizes = np.array(list(curve))
+    for k, (cell, (name, colour)) in enumerate(itertools.islice(CELLS.items(), 4)):
+        samples = [accuracies(cells, cell, "two_attacks") for cells in curve.values()]
+        line(axes[0], sizes * 1.03 ** (k - 1.5), samples, color=colour, label=name)
     axes[0].set(ylabel="accuracy, %", title=MEASURES["two_attacks"])
     for axis, measure in zip(axes[1:], ("two_attacks", "clean")):
         for k, (what, colour) in enumerate({IMAGES: "#009E73", DRA: "#E69F00"}.items()):
-            samples = [effect(cells, EFFECTS[what], measure) for cells in of]
+            samples = [effect(cells, EFFECTS[what], measure) for cells in curve.values()]
             line(axis, sizes * 1.03**k, samples, color=colour, label=what.replace("**", ""))
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(ylabel="points", title=f"effect on {MEASURES[measure]}")
@@ -280,17 +374,17 @@ def curve_figure(experiments, path):
     save(figure, path)
 
 
-def ablation_figure(cells, name, path):
-    """Difference of every setting to the cell without what is varied."""
-    default, _, reference = ABLATIONS[name]
-    settings = settings_of(cells, name)
-    figure, axes = plt.subplots(1, 2, figsize=(4 + 1.1 * len(settings), 3.6), layout="constrained")
+def ablation_figure(cells, name, settings, path):
+    """Accuracies of every setting, a dot per seed."""
+    default, reference, without = ABLATIONS[name]
+    figure, axes = plt.subplots(1, 2, figsize=(4 + 1.3 * len(settings), 3.6), layout="constrained")
     for axis, measure in zip(axes, ("two_attacks", "clean")):
-        for x, (setting, cell) in enumerate(settings.items()):
-            dots(axis, x, effect(cells, [(cell, reference)], measure), "#D55E00" if setting == default else "#0072B2")
+        for x, cell in enumerate(settings.values()):
+            colour = {reference: "#D55E00", without: "#999999"}.get(cell, "#0072B2")
+            dots(axis, x, effect(cells, [(cell, reference)], measure), colour)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(settings)), settings)
-        axis.set(ylabel=f"points above {CELLS[reference][0]}", title=f"{MEASURES[measure]}", xlabel=f"{name} (red: the default)")
+        axis.set_xticks(range(len(settings)), [setting.replace(" ", "\n") for setting in settings], fontsize=8)
+        axis.set(ylabel="points above the default", title=f"{CELLS[reference][0]}, {MEASURES[measure]}", xlabel=f"{name} (0: {default})")
         axis.grid(alpha=0.3)
     save(figure, path)
 
@@ -301,23 +395,29 @@ def save(figure, path):
     plt.close(figure)
 
 
-def varied(cells):
-    """The ablations that have another setting than the default."""
-    return [name for name in ABLATIONS if len(settings_of(cells, name)) > 1]
+def caption(cells, what):
+    """One line above a table: which images, which attack, what stands in it."""
+    run = next(run for seeds in cells.values() for run in seeds.values() if "n" in run)
+    return [f"{what} {run['n']} test images, {run['norm']} {run['eps']}.", ""]
 
 
 def section(runs):
     """The lines of README between the marks, from the runs of docs/results.json."""
     experiments = by_cell(runs)
-    main_cells = experiments[MAIN]
-    names = varied(main_cells)
-    lines = [*in_short(main_cells), *cells_table(main_cells, list(MEASURES)), *zero_line(main_cells)]
+    cells, curve = experiments[MAIN], on_curve(experiments)
+    ablations, forms = varied(cells), forms_table(cells)
+    lines = in_short(cells) + caption(cells, "**100 digits.**") + cells_table(cells, list(MEASURES)) + zero_line(cells)
     lines += ["![Accuracies of every seed, and robust accuracy in the course of training](docs/results-cells.png)", ""]
-    if sum(name in experiments for name in CURVE.values()) > 1:
-        lines += [*curve_table(experiments), "![Accuracies and effects against the number of real images](docs/results-curve.png)", ""]
-    if names:
-        lines += [*ablation_table(main_cells, names), *(f"![Settings of {name}](docs/ablation-{name}.png)" for name in names), ""]
+    if len(curve) > 1:
+        lines += caption(cells, "**More digits**; the diffusion model is trained on the same ones. Robust: APGD-CE+T.") + curve_table(curve)
+        lines += ["![Accuracies and effects against the number of real images](docs/results-curve.png)", ""]
+    if ablations:
+        lines += caption(cells, "**One setting at a time**, 100 digits; points above the default.") + ablation_table(cells, ablations)
+        lines += [*(f"![Settings of {name}](docs/ablation-{name}.png)" for name in ablations), ""]
+    if len(forms) > 3:
+        lines += caption(cells, "**Other forms of DRA**, 100 digits; points above the cell without DRA.") + forms
     if SECOND in experiments:
+        lines += caption(experiments[SECOND], "**Fashion-MNIST**, 6,400 real images, a diffusion model of 58,976.")
         lines += cells_table(experiments[SECOND], ["clean", "two_attacks"])
     return "\n".join([*lines, work(runs), ""])
 
@@ -326,31 +426,34 @@ def in_short(cells):
     """The two effects in one sentence."""
     of = {(what, measure): effect(cells, EFFECTS[what], measure) for what in (IMAGES, DRA) for measure in ("autoattack", "clean")}
     images, images_clean, dra, dra_clean = (show(values, "+") for values in of.values())
+    if not len(of[IMAGES, "autoattack"]):
+        return []
     text = f"**Synthetic images: {images} points of robust accuracy under AutoAttack, {images_clean} of clean; DRA: {dra} and {dra_clean}**"
     return [f"{text} ({n_seeds(of.values())} seeds).", ""]
 
 
 def zero_line(cells):
     """Weight 0 against DM-AT: were the weights the same?"""
-    same = [run["best_sha256"] == cells["dm_at"][seed]["best_sha256"] for seed, run in cells.get("zero", {}).items()]
-    return [f"DM-AT+DRA with weight 0 ends with DM-AT's very weights on {sum(same)} of {len(same)} seeds.", ""]
+    pairs = [(run, cells["dm_at"][seed]) for seed, run in cells.get("zero", {}).items() if seed in cells.get("dm_at", {})]
+    same = sum(a["best_sha256"] == b["best_sha256"] for a, b in pairs)
+    return [f"DM-AT+DRA with weight 0 ends with DM-AT's very weights on {same} of {len(pairs)} seeds.", ""] if pairs else []
 
 
 def main(args):
-    if args.add:
-        take_in(args.add)
-    runs = checkpoint.read_json(STORE)["runs"]
-    experiments = by_cell(runs)
-    cells_figure(experiments[MAIN], "docs/results-cells.png")
-    if sum(name in experiments for name in CURVE.values()) > 1:
-        curve_figure(experiments, "docs/results-curve.png")
-    for name in varied(experiments[MAIN]):
-        ablation_figure(experiments[MAIN], name, f"docs/ablation-{name}.png")
+    runs = take_in(args.add) if args.add else checkpoint.read_json(STORE)["runs"]
     with open(README) as file:
         before, begin, rest = file.read().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise cli.UserError(f"{README}: lacks the two lines between which the results stand")
+    experiments = by_cell(runs)
+    if MAIN not in experiments:
+        raise cli.UserError(f"{STORE}: no run of {MAIN} yet")
+    cells_figure(experiments[MAIN], "docs/results-cells.png")
+    if len(on_curve(experiments)) > 1:
+        curve_figure(on_curve(experiments), "docs/results-curve.png")
+    for name, settings in varied(experiments[MAIN]).items():
+        ablation_figure(experiments[MAIN], name, settings, f"docs/ablation-{name}.png")
     with checkpoint.atomic(README) as file:
         file.write((before + begin + section(runs) + end + after).encode())
     print(section(runs))

@@ -15,8 +15,9 @@ from common.cli import UserError
 from runs import results
 
 
-def made(robust, clean=90, **more):
-    return {"n": 100, "clean": clean, "two_attacks": robust, "validation": [[5, 0.5, 0.2], [10, 0.6, robust / 100]]} | more
+def made(verdicts, attack="apgd", **more):
+    """A run of one seed: its verdicts are one digit per test image."""
+    return {"verdicts": verdicts, "attack": attack, "held_out": [[5, 0.5, 0.2], [10, 0.6, verdicts.count("3") / 10]]} | more
 
 
 def test_t_interval_is_students():
@@ -25,20 +26,53 @@ def test_t_interval_is_students():
     np.testing.assert_allclose(stats.t_interval(values), [values.mean(), *expected])
 
 
-def test_effects_are_paired_by_seed():
+def test_verdicts_are_counted_from_the_attack_that_they_fell_to():
+    cells = {"at": {0: made("0012233345", "autoattack"), 1: made("0012233333")}}
+    found = {m: results.accuracies(cells, "at", m).mean(1).tolist() for m in ("clean", "two_attacks", "autoattack", "held_out")}
+    assert found == {"clean": [80, 80], "two_attacks": [50, 50], "autoattack": [10], "held_out": [30, 50]}
+
+
+def test_effects_are_paired_by_seed_and_image():
     """Of the seeds that all cells have; seeds whose accuracies differ widely do not widen the interval of the difference."""
     cells = {
-        "at": {0: made(50), 1: made(70), 2: made(60)},
-        "dm_at": {0: made(53), 1: made(74), 2: made(65, autoattack=60)},
-        "at_dra": {1: made(71), 0: made(49)},
-        "dm_at_dra": {0: made(51), 1: made(73), 3: made(10)},
+        "at": {0: made("3331111111"), 1: made("3333333111"), 2: made("3333311111")},
+        "dm_at": {0: made("3333111111"), 1: made("3333333331"), 2: made("1113333333", "autoattack")},
+        "at_dra": {1: made("3333333311"), 0: made("3311111111")},
+        "dm_at_dra": {0: made("3331111111"), 1: made("3333333333"), 3: made("0000000000")},
     }
-    np.testing.assert_allclose(results.effect(cells, [("dm_at", "at")], "two_attacks"), [3, 4, 5])
-    np.testing.assert_allclose(results.effect(cells, results.EFFECTS[results.IMAGES], "two_attacks"), [(3 + 2) / 2, (4 + 2) / 2])
-    np.testing.assert_allclose(results.effect(cells, results.EFFECTS[results.DRA], "validation"), [(-1 - 2) / 2, (1 - 1) / 2])
-    assert results.effect(cells, [("dm_at", "at")], "autoattack").shape == (0,)
-    assert results.effect(cells, [("shuffled", "at")], "clean").shape == (0,)
-    assert results.show(results.effect(cells, [("dm_at", "at")], "two_attacks"), "+") == "+4.0 (+1.5 to +6.5)"  # 4 -+ 4.303 / sqrt(3)
+    images = results.effect(cells, [("dm_at", "at")], "two_attacks")
+    np.testing.assert_array_equal(images[0], [0, 0, 0, 100, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(images[2], [-100, -100, -100, 0, 0, 100, 100, 100, 100, 100])
+    np.testing.assert_allclose(images.mean(1), [10, 20, 20])
+    np.testing.assert_allclose(
+        results.effect(cells, results.EFFECTS[results.IMAGES], "two_attacks").mean(1), [(10 + 10) / 2, (20 + 20) / 2]
+    )
+    np.testing.assert_allclose(results.effect(cells, results.EFFECTS[results.DRA], "held_out"), [[-10], [10]])
+    assert results.effect(cells, [("dm_at", "at")], "autoattack").shape == (0, 1)
+    assert results.effect(cells, [("shuffled", "at")], "clean").shape == (0, 1)
+    assert results.show(results.effect(cells, [("dm_at", "at")], "held_out"), "+") == "+16.7 ± 14.3"  # 4.303 * 5.77 / sqrt(3)
+    assert results.show(images[:1], "+") == "+10.0" and results.show(images[:0]) == "-"
+
+
+def test_interval_over_seeds_alone_is_students_and_so_is_that_over_images_alone():
+    rng = np.random.default_rng(0)
+    seeds, images = rng.normal(size=(5, 1)), rng.normal(size=(1, 40))
+    half = t.ppf(0.975, 4) * seeds.std(ddof=1) / 5**0.5
+    np.testing.assert_allclose(results.over_seeds_and_images(seeds + np.zeros((5, 40))), half)
+    half = t.ppf(0.975, 39) * images.std(ddof=1) / 40**0.5
+    np.testing.assert_allclose(results.over_seeds_and_images(images + np.zeros((5, 40))), half)
+    assert results.over_seeds_and_images(np.ones((5, 40))) == 0
+
+
+@pytest.mark.parametrize("of_seeds, of_images, rest", [(0.3, 2, 3), (2, 0.3, 1), (0, 0, 3), (0.5, 5, 0.5)])
+def test_interval_over_seeds_and_images_covers(of_seeds, of_images, rest):
+    """The true mean 0 of a two-way layout with normal components, in about 95 of 100 draws; more where a component is 0."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(1000):
+        values = of_seeds * rng.normal(size=(10, 1)) + of_images * rng.normal(size=(1, 60)) + rest * rng.normal(size=(10, 60))
+        covered.append(abs(values.mean()) <= results.over_seeds_and_images(values))
+    assert 0.93 <= np.mean(covered) <= 0.995
 
 
 def test_settings_stand_in_their_order_with_the_default_among_them():
@@ -52,16 +86,17 @@ def test_settings_stand_in_their_order_with_the_default_among_them():
 
 @pytest.fixture
 def evidence(tmp_path, diffusion_dir, monkeypatch):
-    """Runs of one epoch: at/0 attacked, at/1 not; zero/0 (DRA of weight 0) not attacked, zero/1 only begun."""
+    """Runs of one epoch: at/0 attacked by both modes, at/1 not at all; zero/0 (DRA of weight 0); zero/1 only begun."""
     short = ["--epochs", "1", "--epoch-images", "16", "--batch-size", "8", "--n-steps", "1", "--eval-n-steps", "1", "--val-size", "20"]
     root = tmp_path / "evidence"
     for seed in "01":
         train_at.main(train_at.parse_args([*short, "--seed", seed, "--out-dir", str(root / "few" / "at" / seed)]))
     zero = ["--aux-weight", "0", "--teacher", diffusion_dir, "--out-dir", str(root / "few" / "zero" / "0")]
     train_at_aux.main(train_at_aux.parse_args([*short, *zero]))
-    evaluate.main(
-        evaluate.parse_args(["--checkpoint", str(root / "few" / "at" / "0" / "best.pt"), "--n-images", "30", "--sanity-images", "0"])
-    )
+    best = ["--checkpoint", str(root / "few" / "at" / "0" / "best.pt"), "--sanity-images", "0"]
+    for more in (["--attack", "apgd", "--n-images", "30"], ["--attack", "autoattack", "--n-images", "6"]):
+        evaluate.main(evaluate.parse_args([*best, *more]))
+    evaluate.main(evaluate.parse_args([*best, "--n-images", "40", "--eps", "0.01"]))  # another radius: not what the tables are of
     begun = root / "few" / "zero" / "1"  # killed before its first validation
     begun.mkdir()
     (begun / "args.json").write_text((root / "few" / "zero" / "0" / "args.json").read_text())
@@ -71,24 +106,60 @@ def evidence(tmp_path, diffusion_dir, monkeypatch):
     return root
 
 
-def test_runs_are_taken_in_when_finished(evidence, capsys):
+def test_runs_are_taken_in_when_trained(evidence, capsys):
     results.take_in(str(evidence))
-    assert "2 runs; below" in capsys.readouterr().out
-    runs = json.loads((evidence.parent / "docs" / "results.json").read_text())["runs"]
-    assert sorted(runs) == ["few/at/0", "few/zero/0"]
-    at, zero = runs["few/at/0"], runs["few/zero/0"]
-    result = json.loads((evidence / "few" / "at" / "0" / "results-best-apgd-linf-0.15-n30.json").read_text())
-    assert (at["n"], at["clean"], at["two_attacks"]) == (30, result["clean_correct"], result["robust_correct"]) and "autoattack" not in at
-    assert at["best_sha256"] == zero["best_sha256"] and "n" not in zero  # weight 0 is train_at.py, to the bit
-    files = [evidence / "few" / cell / "0" / "best.safetensors" for cell in ("at", "zero")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "3 runs; below" in capsys.readouterr().out
+    store = evidence.parent / "docs" / "results.json"
+    runs = json.loads(store.read_text())["runs"]
+    assert sorted(runs) == ["few/at/0", "few/at/1", "few/zero/0"]
+    at, other, zero = runs.values()
+    files = [evidence / "few" / "at" / "0" / f"results-best-{name}.json" for name in ("autoattack-linf-0.15-n6", "apgd-linf-0.15-n30")]
+    full, two = (json.loads(path.read_text()) for path in files)
+    found = {m: round(len(at["verdicts"]) * results.accuracies({"at": {0: at}}, "at", m).mean() / 100) for m in results.WITHSTOOD}
+    assert at["n"] == 6 and found["clean"] == full["clean_correct"] and found["autoattack"] == full["robust_correct"]
+    assert "n" not in other and "n" not in zero
+    assert at["best_sha256"] == zero["best_sha256"]  # weight 0 is train_at.py, to the bit
+    weights = [evidence / "few" / cell / "0" / "best.safetensors" for cell in ("at", "zero")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     given = {"epochs": 1, "epoch_images": 16, "batch_size": 8, "n_steps": 1, "eval_n_steps": 1, "val_size": 20}
-    assert at["settings"] == given and zero["settings"] == given | {"aux_weight": 0, "teacher": zero["settings"]["teacher"]}
-    assert [line[0] for line in at["validation"]] == [2]
+    assert at["settings"] == other["settings"] == given
+    assert zero["settings"] == given | {"aux_weight": 0} | {key: zero["settings"][key] for key in ("teacher", "teacher_sha256")}
+    assert [line[0] for line in at["held_out"]] == [2]
+
+    files[0].unlink()  # without AutoAttack it is apgd's result that counts
+    at = results.take_in(str(evidence))["few/at/0"]
+    found = {m: round(30 * results.accuracies({"at": {0: at}}, "at", m).mean() / 100) for m in ("clean", "two_attacks")}
+    assert found == {"clean": two["clean_correct"], "two_attacks": two["robust_correct"]} and not results.has(at, "autoattack")
+
+    kept = store.read_bytes()
+    again = files[1].with_name("results-best-apgd-linf-0.15-n9.json")
+    again.write_text(files[1].read_text())
+    with pytest.raises(UserError, match="which of them counts"):
+        results.take_in(str(evidence))
+    again.unlink()
     (evidence / "few" / "at" / "0" / "best.pt").write_bytes(b"another")
     with pytest.raises(UserError, match="of another checkpoint"):
         results.take_in(str(evidence))
-    assert json.loads((evidence.parent / "docs" / "results.json").read_text())["runs"] == runs
+    assert store.read_bytes() == kept
+
+
+def test_runs_that_cannot_be_compared_are_refused():
+    run = {"seed": 0, "settings": {"n_train": 100, "lr": 0.1}, "norm": "linf", "eps": 0.15, "n": 30}
+    fits = {
+        "digits-100/at/0": run,
+        "digits-100/at/1": run | {"seed": 1},
+        "digits-100/dm_at/0": run | {"settings": run["settings"] | {"synthetic": 1}},
+    }
+    assert list(results.by_cell(fits)["digits-100"]) == ["at", "dm_at"]
+    for name, change, message in [
+        ("digits-100/at/1", {"seed": 2}, "a run with --seed 2"),
+        ("digits-100/at/1", {"settings": {"n_train": 100}}, "digits-100/at: its runs differ in lr"),
+        ("digits-100/at/1", {"n": 20}, "digits-100/at: its runs differ in n"),
+        ("digits-100/dm_at/0", {"settings": {"lr": 0.1, "synthetic": 1}}, "digits-100: its runs differ in n_train"),
+        ("digits-200/at/0", {"seed": 0}, "digits-200: runs with --n-train {100}"),
+    ]:
+        with pytest.raises(UserError, match=message.replace("{", "\\{")):
+            results.by_cell(fits | {name: fits.get(name, run) | change})
 
 
 def test_readme_says_what_the_results_hold(tmp_path, monkeypatch):
@@ -104,3 +175,11 @@ def test_readme_says_what_the_results_hold(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_text() == "head\n" + results.BEGIN + results.section(runs) + results.END + "tail\n"
     drawn = sorted(path.name for path in (tmp_path / "docs").glob("*.png"))
     assert drawn and all(f"docs/{name}" in readme and (ROOT / "docs" / name).exists() for name in drawn)
+
+
+def test_a_store_that_is_half_full_gives_a_section():
+    """Cells without a partner, without an attack, of one seed: no table of theirs, no nonsense."""
+    runs = json.loads((ROOT / "docs" / "results.json").read_text())["runs"]
+    first = {name: run for name, run in runs.items() if name in ("digits-100/at/0", "digits-100/zero/0")}
+    text = results.section(first)
+    assert "| AT | 1 |" in text and "nan" not in text and "weight 0" not in text and "0 seeds" not in text
