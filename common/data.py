@@ -124,7 +124,7 @@ def _read_idx(data_dir, name, n_dims):
         raise FileNotFoundError(name)
     try:
         with (gzip.open if paths[0].endswith(".gz") else open)(paths[0], "rb") as file:
-            content = file.read()
+            content = file.read(1 << 28)  # more than any such set has, less than a bomb
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{paths[0]}: truncated or broken ({error})") from None
     head = 4 + 4 * n_dims
@@ -353,16 +353,15 @@ def augment(images, spec, generator, batch_size, mine):
 
     The draws are those of a global batch of `batch_size` images, of which `images` are the slice `mine`.
     """
-    n, height, width, _ = images.shape
+    n, height, width, channels = images.shape
     device, p = images.device, spec.crop_padding
     corners = torch.randint(0, 2 * p + 1, (2, batch_size), generator=generator)[:, mine]
-    mirrored = torch.randint(0, 2 if spec.flip else 1, (batch_size,), generator=generator).bool()[mine]
-    columns = torch.arange(width).expand(n, width)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns) + corners[1][:, None]
-    rows = torch.arange(height) + corners[0][:, None]
-    padded = F.pad(images, (0, 0, p, p, p, p))
-    number = torch.arange(n, device=device)[:, None, None]
-    images = padded[number, rows.to(device)[:, :, None], columns.to(device)[:, None, :]]
+    mirrored = torch.randint(0, 2 if spec.flip else 1, (batch_size,), generator=generator).bool()[mine].to(device)
+    rows, columns = (torch.arange(height) + corners[0][:, None]).to(device), corners[1][:, None].to(device)
+    # Each row of pixels at each of its corners, a view, so that one index copies a row and not a pixel.
+    windows = F.pad(images, (0, 0, p, p, p, p)).flatten(2).unfold(2, width * channels, channels)
+    images = windows[torch.arange(n, device=device)[:, None], rows, columns].view(n, height, width, channels)
+    images[mirrored] = images[mirrored].flip(2)
     if spec.rotation:
         angles = (2 * torch.rand(batch_size, generator=generator)[mine] - 1) * spec.rotation
         images = rotate(images, angles.to(device))
