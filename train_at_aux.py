@@ -370,14 +370,17 @@ def main(args):
         runlog.claim_directory(args.out_dir, runlog.identity_of("train_at_aux.py", args, **inputs))
     dist.barrier()
     last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
+    sums, n_summed = {}, 0  # of what is logged, since the last validation
     if os.path.exists(last_path):
-        entries = {"step": int, "best": list, "seconds": float, "model": dict, "weights": dict, "optimizer": dict}
+        entries = {"step": int, "best": list, "seconds": float, "n_summed": int}
+        entries |= dict.fromkeys(("sums", "model", "weights", "optimizer"), dict)
         state = checkpoint.load(last_path, entries | {"head": dict}, device)
         checkpoint.load_state(raw_model, state["model"], last_path)
         checkpoint.load_state(ema.model, state["weights"], last_path)
         checkpoint.load_state(raw_head, state["head"], last_path)
         checkpoint.load_state(optimizer, state["optimizer"], last_path)
         start_step, best, seconds = state["step"], state["best"], state["seconds"]
+        sums, n_summed = {name: value if rank == 0 else 0 * value for name, value in state["sums"].items()}, state["n_summed"]
     if start_step == train_steps:
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
@@ -388,7 +391,7 @@ def main(args):
 
     log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
     bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
-    sums, n_summed, clock = {}, 0, time.time()
+    stopping, begun, clock = dist.catch_sigterm(device), start_step, time.time()
     for step in bar:
         if args.optimizer == "sgd":
             rates = dict(zip(("lr", "momentum"), one_cycle(step // steps_per_epoch, args)))
@@ -437,10 +440,11 @@ def main(args):
         sums["grad_norm"] = sums.get("grad_norm", 0) + grad_norm
         n_summed += 1
 
-        # Validation and checkpoint.
-        done = step + 1
-        if done % (args.eval_every * steps_per_epoch) == 0 or done == train_steps:
-            images_per_s = round(n_summed * args.batch_size / (time.time() - clock), 1)
+        # Validation and checkpoint; at SIGTERM a checkpoint alone.
+        done, stop = step + 1, stopping()
+        validated = done % (args.eval_every * steps_per_epoch) == 0 or done == train_steps
+        if validated:
+            images_per_s = round((done - begun) * args.batch_size / (time.time() - clock), 1)
             means = {k: (dist.sum_over_ranks(v) / (n_summed * world_size)).item() for k, v in sums.items()}
             clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
             weights = [*raw_model.state_dict().values(), *raw_head.state_dict().values()]
@@ -448,27 +452,35 @@ def main(args):
                 raise cli.not_finite(step, last_path)
             if rank == 0:
                 means["val_align"] = validation_alignment(raw_model, raw_head, x_val, val_targets)
-                seconds += time.time() - clock
-                speed = {"images_per_s": images_per_s, "seconds": round(seconds, 1)}
+                speed = {"images_per_s": images_per_s, "seconds": round(seconds + time.time() - clock, 1)}
                 log.write(done, **means, lr=optimizer.param_groups[0]["lr"], clean_acc=clean_acc, robust_acc=robust_acc, **speed)
                 bar.set_postfix(loss=f"{means['loss']:.3f}", clean=f"{clean_acc:.1%}", robust=f"{robust_acc:.1%}")
                 runlog.save_images(torch.cat([x[mine][:10], x_adv[:10]]), os.path.join(args.out_dir, "samples.png"), columns=10)
-                classifier = models.portable(ema.model, args.model, spec)
-                classifier |= {"norm": args.norm, "eps": args.eps, "step": done, "val_clean_acc": clean_acc, "val_robust_acc": robust_acc}
+                classifier = models.portable(ema.model, args.model, spec) | {"norm": args.norm, "eps": args.eps, "step": done}
+                classifier |= {"val_clean_acc": clean_acc, "val_robust_acc": robust_acc}
                 score = [clean_acc, robust_acc] if args.loss == "standard" else [robust_acc, clean_acc]
                 if score > best:
                     best = score
                     checkpoint.save(classifier, os.path.join(args.out_dir, "best.pt"))
                     with checkpoint.atomic(os.path.join(args.out_dir, "best.safetensors")) as file:
                         file.write(safetensors.torch.save(classifier["weights"], {"classifier": f"{args.model}, {spec.name}"}))
-                state = classifier | {"best": best, "seconds": seconds}
+            sums, n_summed = {}, 0
+        if validated or stop:
+            sums, seconds = {name: dist.sum_over_ranks(value) for name, value in sums.items()}, seconds + time.time() - clock
+            if rank == 0:
+                state = models.portable(ema.model, args.model, spec) | {"norm": args.norm, "eps": args.eps, "step": done, "best": best}
+                state |= {"seconds": seconds, "sums": sums, "n_summed": n_summed}
                 state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoint.save(state | {"head": raw_head.state_dict()}, last_path)
             dist.barrier()
-            sums, n_summed, clock = {}, 0, time.time()
+            begun, clock = done, time.time()
+        if stop:
+            break
 
     log.close()
-    if rank == 0:
+    if rank == 0 and done < train_steps:
+        print(f"{args.out_dir}: stopped by SIGTERM after step {done} of {train_steps}; the same command goes on")
+    elif rank == 0:
         kind = "clean" if args.loss == "standard" else "robust"
         print(f"{args.out_dir}: {train_steps} steps; best.pt has {best[0]:.1%} {kind} accuracy on {len(y_val)} held-out images")
     dist.teardown()

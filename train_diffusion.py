@@ -180,19 +180,22 @@ def main(args):
         runlog.claim_directory(args.out_dir, runlog.identity_of("train_diffusion.py", args))
     dist.barrier()
     start_step, last_path = 0, os.path.join(args.out_dir, "last.pt")
+    loss_sum, n_summed = torch.zeros((), device=device), 0  # since the last validation
     if os.path.exists(last_path):
-        state = checkpoint.load(last_path, {"step": int, "net": dict, "ema": dict, "optimizer": dict}, device)
+        entries = {"step": int, "net": dict, "ema": dict, "optimizer": dict, "loss_sum": torch.Tensor, "n_summed": int}
+        state = checkpoint.load(last_path, entries, device)
         checkpoint.load_state(net, state["net"], last_path)
         checkpoint.load_state(ema.model, state["ema"], last_path)
         checkpoint.load_state(optimizer, state["optimizer"], last_path)
-        start_step = state["step"]
+        start_step, n_summed = state["step"], state["n_summed"]
+        loss_sum += state["loss_sum"] if rank == 0 else 0
     if start_step == args.train_steps and os.path.exists(os.path.join(args.out_dir, "config.json")):
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
         return dist.teardown()
 
     log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
-    loss_sum, n_summed = torch.zeros((), device=device), 0
+    stopping, done = dist.catch_sigterm(device), start_step
     bar = runlog.progress(range(start_step, args.train_steps), rank, desc="diffusion", initial=start_step, total=args.train_steps)
     for step in bar:
         for param_group in optimizer.param_groups:
@@ -212,8 +215,9 @@ def main(args):
         loss_sum += losses.detach().sum()
         n_summed += 1
 
-        done = step + 1
-        if done % args.eval_every == 0 or done == args.train_steps:
+        done, stop = step + 1, stopping()
+        validated = done % args.eval_every == 0 or done == args.train_steps
+        if validated:
             loss_mean = (dist.sum_over_ranks(loss_sum) / (n_summed * args.batch_size)).item()
             if rank == 0:
                 val_loss = validate(ema.model, x_val, y_val, args)
@@ -222,14 +226,21 @@ def main(args):
                 log.write(done, loss=loss_mean, val_loss=val_loss, lr=lr_at(step, args))
                 bar.set_postfix(loss=f"{loss_mean:.3f}", val_loss=f"{val_loss:.3f}")
                 runlog.save_images(samples(ema.model, spec, args, device), os.path.join(args.out_dir, "samples.png"), columns=10)
-                state = {"step": done, "net": net.state_dict(), "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict()}
-                checkpoint.save(state, last_path)
-            dist.barrier()
             loss_sum.zero_()
             n_summed = 0
+        if validated or stop:
+            dist.sum_over_ranks(loss_sum)
+            if rank == 0:
+                state = {"step": done, "net": net.state_dict(), "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint.save(state | {"loss_sum": loss_sum, "n_summed": n_summed}, last_path)
+            dist.barrier()
+        if stop:
+            break
 
     log.close()
-    if rank == 0:
+    if rank == 0 and done < args.train_steps:
+        print(f"{args.out_dir}: stopped by SIGTERM after step {done} of {args.train_steps}; the same command goes on")
+    elif rank == 0:
         save_diffusers(ema.model, args.out_dir)
         print(f"{args.out_dir}: {args.train_steps} steps done, {sum(p.numel() for p in net.parameters())} parameters")
     dist.teardown()

@@ -1,7 +1,9 @@
 """Processes: one on a laptop, many under torchrun (gloo on CPU, NCCL on GPU). The launcher's environment decides."""
 
 import os
+import signal
 import warnings
+from argparse import ArgumentTypeError
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import UserError
+from common.cli import UserError, positive
 
 
 def setup():
@@ -26,15 +28,29 @@ def setup():
         torch.backends.cudnn.deterministic = True  # or two equal runs differ, and resume with them; no cost was seen on digits
     if world_size > 1:
         # A day: ranks wait for the one that unpacks data, has a shard more to generate or a chunk more to attack. NCCL's ten minutes
-        # would end such work, on every rerun too.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        # would end such work, on every rerun too. Where nothing of the kind is to be done, a hanging rank shows earlier with less.
+        try:
+            minutes = positive(os.environ.get("RANK_TIMEOUT_MINUTES", "1440"))
+        except ArgumentTypeError as error:
+            raise UserError(f"RANK_TIMEOUT_MINUTES: {error}") from None
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
     return rank, world_size, device
 
 
 def teardown():
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; SIGTERM ends the process again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def catch_sigterm(device):
+    """SIGTERM, a scheduler's notice, ends nothing by itself from here on. Returns a function, called on all ranks: has it come to any?"""
+    came = []
+    signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    if not dist.is_initialized():
+        return lambda: bool(came)
+    return lambda: bool(sum_over_ranks(torch.tensor(float(len(came)), device=device)))
 
 
 def wrap(module):

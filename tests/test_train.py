@@ -70,7 +70,7 @@ def test_runs_are_deterministic_and_learn(tmp_path, plain_run):
 def test_weight_zero_gives_the_very_weights_of_train_at(tmp_path, plain_run, diffusion_dir):
     """Bit for bit: DRA's randomness has streams of its own, and its head no say in clipping or decay of the classifier."""
     state = run_aux(tmp_path / "aux", diffusion_dir, "--aux-weight", "0")
-    for key in ("model", "weights", "best", "val_robust_acc", "step"):
+    for key in ("model", "weights", "best", "step"):
         assert_equal_states(state[key], plain_run[1][key])
     one = run_aux(tmp_path / "one", diffusion_dir, "--aux-weight", "1")
     assert not torch.equal(one["model"]["init_conv.weight"], plain_run[1]["model"]["init_conv.weight"])
@@ -190,6 +190,35 @@ def test_diffusion_training_resumes_exactly(tmp_path, monkeypatch):
     assert read_log(tmp_path / "cut") == read_log(tmp_path / "straight")
     weights = [(tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("straight", "cut")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("script", ["at", "aux", "diffusion"])
+def test_sigterm_ends_the_run_after_its_step(script, tmp_path, plain_run, diffusion_dir, monkeypatch, capsys):
+    """In the middle of an epoch: a checkpoint, one line, status 0; then the same command goes on, weights and log as without."""
+
+    def start(name):
+        if script == "diffusion":
+            argv = ["--train-steps", "9", "--eval-every", "4", "--channels", "8", "16", "--batch-size", "16"]
+            train_diffusion.main(train_diffusion.parse_args([*argv, "--out-dir", str(tmp_path / name)]))
+            return checkpoint.load(tmp_path / name / "last.pt", {})
+        return run_at(tmp_path / name) if script == "at" else run_aux(tmp_path / name, diffusion_dir)
+
+    module, function, at = (train_diffusion, "edm_loss", 6) if script == "diffusion" else (attacks, "pgd", 7)
+    straight, real, calls = plain_run[1] if script == "at" else start("straight"), getattr(module, function), []
+
+    def noticed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, function, noticed)
+    cut = start("cut")
+    monkeypatch.undo()
+    assert f"stopped by SIGTERM after step {cut['step']} of {straight['step']}" in capsys.readouterr().out
+    assert 0 < cut["step"] < straight["step"] and cut["n_summed"] > 0 == straight["n_summed"]
+    assert_equal_states(start("cut"), straight)
+    assert read_log(tmp_path / "cut") == read_log(plain_run[0] if script == "at" else tmp_path / "straight")
 
 
 @pytest.mark.parametrize("moment", ["early", "late"])
