@@ -7,12 +7,15 @@ quickstart: .venv/runtime
 test: .venv/dev
 	.venv/bin/python -m pytest
 
+torture: .venv/dev
+	.venv/bin/python -m pytest -m "slow or not slow" tests/torture
+
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 bench: .venv/runtime
-	.venv/bin/python benchmarks/train_step.py
+	for part in train_step loading sampling scaling measure; do .venv/bin/python benchmarks/$$part.py || exit; done
 
 evidence: .venv/runtime
 	for part in digits_table digits_curve digits_ablations fashion_mnist; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$part.sh || exit; done
@@ -30,4 +33,4 @@ results: .venv/runtime
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: quickstart test lint bench evidence results
+.PHONY: quickstart test torture lint bench evidence results

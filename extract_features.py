@@ -163,12 +163,14 @@ def extract(model, images, split, sigma, blocks, args, rank, world_size):
 
 
 def zeros(path, dtype, shape):
-    """An .npy file of zeros that takes no space yet; one that is there must be of this kind."""
+    """An .npy file of zeros; one that is there must be of this kind. Its space is taken: on a full disk, a write to a map is SIGBUS."""
     if not os.path.exists(path):
         with checkpoint.atomic(path) as file:
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+            file.truncate(size := file.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
     checkpoint.open_npy(path, dtype, shape)
 
 

@@ -9,7 +9,7 @@ import time
 # What a full, read-only or forbidden disk raises; anything else is a bug and keeps its traceback.
 _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
 
@@ -134,6 +134,10 @@ def run(main, args):
         if error.errno not in _DISK_ERRORS:
             raise
         message = f"{error.filename or 'output'}: {error.strerror}"
+    except RuntimeError as error:  # gloo has no type of its own for this
+        if not any(words in str(error) for words in ("Timed out waiting", "onnection closed by peer", "Connection reset by peer")):
+            raise
+        message = "another process is gone, or did not answer within RANK_TIMEOUT_MINUTES (a day without it)"
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     else:
@@ -142,5 +146,6 @@ def run(main, args):
     if rank != "0":  # mostly rank 0 has found the same and ends all; what another rank alone has found must not be lost
         time.sleep(2)
         print(f"[rank {rank}] ", end="", file=sys.stderr)
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # it may quote what a file holds
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     raise SystemExit(2)

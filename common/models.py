@@ -201,7 +201,7 @@ class TorchvisionClassifier(_Classifier):
 def parse_model(name):
     """(depth, width) of `wrn-<depth>-<width>`; raises UserError for any other name."""
     match = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
-    if not match or (int(match[1]) - 4) % 6 or int(match[1]) < 10 or int(match[2]) < 1:
+    if not match or (int(match[1]) - 4) % 6 or not 10 <= int(match[1]) <= 1000 or not 1 <= int(match[2]) <= 100:
         raise UserError(f"--model {name}: expected {_KNOWN}")
     return int(match[1]), int(match[2])
 
@@ -291,6 +291,10 @@ def load_classifier(path, spec, device, name=None):
         raise UserError(
             f"{path}: trained on {state['dataset']} ({state['num_classes']} classes), --dataset is {spec.name} ({spec.num_classes} classes)"
         )
+    try:
+        check_model(state["model_name"], spec)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     model = build(state["model_name"], spec)
     checkpoint.load_state(model, _weights_of(content, model, path), path)
     return model.to(device).eval().requires_grad_(False), state

@@ -121,11 +121,11 @@ class RunLog:
 
         path = os.path.join(out_dir, "log.jsonl")
         if os.path.exists(path):
-            with open(path) as file:
-                whole = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
             try:
+                with open(path) as file:
+                    whole = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
                 kept = [line for line in whole if json.loads(line)["step"] <= start_step]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}: a line is not a JSON object with a step; mend or move the file") from None
             with checkpoint.atomic(path) as file:
                 file.write("".join(kept).encode())

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 
 import numpy as np
 from scipy.stats import binomtest, t
@@ -51,9 +52,11 @@ def read_verdicts(path):
     """What evaluate.py left in an .npz file, as a dict: index, label, clean_correct, robust, fooled_by per image; names of the attacks."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
-            arrays = {key: found[key] for key in ("index", "label", "clean_correct", "robust", "fooled_by")}
+            if sum(info.file_size for info in found.zip.infolist()) > 1 << 28:
+                raise ValueError
+            arrays = {key: np.asarray(found[key]) for key in ("index", "label", "clean_correct", "robust", "fooled_by")}
             attacks = found["attacks"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
     n = arrays["label"].size
     if not n or any(a.shape != (n,) for a in arrays.values()) or not arrays["clean_correct"].dtype == arrays["robust"].dtype == bool:
@@ -76,7 +79,7 @@ def compare(path_a, path_b):
             if first.get(key) != second.get(key):
                 print(f"WARNING: {key} differs: {first.get(key)} and {second.get(key)}")
         for name, found in (("A", first), ("B", second)):
-            for warning in found.get("warnings", []):
+            for warning in found["warnings"] if isinstance(found.get("warnings"), list) else []:
                 print(f"WARNING ({name}): {warning}")
     print(f"A: {path_a}\nB: {path_b}\n{len(a['label'])} images")
     rows = {"clean_correct": "clean", "robust": "robust"}
