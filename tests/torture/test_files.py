@@ -16,6 +16,7 @@ import shutil
 import signal
 import struct
 import traceback
+import warnings
 import zipfile
 
 import numpy as np
@@ -161,7 +162,7 @@ def zip_members(content, rng):
                 continue
             new.writestr(f"../{name}" if name == chosen and what == "rename" else name, member)
             if name == chosen and what == "double":
-                with contextlib.suppress(UserWarning):
+                with warnings.catch_warnings(action="ignore"):
                     new.writestr(name, member[::-1])
     return file.getvalue()
 
