@@ -8,8 +8,8 @@ import time
 
 # What a full, read-only or forbidden disk raises; anything else is a bug and keeps its traceback.
 _DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
 
@@ -125,7 +125,7 @@ def _checked(value, holds, expected, text):
 
 
 def run(main, args):
-    """Run a script's main(args); end a UserError or a full or read-only disk with one line and status 2."""
+    """Run a script's main(args); end a UserError or a disk that is full, read-only or gone with one line and status 2."""
     try:
         main(args)
     except UserError as error:
