@@ -1,104 +1,96 @@
-"""What a training step costs, as ratios measured in one run: alternating, median of --repeats.
+"""Training steps, data included, of train_at.py and train_at_aux.py against plain PyTorch and against themselves.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py                 # all; about ten minutes on two CPU cores
+    python benchmarks/train_step.py --only digits   # the parts whose names contain a word
 
-Rows, against the first: the step as train_at.py does it; without channels-last; with a clean pass of its own for the
-attack's reference; with weight gradients in the attack (loss.backward()); with the diffusion network run whole for DRA's
-targets; with it left at the block. Prints a table and writes benchmarks/results.json.
+Images are random bytes. Steps are those of the scripts' own functions, in their order. Against: the base recipe in plain PyTorch
+(benchmarks/reference.py, as many DataLoader workers as cores); the rate of a large matrix product on the same cores, by counted FLOP;
+a step of train_at.py, for DRA. With --profile: where the time of the first step goes, by torch.profiler.
 """
 
-import statistics
-import sys
-import time
-from pathlib import Path
+import functools
+import math
+import os
+import tempfile
 
+import numpy as np
+import reference
 import torch
-import torch.nn.functional as F
+from measure import alternate, compare, record  # first: it finds the project
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import attacks, checkpoint, cli, data, diffusion, models, runlog  # noqa: E402
+import train_at
+import train_at_aux
+from common import attacks, cli, data, diffusion, dist, models, synthetic
+from common.ema import EMA
+from runs import costs
+
+CASES = {  # name: flags of train_at.py, of what it is a step, and how many are one measurement
+    "digits": (["--dataset", "digits"], "WRN-10-1, batch 128, PGD-5, digits' size", 10),
+    "wrn-16-4": (["--dataset", "cifar10", "--model", "wrn-16-4", "--batch-size", "32"], "WRN-16-4, batch 32, PGD-10, 32 x 32", 1),
+    "wrn-28-10": (["--dataset", "cifar10", "--model", "wrn-28-10", "--batch-size", "8"], "WRN-28-10, batch 8, PGD-10, 32 x 32", 1),
+}
+TARGETS = {"digits": 1.5, "wrn-16-4": 1.5, "wrn-28-10": None}
+DDPMPP = "edm-cifar10-32x32-uncond-vp.pkl"
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--model", default="wrn-10-1", help="wrn-<depth>-<width>, on digits")
-    parser.add_argument("--batch-size", type=cli.count, default=128, help="images")
-    parser.add_argument("--n-steps", type=cli.count, default=5, help="steps of PGD")
-    parser.add_argument("--repeats", type=cli.count, default=9, help="measurements of each row")
+    parser.add_argument("--repeats", type=cli.count, default=7, help="measurements of each row; those of WRN-28-10: half as many")
+    parser.add_argument("--only", default="", help="a word that the parts' names contain")
+    parser.add_argument("--profile", metavar="CASE", choices=CASES, help="print a profile of this case's step and end")
     return parser.parse_args(argv)
 
 
-def step(model, x, y, start, args, separate_clean_pass=False, weight_gradients=False, extra=None):
-    """Forward, attack and backward of one TRADES step (no optimiser); `extra` is called with x where DRA takes its targets."""
-    logits = model(x)
-    reference = None if separate_clean_pass else logits.detach()
-    if weight_gradients:
-        x_adv = backward_attack(model, x, y, start, args, logits.detach())
-    else:
-        attack = dict(norm="linf", eps=0.15, step_size=0.0375, n_steps=args.n_steps, loss="kl", bn="batch")
-        x_adv = attacks.pgd(model, x, y, [start], reference=reference, **attack)
-    loss = F.cross_entropy(logits, y) + 5 * F.kl_div(
-        model(x_adv).log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True
-    )
-    if extra:
-        extra(x)
-    model.zero_grad(set_to_none=True)
-    loss.backward()
+def made(folder, spec, n):
+    """Random images and labels, and a synthetic set of as many in `folder`."""
+    rng = np.random.default_rng(0)
+    shape = (n, spec.image_size, spec.image_size, spec.channels)
+    parts = [(rng.integers(0, 256, shape, np.uint8), rng.integers(0, spec.num_classes, n)) for _ in range(2)]
+    np.savez(os.path.join(folder, "set.npz"), image=parts[1][0], label=parts[1][1])
+    return parts
 
 
-def backward_attack(model, x, y, start, args, reference):
-    """The attack by loss.backward(), as much public code has it: gradients of all weights are computed and thrown away."""
-    x_adv = attacks.project(x + start, x, "linf", 0.15)
-    for _ in range(args.n_steps):
-        x_adv.requires_grad_(True)
-        attacks.attack_losses(model(x_adv), y, "kl", reference).sum().backward()
-        x_adv = attacks.project(attacks.ascend(x_adv.detach(), x_adv.grad, "linf", 0.0375), x, "linf", 0.15)
-    return x_adv
-
-
-def main(args):
-    spec = data.DATASETS["digits"]
+def our_step(script, argv, real, folder, teacher=None, whole=False):
+    """A function that does one step as the script's main does; `whole`: the diffusion network is run to its end."""
+    args = script.parse_args([*argv, "--synthetic", os.path.join(folder, "set.npz")])
+    spec = data.DATASETS[args.dataset]
+    batches = data.Batches(*real, synthetic.SyntheticSet(args.synthetic, spec), args.synthetic_fraction, args.batch_size, spec, 0, "cpu")
     torch.manual_seed(0)
-    model = models.build(args.model, spec)
-    contiguous = models.build(args.model, spec).to(memory_format=torch.contiguous_format)
-    x = torch.rand(args.batch_size, 8, 8, 1).permute(0, 3, 1, 2)
-    y = torch.randint(0, 10, (args.batch_size,))
-    start = attacks.random_start(x.shape, "linf", 0.15, torch.Generator().manual_seed(0))
-    teacher = tiny_teacher(spec)
-    noise = torch.randn(x.shape)
+    model = models.build(args.model, spec).train()
+    ema, parts, counter = EMA(model), [model], iter(range(10**9))
+    if teacher:
+        args.block, args.sigma = args.block or teacher.default_block, args.sigma or teacher.default_sigma
+        x, y = batches(0)
+        targets = functools.partial(run_whole, script.teacher_targets) if whole else script.teacher_targets
+        width = targets(teacher, x, y, torch.randn(len(x), *teacher.noise_shape), 0, args).shape[1]
+        parts.append(train_at_aux.alignment_head(model.num_features, args.head_width, width))
+    optimizer = torch.optim.SGD(
+        models.parameter_groups(parts, args.weight_decay, biases=True), args.lr, momentum=args.momentum[1], nesterov=True
+    )
 
-    def whole(x):
-        with torch.no_grad():
-            teacher.denoise(2 * x - 1 + 0.1 * noise, 0.1)
+    def step():
+        number = next(counter)
+        x, y = batches(number)
+        start = attacks.random_start(x.shape, args.norm, args.eps, data.stream(0, "attack", number))
+        optimizer.zero_grad(set_to_none=True)
+        loss, *_, aligned = script.adversarial_loss(model, model, x, y, start, args)
+        if teacher:
+            noise = torch.randn(len(x), *teacher.noise_shape, generator=data.stream(0, "teacher", number))
+            loss = loss + args.aux_weight * (1 - script.alignment(parts[1], aligned, targets(teacher, x, y, noise, 0, args)))
+        loss.backward()
+        for part in parts:
+            torch.nn.utils.clip_grad_norm_(part.parameters(), args.clip_norm or math.inf)
+        optimizer.step()
+        ema.update(model, 0.995)
 
-    def cut(x):
-        with torch.no_grad():
-            teacher.features(x, 0.1, None, ["up_blocks.0.resnets.0"], noise)
+    return step
 
-    rows = {
-        "train_at.py's step": lambda: step(model, x, y, start, args),
-        "NCHW instead of channels-last": lambda: step(contiguous, x.contiguous(), y, start.contiguous(), args),
-        "a separate clean pass for the attack": lambda: step(model, x, y, start, args, separate_clean_pass=True),
-        "weight gradients in the attack": lambda: step(model, x, y, start, args, weight_gradients=True),
-        "DRA targets, network run whole": lambda: step(model, x, y, start, args, extra=whole),
-        "DRA targets, left at the block": lambda: step(model, x, y, start, args, extra=cut),
-    }
-    seconds = {name: [] for name in rows}
-    for repeat in range(args.repeats + 1):
-        for name, run in rows.items():
-            begun = time.perf_counter()
-            run()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - begun)
-    first = next(iter(rows))
-    results = []
-    for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds[first])]
-        results.append({"name": name, "ms": 1000 * statistics.median(values), "ratio": statistics.median(ratios)})
-        print(f"{name:<38}{results[-1]['ms']:8.1f} ms   x {results[-1]['ratio']:.2f}")
-    settings = vars(args) | {"environment": runlog.environment()}
-    checkpoint.write_json({"settings": settings, "rows": results}, ROOT / "benchmarks" / "results.json")
+
+def run_whole(targets, teacher, x, y, noise, mean, args):
+    """`targets`, and after it what leaving the network at the block has saved."""
+    with torch.no_grad():
+        teacher.denoise(teacher.encode(x) + args.sigma * noise, args.sigma)
+    return targets(teacher, x, y, noise, mean, args)
 
 
 def tiny_teacher(spec):
@@ -109,7 +101,87 @@ def tiny_teacher(spec):
     size = dict(sample_size=spec.image_size, in_channels=spec.channels, out_channels=spec.channels, num_class_embeds=spec.num_classes + 1)
     net = diffusers.UNet2DModel(**size, **levels, norm_num_groups=8)
     net.register_to_config(sigma_data=0.5, label_dropout=0.1)
-    return diffusion.Diffusion(net.to(memory_format=torch.channels_last).eval().requires_grad_(False))
+    return diffusion.EDMUNet(net.to(memory_format=torch.channels_last).eval().requires_grad_(False))
+
+
+def big_teacher():
+    teacher = costs.published(DDPMPP)
+    teacher.net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return teacher
+
+
+def times(n, step):
+    def steps():
+        for _ in range(n):
+            step()
+
+    return steps
+
+
+def against_plain(case, repeats):
+    """Lines: train_at.py's step against plain PyTorch, and against a matrix product's rate; with --compile against without."""
+    argv, what, n = CASES[case]
+    args = train_at.parse_args(argv)
+    spec = data.DATASETS[args.dataset]
+    with tempfile.TemporaryDirectory() as folder:
+        real, made_set = made(folder, spec, 10_000)
+        loader = reference.loader(real, made_set, spec, args.batch_size, train_at.SYNTHETIC_FRACTION, os.cpu_count())
+        plain = (args.model, spec, args.n_steps, args.eps, args.step_size, args.beta, args.label_smoothing, args.clip_norm)
+        matrix = torch.randn(2048, 2048)
+        rows = {
+            "ours": times(n, our_step(train_at, argv, real, folder)),
+            "plain": times(n, reference.train(loader, *plain)),
+            "product": times(10, lambda: matrix @ matrix),
+            "compiled": times(n, our_step(train_at, [*argv, "--compile"], real, folder)),
+        }
+        seconds = alternate(rows, repeats)
+    flop = n * args.batch_size * sum(costs.step_parts(args, costs.classifier_passes(args.model, args.dataset)).values())
+    at_that_rate = [flop / (10 * 2 * 2048**3) * s for s in seconds["product"]]
+    share = 0.9 if case == "wrn-28-10" else None
+    return [
+        compare(f"training step, {what}", "plain PyTorch", seconds["ours"], seconds["plain"], TARGETS[case]),
+        compare("the same with `--compile` (`--compile` is off by default)", "plain PyTorch", seconds["compiled"], seconds["plain"]),
+        compare("its FLOP per second", "a product of 2,048 x 2,048 matrices", seconds["ours"], at_that_rate, share),
+    ]
+
+
+def alignment_cost(case, repeats):
+    """Lines: train_at_aux.py's step against train_at.py's, the diffusion network left at the block and run whole."""
+    argv, what, n = CASES[case]
+    spec = data.DATASETS[train_at.parse_args(argv).dataset]
+    teacher, limit = (tiny_teacher(spec), 1.25) if case == "digits" else (big_teacher(), 1.10)
+    with tempfile.TemporaryDirectory() as folder:
+        real, _ = made(folder, spec, 10_000)
+        rows = {"without": times(n, our_step(train_at, argv, real, folder))}
+        rows |= {key: times(n, our_step(train_at_aux, argv, real, folder, teacher, key == "whole")) for key in ("cut", "whole")}
+        seconds = alternate(rows, repeats)
+    of = f"a step with DRA, {what}"
+    return [
+        compare(of, "a step of train_at.py", seconds["cut"], seconds["without"], limit, at_most=True),
+        compare(f"{of}, the diffusion network run whole", "a step of train_at.py", seconds["whole"], seconds["without"], at_most=True),
+    ]
+
+
+def profile(case):
+    """Where the time of train_at.py's step goes."""
+    argv, *_ = CASES[case]
+    with tempfile.TemporaryDirectory() as folder:
+        step = our_step(train_at, argv, made(folder, data.DATASETS[train_at.parse_args(argv).dataset], 10_000)[0], folder)
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50))
+
+
+def main(args):
+    dist.setup()
+    if args.profile:
+        return profile(args.profile)
+    for part, lines in (("training step", against_plain), ("DRA", alignment_cost)):
+        for case in CASES if part == "training step" else ("digits", "wrn-28-10"):
+            repeats = args.repeats if case != "wrn-28-10" else max(args.repeats // 2, 2)
+            if args.only in f"{part}, {case}":
+                record(f"{part}, {case}", lines(case, repeats), repeats=repeats)
 
 
 if __name__ == "__main__":
