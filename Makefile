@@ -18,7 +18,7 @@ bench: .venv/runtime
 	for part in train_step loading sampling scaling measure; do .venv/bin/python benchmarks/$$part.py || exit; done
 
 evidence: .venv/runtime
-	for part in digits_table digits_curve digits_ablations fashion_mnist; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$part.sh || exit; done
+	for part in digits_table digits_contrastive digits_curve digits_ablations fashion_mnist; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$part.sh || exit; done
 
 results: .venv/runtime
 	.venv/bin/python -m runs.results

@@ -38,6 +38,7 @@ RECIPE = dict(
     momentum=(0.85, 0.95), betas=(0.9, 0.95), final_lr=5e-6, weight_decay=5e-4, bn_momentum=0.01, ema_decay=0.995,
     eval_every=1, eval_n_steps=40, aux_weight=1.0, head_width=2048,
 )
+TEMPERATURE = 0.1  # of --align-loss contrastive
 SYNTHETIC_FRACTION = 0.7  # of each batch, where there is a synthetic set; the base uses 0.8 above 1 M images
 PRESETS = {
     # A small network, a short schedule, and clipping: on 800 images one unlucky step at lr 0.2 costs several points.
@@ -98,6 +99,7 @@ def parse_args(argv=None):
     group.add_argument("--sigma", type=cli.positive, help="noise level of its input, in units of [-1, 1]; without it, by kind of network")
     group.add_argument("--aux-weight", type=cli.non_negative, help="weight of the alignment term")
     group.add_argument("--align", choices=["adv", "clean", "both"], default="adv", help="images whose features are aligned")
+    group.add_argument("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="what aligned means; see above")
     group.add_argument("--teacher-label", choices=["none", "true"], default="none", help="label given to the diffusion network")
     group.add_argument("--center-targets", action=argparse.BooleanOptionalAction, default=True, help="subtract the targets' mean")
     group.add_argument("--head-width", type=cli.count, help="hidden width of the MLP head")
@@ -220,6 +222,13 @@ def alignment_head(num_features, width, num_targets):
 def alignment(head, features, targets):
     """Mean over the batch of cos(h(f), g), in float32. features: list of (B, D), one per kind of z. targets: (B, C)."""
     return sum(F.cosine_similarity(head(f).float(), targets.float(), dim=1).mean() for f in features) / len(features)
+
+
+def contrast(head, features, targets):
+    """As `alignment`; instead of the cosine, 1 - InfoNCE (arXiv 1807.03748). Negatives: the targets given, this process's micro-batch."""
+    directions, places = F.normalize(targets.float(), dim=1), torch.arange(len(targets), device=targets.device)
+    cosines = [F.normalize(head(f).float(), dim=1) @ directions.T for f in features]
+    return 1 - sum(F.cross_entropy(c / TEMPERATURE, places) for c in cosines) / len(features)
 
 
 @torch.no_grad()
@@ -388,6 +397,7 @@ def main(args):
     if args.compile:
         raw_model.compile()
     model, head = dist.wrap(raw_model), dist.wrap(raw_head)
+    agree = {"cosine": alignment, "contrastive": contrast}[args.align_loss]
 
     log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
     bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
@@ -425,10 +435,10 @@ def main(args):
             with dist.no_sync([model, head], when=part < args.accumulate - 1):
                 with autocast():
                     loss, parts, x_adv, aligned = adversarial_loss(model, raw_model, x[mine], y[mine], start[mine], args)
-                    cosine = alignment(head, aligned, targets[mine])
-                    loss = loss + args.aux_weight * (1 - cosine)
+                    agreement = agree(head, aligned, targets[mine])
+                    loss = loss + args.aux_weight * (1 - agreement)
                 (loss / args.accumulate).backward()
-            for name, value in ({"loss": loss, "align": cosine} | parts).items():
+            for name, value in ({"loss": loss, "align": agreement} | parts).items():
                 sums[name] = sums.get(name, 0) + value.detach() / args.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
         if not torch.isfinite(grad_norm):

@@ -45,6 +45,7 @@ representations() {
   aligned block=down_blocks.1.resnets.0 --block down_blocks.1.resnets.0
   aligned block=mid_block --block mid_block
   aligned block=up_blocks.1.resnets.0 --block up_blocks.1.resnets.0
+  aligned align_loss=contrastive --align-loss contrastive
   aligned align=clean --align clean
   aligned align=both --align both
   aligned teacher_images=500 --teacher out/evidence/diffusion-500

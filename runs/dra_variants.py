@@ -1,9 +1,7 @@
 """Other forms of DRA that were tried, each a change to train_at_aux.py from outside: what they gave stands in docs/log.md.
 
-python -m runs.dra_variants infonce --synthetic out/evidence/synthetic-100 --teacher out/evidence/diffusion-100 --out-dir out/variant
+python -m runs.dra_variants whiten --synthetic out/evidence/synthetic-100 --teacher out/evidence/diffusion-100 --out-dir out/variant
 
-  infonce     contrastive: the other targets of the batch are negatives, those of the same image under other noise among them (with 100
-              images there are some); cross-entropy of cosines / 0.1 instead of 1 - cosine. val_align in its log is no cosine
   whiten      targets whitened by the training images' covariance (with 1 % of its mean eigenvalue added), not only centred
   levels      targets at four noise levels side by side: 0.03, 0.1, 0.3, 1
   rise, fall  the weight rises linearly from 0 over the first half of training, or is 0 after it
@@ -22,18 +20,10 @@ import torch.nn.functional as F
 import train_at_aux as dra
 from common import cli, models
 
-LEVELS, TEMPERATURE = (0.03, 0.1, 0.3, 1.0), 0.1
+LEVELS = (0.03, 0.1, 0.3, 1.0)
 alignment, alignment_head, teacher_targets, teacher_mean, one_cycle = (
     getattr(dra, name) for name in ("alignment", "alignment_head", "teacher_targets", "teacher_mean", "one_cycle")
 )
-
-
-def infonce():
-    def contrast(feature, head, targets):
-        cosines = F.normalize(head(feature).float(), dim=1) @ F.normalize(targets.float(), dim=1).T
-        return 1 - F.cross_entropy(cosines / TEMPERATURE, torch.arange(len(targets)))
-
-    dra.alignment = lambda head, features, targets: sum(contrast(f, head, targets) for f in features) / len(features)
 
 
 def whiten():
@@ -105,7 +95,6 @@ def earlier_stage(spatial):
 
 
 VARIANTS = {
-    "infonce": infonce,
     "whiten": whiten,
     "levels": levels,
     "rise": lambda: weighted(lambda done: min(2 * done, 1.0)),

@@ -61,6 +61,7 @@ WITHSTOOD = {"clean": 1, "two_attacks": 3, "autoattack": 5}  # the least verdict
 ABLATIONS = {  # cells <name>=<setting> of MAIN: (the default, the cell that has it, the cell without what is varied)
     "aux_weight": ("1", "dm_at_dra", "dm_at"),
     "align": ("adv", "dm_at_dra", "dm_at"),
+    "align_loss": ("cosine", "dm_at_dra", "dm_at"),
     "sigma": ("0.1", "dm_at_dra", "dm_at"),
     "block": ("up_blocks.0.resnets.0", "dm_at_dra", "dm_at"),
     "teacher_label": ("none", "dm_at_dra", "dm_at"),
@@ -295,11 +296,11 @@ def ablation_table(cells, ablations):
 
 
 def forms_table(cells):
-    """Cells <cell>,<what differs>: against the cell without DRA."""
+    """Cells <cell>,<what differs>: against the cell without DRA. `variant`: one of runs/dra_variants.py."""
     rows = []
     for name in sorted(cells):
         base, _, form = name.partition(",")
-        if form.startswith("variant="):
+        if form:
             reference = base.removesuffix("_dra")
             of = [effect(cells, [(name, reference)], measure) for measure in ("held_out", "two_attacks", "clean")]
             form = form.removeprefix("variant=").replace(",", ", ")

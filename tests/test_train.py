@@ -86,6 +86,13 @@ def test_weight_zero_whatever_is_aligned(loss, align, tmp_path, diffusion_dir):
         assert_equal_states(zero[key], plain[key])
 
 
+def test_contrastive_alignment_is_another_run_and_learns(tmp_path, diffusion_dir):
+    states = [run_aux(tmp_path / kind, diffusion_dir, "--align-loss", kind) for kind in ("cosine", "contrastive")]
+    assert not torch.equal(states[0]["model"]["init_conv.weight"], states[1]["model"]["init_conv.weight"])
+    log = read_log(tmp_path / "contrastive")
+    assert log[-1]["align"] > log[0]["align"] and all(-1 <= line["val_align"] <= 1 for line in log)  # the latter a cosine, as ever
+
+
 def test_shuffled_targets_are_those_of_other_images(tmp_path, diffusion_dir, monkeypatch):
     """The control sees the very same targets, noise and all, in another order."""
     real, seen = train_at_aux.alignment, {"true": [], "shuffled": []}
