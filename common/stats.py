@@ -58,8 +58,8 @@ def read_verdicts(path):
             attacks = found["attacks"]
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
-    n = arrays["label"].size
-    if not n or any(a.shape != (n,) for a in arrays.values()) or not arrays["clean_correct"].dtype == arrays["robust"].dtype == bool:
+    n, kinds = arrays["label"].size, {"index": "iu", "label": "iu", "clean_correct": "b", "robust": "b", "fooled_by": "iu"}
+    if not n or any(a.shape != (n,) or a.dtype.kind not in kinds[key] for key, a in arrays.items()):
         raise UserError(f"{path}: no per-image file of evaluate.py")
     return arrays | {"attacks": attacks}
 

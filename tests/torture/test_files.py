@@ -124,8 +124,9 @@ def npy_array(content, rng):
     """An array of another type, shape or order, with NaN, or whose header promises more than there is."""
     array = np.load(io.BytesIO(content))
     flat = array.reshape(-1)
+    kinds = ["U1", "S"] if array.dtype.kind == "U" else [np.float64, np.float16, np.int8, np.uint16, ">i8", "U3", bool, complex]
     wild = [
-        array.astype(rng.choice([np.float64, np.float16, np.int8, np.uint16, ">i8", "U3", bool, complex])),
+        array.astype(rng.choice(kinds)),
         np.asfortranarray(array) if array.ndim > 1 else array[::-1],
         *(array[:0], array[None], array[..., None], flat, np.array(3), array[: len(array) // 2], np.concatenate([array, array])),
         np.full_like(array, -1 if array.dtype.kind == "i" else 255),
