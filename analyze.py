@@ -115,7 +115,7 @@ def batches_of(images, ids, args, device):
 def features_of(model, images, ids, args, device, path=None):
     """Penultimate features (N, D) float32 of the uint8 images of these numbers: in memory, or in the file `path` mapped."""
     shape = len(ids), model.logits.in_features
-    features = np.lib.format.open_memmap(path, "w+", np.float32, shape) if path else np.empty(shape, np.float32)
+    features = checkpoint.map_zeros(path, np.float32, shape) if path else np.empty(shape, np.float32)
     for i, x in enumerate(batches_of(images, ids, args, device)):
         features[i * args.batch_size :][: len(x)] = model(x, with_features=True)[1].float().cpu().numpy()
     return features

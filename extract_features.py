@@ -19,7 +19,6 @@ under the --n-draws of its stored features, and the gradient goes through all of
 evaluate.py --model diffusion-head --teacher ... --checkpoint out/head.pt.
 """
 
-import math
 import os
 
 import numpy as np
@@ -139,8 +138,8 @@ def extract(model, images, split, sigma, blocks, args, rank, world_size):
         for path, width in zip(paths, widths):
             if not os.path.exists(path + ".writing") and os.path.exists(path + ".done.writing"):
                 os.unlink(path + ".done.writing")  # flags of a map that is gone
-            zeros(path + ".writing", np.float32, (len(images), args.n_draws, width))
-            zeros(path + ".done.writing", np.uint8, (len(batches),))
+            checkpoint.map_zeros(path + ".writing", np.float32, (len(images), args.n_draws, width))
+            checkpoint.map_zeros(path + ".done.writing", np.uint8, (len(batches),))
     dist.barrier()
     maps, flags = ([np.lib.format.open_memmap(path + end, "r+") for path in paths] for end in (".writing", ".done.writing"))
     mine = range(rank, len(batches), world_size)
@@ -160,18 +159,6 @@ def extract(model, images, split, sigma, blocks, args, rank, world_size):
         for path in paths:
             os.unlink(path + ".done.writing")
     dist.barrier()
-
-
-def zeros(path, dtype, shape):
-    """An .npy file of zeros; one that is there must be of this kind. Its space is taken: on a full disk, a write to a map is SIGBUS."""
-    if not os.path.exists(path):
-        with checkpoint.atomic(path) as file:
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(size := file.tell() + np.dtype(dtype).itemsize * math.prod(shape))
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)
-    checkpoint.open_npy(path, dtype, shape)
 
 
 def report_probe(found, blocks, args, n):

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -124,6 +125,22 @@ def open_npy(path, dtype, shape=None):
         wanted = "" if shape is None else " " + str(tuple("any" if s is None else s for s in shape)).replace("'", "")
         raise UserError(f"{path}: found {array.dtype} {array.shape}, expected {np.dtype(dtype)}{wanted}")
     return array
+
+
+def map_zeros(path, dtype, shape):
+    """Map an .npy array to be written, of zeros where it is missing; one that is there must be of this kind.
+
+    Its space is taken first: on a full disk, a write to a map is SIGBUS.
+    """
+    if not os.path.exists(path):
+        with atomic(path) as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(size := file.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    open_npy(path, dtype, shape)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def make_once(path, make):

@@ -302,7 +302,7 @@ def test_memory_does_not_grow_with_the_images(trained, tmp_path):
     for copies in (1, 16):
         many = np.tile(images[:512], (copies, 1, 1, 1)), np.tile(labels[:512], copies)
         tracemalloc.start()
-        analyze.measure("a", model, ((images, np.arange(800), labels), many), args, "cpu", str(tmp_path / "features.npy"))
+        analyze.measure("a", model, ((images, np.arange(800), labels), many), args, "cpu", str(tmp_path / f"{copies}.npy"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 1e6, peaks

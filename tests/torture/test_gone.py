@@ -75,3 +75,18 @@ def test_a_file_system_that_is_read_only(script, tmp_path, diffusion_dir, classi
                 assert run(script, argv)["status"] == wanted, flag
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_analysis_on_a_full_disk(tmp_path, classifier):  # noqa: F811
+    """The features' file is mapped; its space is taken first, or the first write beyond the disk would be SIGBUS."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        argv = ["analyze.py", "--model", f"at={classifier}", "--out-dir", disk / "analysis"]
+        done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "No space left on device" in done.stderr.splitlines()[-1], done.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
