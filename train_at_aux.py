@@ -6,8 +6,10 @@ through an MLP head h, is aligned by cosine with a frozen diffusion network's fe
     L = L_AT(x, x_adv, y) + aux_weight * mean_i [ 1 - cos( h(f(z_i)), g(x_i + sigma * n_i) ) ],   z = x_adv, x or both,
 
 n_i fresh Gaussian noise, g pooled over space at --block (the network is left there). The attack maximises L_AT's own
-objective only. The head is no part of the exported classifier. --shuffle-targets gives each image another image's target:
-the control that has the head, its cost and its gradients, but no information. Weight 0 gives train_at.py's very weights.
+objective only. The head is no part of the exported classifier. --shuffle-targets deals the batch's targets out at random: the
+control that has the head, its cost and its gradients, but no information. Weight 0 gives train_at.py's very weights.
+--align-loss contrastive, not the paper's, has instead of 1 - cos the cross-entropy of telling i's target from all those of the
+process's (micro-)batch, with cosines / 0.1 as logits; an image drawn twice, under other crops and noise, is its own negative.
 
     python train_diffusion.py && python train_at_aux.py                               # AT+DRA on digits, five minutes on two CPU cores
     python train_at_aux.py --synthetic out/synthetic-digits --out-dir out/dm_at_dra   # DM-AT+DRA
@@ -99,7 +101,7 @@ def parse_args(argv=None):
     group.add_argument("--sigma", type=cli.positive, help="noise level of its input, in units of [-1, 1]; without it, by kind of network")
     group.add_argument("--aux-weight", type=cli.non_negative, help="weight of the alignment term")
     group.add_argument("--align", choices=["adv", "clean", "both"], default="adv", help="images whose features are aligned")
-    group.add_argument("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="what aligned means; see above")
+    group.add_argument("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="contrastive: see above")
     group.add_argument("--teacher-label", choices=["none", "true"], default="none", help="label given to the diffusion network")
     group.add_argument("--center-targets", action=argparse.BooleanOptionalAction, default=True, help="subtract the targets' mean")
     group.add_argument("--head-width", type=cli.count, help="hidden width of the MLP head")
@@ -225,10 +227,11 @@ def alignment(head, features, targets):
 
 
 def contrast(head, features, targets):
-    """As `alignment`; instead of the cosine, 1 - InfoNCE (arXiv 1807.03748). Negatives: the targets given, this process's micro-batch."""
-    directions, places = F.normalize(targets.float(), dim=1), torch.arange(len(targets), device=targets.device)
-    cosines = [F.normalize(head(f).float(), dim=1) @ directions.T for f in features]
-    return 1 - sum(F.cross_entropy(c / TEMPERATURE, places) for c in cosines) / len(features)
+    """As `alignment`; instead of the cosine, 1 - InfoNCE (arXiv 1807.03748), in float32. Negatives: the other targets given."""
+    outputs, places = [head(f).float() for f in features], torch.arange(len(targets), device=targets.device)
+    with torch.autocast(targets.device.type, enabled=False):
+        cosines = [F.normalize(output, dim=1) @ F.normalize(targets.float(), dim=1).T for output in outputs]
+        return 1 - sum(F.cross_entropy(c / TEMPERATURE, places) for c in cosines) / len(features)
 
 
 @torch.no_grad()
@@ -317,6 +320,8 @@ def main(args):
         raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes{parts}")
     if (args.mixup or args.cutmix) and args.batch_size == world_size:
         raise cli.UserError(f"--batch-size {args.batch_size}: an image per process has no other to be mixed with, see --mixup and --cutmix")
+    if args.align_loss == "contrastive" and args.batch_size == world_size * args.accumulate:
+        raise cli.UserError(f"--batch-size {args.batch_size}: an image per process and part has no other to be told from, see --align-loss")
     spec = data.DATASETS[args.dataset]
     models.check_model(args.model, spec)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")

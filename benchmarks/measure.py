@@ -36,7 +36,7 @@ def compare(what, against, seconds, others, target=None, at_most=False):
     ratios = [a / b for a, b in (zip(seconds, others) if at_most else zip(others, seconds))]
     found = {"what": what, "against": against, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
     found |= {"n": len(ratios), "seconds": statistics.median(seconds), "seconds_against": statistics.median(others)}
-    return found | ({"target": target, "at_most": at_most} if target else {})
+    return found | {"at_most": at_most} | ({"target": target} if target else {})
 
 
 def record(part, lines, **settings):
@@ -53,7 +53,7 @@ def table(parts):
     rows = ["| | against | ratio | target |", "|---|---|---|---|"]
     for part in parts.values():
         for line in part["lines"]:
-            ratio = f"{line['ratio']:.2f} ({line['low']:.2f} to {line['high']:.2f}; {line['n']})"
+            ratio = f"{'costs ' if line['at_most'] else ''}{line['ratio']:.2f} ({line['low']:.2f} to {line['high']:.2f}; {line['n']})"
             if "target" in line:
                 met = line["ratio"] <= line["target"] if line["at_most"] else line["ratio"] >= line["target"]
                 target = f"{'at most' if line['at_most'] else 'at least'} {line['target']:g}: {'met' if met else '**missed**'}"
@@ -64,8 +64,8 @@ def table(parts):
     rows += [""] * bool(growth)
     for name, of in growth.items():
         r2 = f"r2 {of['r2']:.3f}, {name} {', '.join(map(str, of['amounts']))}"
-        fit = f"{1000 * of['intercept']:.1f} ms + {1000 * of['slope']:.2f} ms x {name}" if name != "width" else f"FLOP^{of['slope']:.2f}"
-        rows.append(f"- a step of the digits' default costs {fit} ({r2})")
+        fit = f"{1000 * of['intercept']:.1f} ms + {1000 * of['slope']:.2f} ms x {name}"
+        rows.append(f"- a step of the digits' default takes {fit} ({r2})")
     kinds = {f"{e['device']}, {e['threads']} threads, torch {e['torch']}" for e in (part["environment"] for part in parts.values())}
     return "\n".join([*rows, "", f"{'; '.join(sorted(kinds))}.", ""])
 

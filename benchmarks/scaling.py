@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 from measure import ROOT, alternate, compare, record  # first: it finds the project
-from train_step import made, our_step
+from train_step import made, our_step, times
 
 import train_at
 from common import cli, data
@@ -29,7 +29,7 @@ SCRIPTS = {  # script: (flags, flag that sets the amount of work, short and long
     "extract_features.py": (["--batch-size", "50", "--n-draws", "4", "--diffusion"], "--sigmas", ("1", ".1 .2 .3 .4 .5 .6 .7 .8 .9"), 0.85),
     "evaluate.py": (["--attack", "pgd", "--batch-size", "100", "--checkpoint"], "--n-steps", ("10", "80"), 0.85),
 }
-AMOUNTS = {"images": (32, 64, 128, 256), "attack steps": (1, 5, 10, 20), "width": (1, 2, 4)}
+AMOUNTS = {"images": (32, 64, 128, 256), "attack steps": (1, 5, 10, 20), "GFLOP": (1, 2, 3, 4)}  # the last by WRN-10's width
 
 
 def parse_args(argv=None):
@@ -70,32 +70,33 @@ def efficiencies(repeats):
             rows = {ranks: functools.partial(work, script, folder, number, ranks) for ranks in (1, 2)}
             seconds = alternate(rows, repeats, warm_up=False)
             halves = [s / 2 for s in seconds[1]]
-            lines.append(compare(f"efficiency of two processes, `{script}`", "one process", seconds[2], halves, least))
+            lines.append(compare(f"efficiency of two processes, `{script}`", "one, of one thread too", seconds[2], halves, least))
     return lines
 
 
 def growth(repeats):
-    """How the seconds of train_at.py's step grow on digits: a line in images and in attack steps, for width a power of the FLOP."""
+    """How the seconds of train_at.py's step grow on digits: a line in images, in attack steps, and in counted FLOP by width."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         real, _ = made(folder, data.DATASETS["digits"], 10_000)
         for name, amounts in AMOUNTS.items():
-            flags = {"images": "--batch-size {}", "attack steps": "--n-steps {}", "width": "--model wrn-10-{}"}[name]
+            flags = {"images": "--batch-size {}", "attack steps": "--n-steps {}", "GFLOP": "--model wrn-10-{}"}[name]
             argvs = [flags.format(amount).split() for amount in amounts]
-            seconds = alternate({a: our_step(train_at, argv, real, folder) for a, argv in zip(amounts, argvs)}, repeats)
-            medians = np.array([np.median(seconds[a]) for a in amounts])
-            x, y = np.array(amounts, float), medians
-            if name == "width":
-                passes = [costs.step_parts(args, costs.classifier_passes(args.model, "digits")) for args in map(train_at.parse_args, argvs)]
-                x, y = np.log([sum(parts.values()) for parts in passes]), np.log(medians)
-            slope, intercept = np.polyfit(x, y, 1)
-            r2 = np.corrcoef(x, y)[0, 1] ** 2
-            found[name] = {"amounts": amounts, "seconds": medians.tolist(), "slope": slope, "intercept": intercept, "r2": r2}
+            if name == "GFLOP":
+                parsed = [train_at.parse_args(argv) for argv in argvs]
+                flop = [a.batch_size * sum(costs.step_parts(a, costs.classifier_passes(a.model, "digits")).values()) for a in parsed]
+                amounts = [round(f / 1e9, 1) for f in flop]
+            seconds = alternate({a: times(5, our_step(train_at, argv, real, folder)) for a, argv in zip(amounts, argvs)}, repeats)
+            medians = [np.median(seconds[a]) / 5 for a in amounts]
+            slope, intercept = np.polyfit(amounts, medians, 1)
+            r2 = np.corrcoef(amounts, medians)[0, 1] ** 2
+            found[name] = {"amounts": amounts, "seconds": medians, "slope": slope, "intercept": intercept, "r2": r2}
     return found
 
 
 def main(args):
-    record("scaling", efficiencies(args.repeats), growth=growth(3 * args.repeats))
+    record("growth", [], growth=growth(2 * args.repeats))
+    record("scaling", efficiencies(args.repeats))
 
 
 if __name__ == "__main__":

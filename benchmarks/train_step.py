@@ -4,11 +4,11 @@
     python benchmarks/train_step.py --only digits   # the parts whose names contain a word
 
 Images are random bytes. Steps are those of the scripts' own functions, in their order. Against: the base recipe in plain PyTorch
-(benchmarks/reference.py, as many DataLoader workers as cores); the rate of a large matrix product on the same cores, by counted FLOP;
-a step of train_at.py, for DRA. With --profile: where the time of the first step goes, by torch.profiler.
+(benchmarks/reference.py, as many DataLoader workers as cores, which fetch some batches ahead while the others are measured); the
+rates of a large matrix product and of a wide convolution on the same cores, by counted FLOP; a step of train_at.py, for DRA. With
+--profile: where the time of the first step goes, by torch.profiler.
 """
 
-import functools
 import math
 import os
 import tempfile
@@ -57,11 +57,13 @@ def our_step(script, argv, real, folder, teacher=None, whole=False):
     batches = data.Batches(*real, synthetic.SyntheticSet(args.synthetic, spec), args.synthetic_fraction, args.batch_size, spec, 0, "cpu")
     torch.manual_seed(0)
     model = models.build(args.model, spec).train()
+    if args.compile:
+        model.compile()
     ema, parts, counter = EMA(model), [model], iter(range(10**9))
     if teacher:
         args.block, args.sigma = args.block or teacher.default_block, args.sigma or teacher.default_sigma
         x, y = batches(0)
-        targets = functools.partial(run_whole, script.teacher_targets) if whole else script.teacher_targets
+        targets = run_whole if whole else script.teacher_targets
         width = targets(teacher, x, y, torch.randn(len(x), *teacher.noise_shape), 0, args).shape[1]
         parts.append(train_at_aux.alignment_head(model.num_features, args.head_width, width))
     optimizer = torch.optim.SGD(
@@ -86,11 +88,10 @@ def our_step(script, argv, real, folder, teacher=None, whole=False):
     return step
 
 
-def run_whole(targets, teacher, x, y, noise, mean, args):
-    """`targets`, and after it what leaving the network at the block has saved."""
-    with torch.no_grad():
-        teacher.denoise(teacher.encode(x) + args.sigma * noise, args.sigma)
-    return targets(teacher, x, y, noise, mean, args)
+@torch.no_grad()
+def run_whole(teacher, x, y, noise, mean, args):
+    """The targets of a pass that goes on to the network's last block."""
+    return teacher.features(x, args.sigma, None, [args.block, teacher.blocks[-1]], noise)[0] - mean
 
 
 def tiny_teacher(spec):
@@ -127,21 +128,25 @@ def against_plain(case, repeats):
         real, made_set = made(folder, spec, 10_000)
         loader = reference.loader(real, made_set, spec, args.batch_size, train_at.SYNTHETIC_FRACTION, os.cpu_count())
         plain = (args.model, spec, args.n_steps, args.eps, args.step_size, args.beta, args.label_smoothing, args.clip_norm)
-        matrix = torch.randn(2048, 2048)
+        matrix, image = torch.randn(2048, 2048), torch.randn(32, 640, 8, 8).to(memory_format=torch.channels_last)
+        convolution = torch.nn.Conv2d(640, 640, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(False)
         rows = {
             "ours": times(n, our_step(train_at, argv, real, folder)),
             "plain": times(n, reference.train(loader, *plain)),
             "product": times(10, lambda: matrix @ matrix),
+            "convolution": times(10, lambda: convolution(image)),
             "compiled": times(n, our_step(train_at, [*argv, "--compile"], real, folder)),
         }
         seconds = alternate(rows, repeats)
     flop = n * args.batch_size * sum(costs.step_parts(args, costs.classifier_passes(args.model, args.dataset)).values())
     at_that_rate = [flop / (10 * 2 * 2048**3) * s for s in seconds["product"]]
+    at_the_other = [flop / (10 * 2 * image.numel() * 640 * 9) * s for s in seconds["convolution"]]
     share = 0.9 if case == "wrn-28-10" else None
     return [
         compare(f"training step, {what}", "plain PyTorch", seconds["ours"], seconds["plain"], TARGETS[case]),
         compare("the same with `--compile` (`--compile` is off by default)", "plain PyTorch", seconds["compiled"], seconds["plain"]),
         compare("its FLOP per second", "a product of 2,048 x 2,048 matrices", seconds["ours"], at_that_rate, share),
+        compare("its FLOP per second", "a 3 x 3 convolution, 640 channels, forward", seconds["ours"], at_the_other),
     ]
 
 
@@ -177,11 +182,13 @@ def main(args):
     dist.setup()
     if args.profile:
         return profile(args.profile)
-    for part, lines in (("training step", against_plain), ("DRA", alignment_cost)):
-        for case in CASES if part == "training step" else ("digits", "wrn-28-10"):
-            repeats = args.repeats if case != "wrn-28-10" else max(args.repeats // 2, 2)
-            if args.only in f"{part}, {case}":
-                record(f"{part}, {case}", lines(case, repeats), repeats=repeats)
+    parts = [("training step", case, against_plain) for case in CASES] + [("DRA", case, alignment_cost) for case in ("digits", "wrn-28-10")]
+    chosen = [part for part in parts if args.only in f"{part[0]}, {part[1]}"]
+    if not chosen:
+        raise cli.UserError(f"--only {args.only}: in none of {'; '.join(f'{part}, {case}' for part, case, _ in parts)}")
+    for part, case, lines in chosen:
+        repeats = args.repeats if case != "wrn-28-10" else max(args.repeats // 2, 2)
+        record(f"{part}, {case}", lines(case, repeats), repeats=repeats)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Intervals and tests for accuracies: one model (Wilson), two models on the same images (McNemar, Newcombe), several radii."""
 
 import os
-import zipfile
-import zlib
 
 import numpy as np
 from scipy.stats import binomtest, t
@@ -55,11 +53,12 @@ def read_verdicts(path):
             if sum(info.file_size for info in found.zip.infolist()) > 1 << 28:
                 raise ValueError
             arrays = {key: np.asarray(found[key]) for key in ("index", "label", "clean_correct", "robust", "fooled_by")}
-            attacks = found["attacks"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile, zlib.error):
+            attacks = np.asarray(found["attacks"])
+    except Exception:  # NumPy and zipfile let through whatever is raised over broken headers
         raise UserError(f"{path}: missing, or no per-image file of evaluate.py") from None
     n, kinds = arrays["label"].size, {"index": "iu", "label": "iu", "clean_correct": "b", "robust": "b", "fooled_by": "iu"}
-    if not n or any(a.shape != (n,) or a.dtype.kind not in kinds[key] for key, a in arrays.items()):
+    fits = all(a.shape == (n,) and a.dtype.kind in kinds[key] for key, a in arrays.items()) and attacks.ndim == 1
+    if not n or not fits or not (-1 <= arrays["fooled_by"].min() and arrays["fooled_by"].max() <= len(attacks)):
         raise UserError(f"{path}: no per-image file of evaluate.py")
     return arrays | {"attacks": attacks}
 

@@ -90,10 +90,12 @@ def read_run(folder):
     settings = checkpoint.read_json(f"{folder}/args.json")
     if not os.path.exists(f"{folder}/best.pt"):
         return None
+    script = {"train_at.py": train_at, "train_at_aux.py": train_at_aux}.get(settings.get("script"))
+    if not script:
+        raise cli.UserError(f"{folder}: no run of train_at.py or train_at_aux.py")
     log = read_log(folder)
     if len(log) < -(-settings["epochs"] // settings["eval_every"]):
         return None
-    script = {"train_at.py": train_at, "train_at_aux.py": train_at_aux}[settings["script"]]
     defaults = json.loads(json.dumps(vars(script.parse_args(["--dataset", settings["dataset"]]))))  # tuples as lists, as in the file
     environment = checkpoint.read_json(f"{folder}/env.json")
     kept = {
@@ -136,6 +138,8 @@ def take_in(root):
     """Every trained run below a directory into docs/results.json; returns all runs."""
     runs = checkpoint.read_json(STORE)["runs"] if os.path.exists(STORE) else {}
     folders = [os.path.dirname(path) for path in sorted(glob.glob(f"{glob.escape(root)}/*/*/*/args.json"))]
+    if not folders:
+        raise cli.UserError(f"--add {root}: no runs <experiment>/<cell>/<seed> there")
     found = {os.path.relpath(folder, root): read_run(folder) for folder in folders}
     runs |= {name: run for name, run in found.items() if run}
     by_cell(runs)  # raises where they do not belong together, before anything is written
@@ -151,8 +155,10 @@ def by_cell(runs):
     found = {}
     for name, run in sorted(runs.items()):
         experiment, cell, seed = name.split("/")
-        if run["seed"] != int(seed):
+        if str(run["seed"]) != seed:
             raise cli.UserError(f"{name}: a run with --seed {run['seed']}")
+        if cell.partition(",")[0] not in CELLS and cell.partition("=")[0] not in ABLATIONS:
+            raise cli.UserError(f"{name}: neither a cell ({', '.join(CELLS)}) nor a setting ({', '.join(ABLATIONS)})")
         found.setdefault(experiment, {}).setdefault(cell, {})[int(seed)] = run
     for experiment, cells in found.items():
         for cell, seeds in cells.items():

@@ -157,6 +157,8 @@ def test_runs_that_cannot_be_compared_are_refused():
         ("digits-100/at/1", {"n": 20}, "digits-100/at: its runs differ in n"),
         ("digits-100/dm_at/0", {"settings": {"lr": 0.1, "synthetic": 1}}, "digits-100: its runs differ in n_train"),
         ("digits-200/at/0", {"seed": 0}, "digits-200: runs with --n-train {100}"),
+        ("digits-100/at/zero", {}, "digits-100/at/zero: a run with --seed 0"),
+        ("digits-100/other,foo/0", {}, "digits-100/other,foo/0: neither a cell"),
     ]:
         with pytest.raises(UserError, match=message.replace("{", "\\{")):
             results.by_cell(fits | {name: fits.get(name, run) | change})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_compare_prints_counts_interval_and_p(results, capsys):
 
 def test_without_an_attack_clean_accuracies_alone_are_compared(results, capsys):
     with np.load(results[0]) as found:
-        np.savez(results[1], **dict(found) | {"attacks": np.array([], str)})
+        np.savez(results[1], **dict(found) | {"attacks": np.array([], str), "fooled_by": found["clean_correct"] - np.int8(1)})
     stats.compare(*map(str, results))
     printed = capsys.readouterr().out
     assert "clean   A" in printed and "robust" not in printed
@@ -94,11 +95,22 @@ def test_what_cannot_be_compared_is_one_line(results, tmp_path):
         ({"index": np.arange(10) + 1}, "not the same images"),
         ({"robust": np.ones(9, bool)}, "no per-image file"),
         ({"robust": np.ones(10)}, "no per-image file"),
+        ({"fooled_by": np.full(10, 2)}, "no per-image file"),
+        ({"fooled_by": np.zeros(10)}, "no per-image file"),
+        ({"attacks": np.array("pgd")}, "no per-image file"),
     ):
         np.savez(other, **arrays | change)
         with pytest.raises(cli.UserError, match=match):
             stats.compare(str(results[0]), str(other))
-    other.write_bytes(results[0].read_bytes()[:100])
-    for path in (other, tmp_path / "nowhere.npz"):
+    whole = results[0].read_bytes()
+    other.write_bytes(whole[:100])
+    encrypted, unknown, header = (tmp_path / f"{name}.npz" for name in ("encrypted", "unknown", "header"))
+    place = whole.index(b"PK\1\2") + 8
+    encrypted.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
+    unknown.write_bytes(whole[: place + 2] + b"\x63" + whole[place + 3 :])
+    with zipfile.ZipFile(header, "w") as archive:
+        for name in arrays:
+            archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00\x04\x00(\n\n\n")
+    for path in (other, tmp_path / "nowhere.npz", encrypted, unknown, header):
         with pytest.raises(cli.UserError, match="missing, or no per-image file"):
             stats.compare(str(results[0]), str(path))
