@@ -112,6 +112,7 @@ FLAGS = [
     ("train_at", ["--momentum", "0", "0"], ["--momentum", "above 0"]),
     ("train_at", ["--loss", "pgd", "--mixup", "1e-300"], ["--mixup", "at least 0.01"]),
     ("train_at", ["--loss", "pgd", "--mixup", "1", "--batch-size", "1"], ["--batch-size 1", "mixed with"]),
+    ("train_at_aux", ["--align-loss", "contrastive", "--batch-size", "4", "--accumulate", "4"], ["--batch-size 4", "told from"]),
     ("train_at", ["--loss", "pgd", "--beta", "3"], ["--beta", "does nothing here", "--loss trades"]),
     ("train_at", ["--final-lr=0.1"], ["--final-lr", "--optimizer adamw"]),
     ("train_at", ["--loss", "pgd", "--attack", "apgd", "--step-size", "0.1"], ["--step-size", "--attack pgd"]),

@@ -160,6 +160,10 @@ def test_contrast_is_one_minus_infonce():
     assert train_at_aux.contrast(head, features, targets).item() == pytest.approx(1 - sum(losses) / 10, rel=1e-5)
     one_image = train_at_aux.contrast(head, [f[:1] for f in features], targets[:1])
     assert one_image.item() == pytest.approx(1)  # nothing to tell it from
+    wide = [torch.randn(5, 4)]
+    in_float32 = train_at_aux.contrast(nn.Identity(), wide, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(train_at_aux.contrast(nn.Identity(), wide, targets), in_float32)
 
 
 def test_targets_are_the_frozen_networks_centred_features_of_the_noised_clean_image(diffusion_dir):
