@@ -320,10 +320,8 @@ def work(runs):
     kinds = sorted({f"{e['device']}, Python {e['python']}, torch {e['torch']}" for e in (run["environment"] for run in runs.values())})
     versions = sorted({run["version"] for run in runs.values() if "version" in run})
     warnings = sum(bool(run.get("warnings")) for run in runs.values())
-    text = (
-        f"{len(runs)} classifiers, one CPU core each: {hours[0]:.1f} hours of training, {hours[1]:.1f} of attacks (by the clock, with other"
-    )
-    text += " work beside some; diffusion models and their images not counted)."
+    text = f"{len(runs)} classifiers, one CPU core each: {hours[0]:.1f} hours of training, {hours[1]:.1f} of attacks"
+    text += " (by the clock, with other work beside some; diffusion models and their images not counted)."
     return f"{text} {'; '.join(kinds + versions)}. Attacks that warned of a weakness of theirs: {warnings}."
 
 
