@@ -17,8 +17,11 @@ lint: .venv/dev
 bench: .venv/runtime
 	for part in train_step loading sampling scaling measure; do .venv/bin/python benchmarks/$$part.py || exit; done
 
+# Begins without results: runs of another machine cannot stand beside this one's.
 evidence: .venv/runtime
-	for part in digits_table digits_contrastive digits_curve digits_ablations fashion_mnist; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$part.sh || exit; done
+	@test -e /usr/share/datasets/fashion-mnist || { echo "Fashion-MNIST is needed, Debian's package dataset-fashion-mnist"; exit 1; }
+	rm -f docs/results.json
+	for part in digits_table digits_contrastive digits_curve digits_ablations digits_variants fashion_mnist; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$part.sh || exit; done
 
 results: .venv/runtime
 	.venv/bin/python -m runs.results

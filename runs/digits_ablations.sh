@@ -11,13 +11,15 @@ images=out/evidence/synthetic-100
 few=(--val-size 500 --n-train 100)
 recipe=(--val-size 500 --n-train 100 --epoch-images 896 --seed)
 
-# DM-AT+DRA; aligned CELL FLAG...: of a flag given twice, the last counts.
-aligned() {
+# AT+DRA; alone CELL FLAG...: of a flag given twice, the last counts.
+alone() {
   for seed in 0 1 2; do
-    python train_at_aux.py "${recipe[@]}" $seed --synthetic $images --teacher $teacher "${@:2}" --out-dir $out/$1/$seed
+    python train_at_aux.py "${recipe[@]}" $seed --teacher $teacher "${@:2}" --out-dir $out/$1/$seed
     python evaluate.py --attack apgd --checkpoint $out/$1/$seed/best.pt
   done
 }
+# DM-AT+DRA; aligned CELL FLAG...
+aligned() { alone "$1" --synthetic $images "${@:2}"; }
 # DM-AT; mixed CELL FLAG...
 mixed() {
   for seed in 0 1 2; do
@@ -49,6 +51,8 @@ representations() {
   aligned align=clean --align clean
   aligned align=both --align both
   aligned teacher_images=500 --teacher out/evidence/diffusion-500
+  alone at_dra,teacher_images=500 --teacher out/evidence/diffusion-500
+  alone at_dra,shuffled --shuffle-targets
   aligned teacher_label=true --teacher-label true
   for steps in 50 400; do aligned teacher_steps=$steps --teacher out/evidence/diffusion-100-steps-$steps; done
 }

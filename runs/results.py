@@ -43,6 +43,7 @@ CELLS = {  # (name in tables, colour: Okabe and Ito's palette, safe for the colo
     "shuffled": ("DM-AT+DRA, targets shuffled", "#999999"),
     "zero": ("DM-AT+DRA, weight 0", "#000000"),
 }
+OTHER_SPLIT = "digits-100-other"
 MAY_DIFFER = {"aux_weight", "shuffle_targets", "synthetic", "synthetic_fraction", "synthetic_sha256", "teacher", "teacher_sha256"}
 IMAGES, DRA = "**synthetic images**, mean of both", "**DRA**, mean of both"
 EFFECTS = {  # name: pairs of cells; the effect is the mean of A - B over the pairs
@@ -56,7 +57,13 @@ EFFECTS = {  # name: pairs of cells; the effect is the mean of A - B over the pa
     "DRA, against shuffled targets": [("dm_at_dra", "shuffled")],
     "shuffled targets, against no DRA": [("shuffled", "dm_at")],
 }
-MEASURES = {"held_out": "held out, PGD-20", "clean": "clean", "two_attacks": "APGD-CE+T", "autoattack": "AutoAttack"}
+MEASURES = {
+    "held_out": "held out, PGD-20",
+    "last": "the same, last step",
+    "clean": "clean",
+    "two_attacks": "APGD-CE+T",
+    "autoattack": "AutoAttack",
+}
 WITHSTOOD = {"clean": 1, "two_attacks": 3, "autoattack": 5}  # the least verdict that counts
 ABLATIONS = {  # cells <name>=<setting> of MAIN: (the default, the cell that has it, the cell without what is varied)
     "aux_weight": ("1", "dm_at_dra", "dm_at"),
@@ -74,6 +81,9 @@ ABLATIONS = {  # cells <name>=<setting> of MAIN: (the default, the cell that has
     "guidance_scale": ("1", "dm_at", "at"),
     "loss": ("trades", "dm_at", "at"),
 }
+OTHER_IMAGES = {"n_images", "diffusion_steps", "diffusion_seed", "guidance_scale"}  # ablations with a synthetic set of their own
+OTHER_TEACHER = {"teacher_steps", "teacher_images"}
+CHOSEN_ON = {"at_dra,align_loss=contrastive": 3}  # form of DRA: the seeds below this one chose it and do not count
 
 
 def parse_args(argv=None):
@@ -157,22 +167,43 @@ def by_cell(runs):
         experiment, cell, seed = name.split("/")
         if str(run["seed"]) != seed:
             raise cli.UserError(f"{name}: a run with --seed {run['seed']}")
-        if cell.partition(",")[0] not in CELLS and cell.partition("=")[0] not in ABLATIONS:
-            raise cli.UserError(f"{name}: neither a cell ({', '.join(CELLS)}) nor a setting ({', '.join(ABLATIONS)})")
+        check_name(name, cell, run["settings"])
         found.setdefault(experiment, {}).setdefault(cell, {})[int(seed)] = run
     for experiment, cells in found.items():
         for cell, seeds in cells.items():
             agree(f"{experiment}/{cell}", [run["settings"] for run in seeds.values()])
-            agree(f"{experiment}/{cell}", [{key: run[key] for key in ("norm", "eps", "n")} for run in seeds.values() if "n" in run])
-        firsts = [next(iter(seeds.values()))["settings"] for cell, seeds in cells.items() if cell in CELLS]
-        agree(experiment, [{key: value for key, value in settings.items() if key not in MAY_DIFFER} for settings in firsts])
-        for key in ("synthetic_sha256", "teacher_sha256"):
-            agree(experiment, [{key: settings[key]} for settings in firsts if key in settings])
+        agree(experiment, [{k: run[k] for k in ("norm", "eps", "n")} for seeds in cells.values() for run in seeds.values() if "n" in run])
+        comparable(experiment, {cell: next(iter(seeds.values()))["settings"] for cell, seeds in cells.items()})
     for size, experiment in CURVE.items():
         sizes = {run["settings"].get("n_train") for seeds in found.get(experiment, {}).values() for run in seeds.values()}
         if sizes - {size}:
             raise cli.UserError(f"{experiment}: runs with --n-train {sizes}")
     return found
+
+
+def check_name(name, cell, settings):
+    """UserError where a cell's name is of no known form, or says another setting than its run has."""
+    base, *form = cell.split(",")
+    key, _, value = base.partition("=")
+    if base not in CELLS and (form or key not in ABLATIONS):
+        raise cli.UserError(f"{name}: neither a cell ({', '.join(CELLS)}), with ,<form> or without, nor a setting ({', '.join(ABLATIONS)})")
+    if base not in CELLS and value == ABLATIONS[key][0]:
+        raise cli.UserError(f"{name}: the default; its cell is {ABLATIONS[key][1]}")
+    for part in form or [base]:
+        key, _, value = part.partition("=")
+        if key in settings and value != (f"{settings[key]:g}" if isinstance(settings[key], float) else str(settings[key])):
+            raise cli.UserError(f"{name}: a run with {key} {settings[key]}")
+
+
+def comparable(experiment, settings):
+    """UserError where cells {name: settings} of an experiment differ in more than is theirs to differ in."""
+    named = {cell: {part.partition("=")[0] for part in cell.split(",")} for cell in settings}
+    first = next((cell for cell in CELLS if cell in settings), next(iter(settings)))
+    for cell in settings:
+        leave = MAY_DIFFER | named[first] | named[cell]
+        agree(f"{experiment}/{cell}", [{k: v for k, v in settings[of].items() if k not in leave} for of in (first, cell)])
+    for key, other in (("synthetic_sha256", OTHER_IMAGES), ("teacher_sha256", OTHER_TEACHER)):
+        agree(experiment, [{key: of[key]} for cell, of in settings.items() if key in of and not named[cell] & other])
 
 
 def agree(name, settings):
@@ -185,13 +216,14 @@ def agree(name, settings):
 
 
 def has(run, measure):
-    return measure == "held_out" or "verdicts" in run and (measure != "autoattack" or run["attack"] == "autoattack")
+    return measure in ("held_out", "last") or "verdicts" in run and (measure != "autoattack" or run["attack"] == "autoattack")
 
 
 def outcomes(cell, seeds, measure):
     """(seeds, images): 100 where the best checkpoint is right; of held-out images only their mean is kept, (seeds, 1). The mean is in %."""
-    if measure == "held_out":
-        return np.array([[100 * max(robust for _, _, robust in cell[seed]["held_out"])] for seed in seeds])
+    if measure in ("held_out", "last"):
+        courses = [[100 * robust for _, _, robust in cell[seed]["held_out"]] for seed in seeds]
+        return np.array([[max(course) if measure == "held_out" else course[-1]] for course in courses])
     return np.array([[100.0 * (int(v) >= WITHSTOOD[measure]) for v in cell[seed]["verdicts"]] for seed in seeds])
 
 
@@ -281,37 +313,60 @@ def settings_of(cells, name):
 
 
 def varied(cells):
-    """{ablation: {setting: cell}} of those of which another setting than the default was attacked; first the cell without it."""
+    """{ablation: {setting: cell}} of settings attacked on three seeds or more, where one is not the default; first the cell without it."""
     found = {}
     for name, (_, cell, without) in ABLATIONS.items():
-        settings = {s: c for s, c in settings_of(cells, name).items() if c == cell or len(effect(cells, [(c, cell)], "two_attacks"))}
+        settings = {s: c for s, c in settings_of(cells, name).items() if len(effect(cells, [(c, cell)], "two_attacks")) > 2}
         if len(settings) > 1:
             found[name] = {f"without ({CELLS[without][0]})": without} | settings
     return found
+
+
+def together(cells, names):
+    """The named cells with the seeds that were attacked in all of them: a default that is lucky or not is so for each of its settings."""
+    seeds = sorted(set.intersection(*({seed for seed, run in cells[name].items() if has(run, "two_attacks")} for name in names)))
+    return {name: {seed: cells[name][seed] for seed in seeds} for name in names}
 
 
 def ablation_table(cells, ablations):
     rows = []
     for name, settings in ablations.items():
         reference = ABLATIONS[name][1]
+        shared = together(cells, settings.values())
         for setting, cell in settings.items():
-            of = [effect(cells, [(cell, reference)], measure) for measure in ("held_out", "two_attacks", "clean")]
+            of = [effect(shared, [(cell, reference)], measure) for measure in ("held_out", "two_attacks", "clean")]
             found = [n_seeds(of), *(show(values, "+") for values in of)] if cell != reference else ["", *["default"] * 3]
             rows.append([f"`{name}`", setting, CELLS[reference][0], *found])
     return markdown(["", "setting", "of", "seeds", *(MEASURES[m] for m in ("held_out", "two_attacks", "clean"))], rows)
 
 
 def forms_table(cells):
-    """Cells <cell>,<what differs>: against the cell without DRA. `variant`: one of runs/dra_variants.py."""
+    """Cells <cell>,<what differs>,...: against the cell without DRA, and against the form that lacks only what differs last."""
     rows = []
-    for name in sorted(cells):
-        base, _, form = name.partition(",")
-        if form:
-            reference = base.removesuffix("_dra")
-            of = [effect(cells, [(name, reference)], measure) for measure in ("held_out", "two_attacks", "clean")]
-            form = form.removeprefix("variant=").replace(",", ", ")
-            rows.append([f"{CELLS[base][0]}, {form}", CELLS[reference][0], n_seeds(of), *(show(values, "+") for values in of)])
-    return markdown(["form of DRA", "against", "seeds", *(MEASURES[m] for m in ("held_out", "two_attacks", "clean"))], rows)
+    for name in sorted(name for name in cells if "," in name):
+        base, *form = name.split(",")
+        title = ", ".join([CELLS[base][0], *(f"`{part.removeprefix('variant=')}`" for part in form)])
+        without = base.removesuffix("_dra")
+        references = {CELLS[without][0]: without}
+        if len(form) > 1:
+            references[f"the same without `{form[-1]}`"] = ",".join([base, *form[:-1]])
+        first = max((first for chosen, first in CHOSEN_ON.items() if name.startswith(chosen)), default=0)
+        counted = {cell: {seed: run for seed, run in seeds.items() if seed >= first} for cell, seeds in cells.items()}
+        for against, reference in references.items():
+            of = [effect(counted, [(name, reference)], measure) for measure in ("held_out", "last", "two_attacks", "clean")]
+            if len(of[0]):
+                rows.append([title, against, n_seeds(of), *(show(values, "+") for values in of)])
+    return markdown(["form of DRA", "against", "seeds", *(MEASURES[m] for m in ("held_out", "last", "two_attacks", "clean"))], rows)
+
+
+def other_split(experiments):
+    """One line on the synthetic images' effect with another choice of real images, where two seeds or more of it were attacked."""
+    of = [effect(experiments.get(OTHER_SPLIT, {}), [("dm_at", "at")], measure) for measure in ("two_attacks", "clean")]
+    if len(of[0]) < 2:
+        return []
+    robust, clean = (show(values, "+") for values in of)
+    text = f"**Another 100 digits**, with a diffusion model of their own: the effect of its images, without DRA, is {robust} points"
+    return [f"{text} under APGD-CE+T, {clean} clean ({len(of[0])} seeds).", ""]
 
 
 def work(runs):
@@ -385,6 +440,7 @@ def curve_figure(curve, path):
 def ablation_figure(cells, name, settings, path):
     """Accuracies of every setting, a dot per seed."""
     default, reference, without = ABLATIONS[name]
+    cells = together(cells, settings.values())
     figure, axes = plt.subplots(1, 2, figsize=(4 + 1.3 * len(settings), 3.6), layout="constrained")
     for axis, measure in zip(axes, ("two_attacks", "clean")):
         for x, cell in enumerate(settings.values()):
@@ -404,9 +460,9 @@ def save(figure, path):
 
 
 def caption(cells, what):
-    """One line above a table: which images, which attack, what stands in it."""
-    run = next(run for seeds in cells.values() for run in seeds.values() if "n" in run)
-    return [f"{what} {run['n']} test images, {run['norm']} {run['eps']}.", ""]
+    """One line above a table: what stands in it, and how many images were attacked, and how."""
+    attacked = [run for seeds in cells.values() for run in seeds.values() if "n" in run]
+    return [what + "".join(f" {run['n']} test images, {run['norm']} {run['eps']}." for run in attacked[:1]), ""]
 
 
 def section(runs):
@@ -419,12 +475,15 @@ def section(runs):
     if len(curve) > 1:
         lines += caption(cells, "**More digits**; the diffusion model is trained on the same ones. Robust: APGD-CE+T.") + curve_table(curve)
         lines += ["![Accuracies and effects against the number of real images](docs/results-curve.png)", ""]
+    lines += other_split(experiments)
     if ablations:
-        lines += caption(cells, "**One setting at a time**, 100 digits; points above the default.") + ablation_table(cells, ablations)
+        what = "**One setting at a time**, 100 digits; points above the default, on the seeds that all settings have."
+        lines += caption(cells, what) + ablation_table(cells, ablations)
         lines += [*(f"![Settings of {name}](docs/ablation-{name}.png)" for name in ablations), ""]
     if len(forms) > 3:
-        lines += caption(cells, "**Other forms of DRA**, 100 digits; points above the cell without DRA.") + forms
-    if SECOND in experiments:
+        what = "**Other forms of DRA**, 100 digits; points. Seeds by which a form was chosen do not count."
+        lines += caption(cells, what) + forms
+    if len(effect(experiments.get(SECOND, {}), EFFECTS[IMAGES], "two_attacks")) > 1:
         lines += caption(experiments[SECOND], "**Fashion-MNIST**, 6,400 real images, a diffusion model of 58,976.")
         lines += cells_table(experiments[SECOND], ["clean", "two_attacks"])
     return "\n".join([*lines, work(runs), ""])
@@ -437,7 +496,7 @@ def in_short(cells):
     if not len(of[IMAGES, "autoattack"]):
         return []
     text = f"**Synthetic images: {images} points of robust accuracy under AutoAttack, {images_clean} of clean; DRA: {dra} and {dra_clean}**"
-    return [f"{text} ({n_seeds(of.values())} seeds).", ""]
+    return [f"{text} (seeds: {n_seeds(of.values())}).", ""]
 
 
 def zero_line(cells):

@@ -19,7 +19,8 @@ DOCUMENTS = [
 ]
 
 
-FUNCTIONS = {"aligned": "train_at_aux", "mixed": "train_at", "generated": "generate_synthetic"}  # of runs/digits_ablations.sh
+# Of runs/digits_ablations.sh.
+FUNCTIONS = {"alone": "train_at_aux", "aligned": "train_at_aux", "mixed": "train_at", "generated": "generate_synthetic"}
 
 
 def expand(text):
@@ -42,7 +43,7 @@ def commands(text):
             if match:
                 script = match[1].removeprefix("-m ").removesuffix(".py").replace("/", ".")
                 found.append((script, shlex.split(match[2].split("`")[0])))
-            elif match := re.match(r" *(?:do )?(aligned|mixed|generated) [a-z_]+=\S+ (.*)", part):
+            elif match := re.match(r" *(?:do )?(alone|aligned|mixed|generated) [a-z_]\S+ (--.*)", part):
                 found.append((FUNCTIONS[match[1]], shlex.split(match[2])))
     return found
 
@@ -53,7 +54,7 @@ def test_the_search_finds_commands():
     assert commands(text) == [("train_at", ["--beta", "3"]), ("evaluate", ["--n-images", "5"]), ("runs.report", [])]
     text = 'few=(--val-size 5)\nout=out/a\nfor seed in 3 4; do\n  python train_at.py "${few[@]}" --seed $seed --out-dir $out/b; done'
     assert commands(text) == [("train_at", ["--val-size", "5", "--seed", "3", "--out-dir", "out/a/b"])]
-    assert commands("  aligned sigma=1 --sigma 1\nfor a in 3 4; do mixed b=$a --beta $a; done") == [
+    assert commands("  alone at_dra,sigma=1 --sigma 1\nfor a in 3 4; do mixed b=$a --beta $a; done") == [
         ("train_at_aux", ["--sigma", "1"]),
         ("train_at", ["--beta", "3"]),
     ]

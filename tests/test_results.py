@@ -30,6 +30,9 @@ def test_verdicts_are_counted_from_the_attack_that_they_fell_to():
     cells = {"at": {0: made("0012233345", "autoattack"), 1: made("0012233333")}}
     found = {m: results.accuracies(cells, "at", m).mean(1).tolist() for m in ("clean", "two_attacks", "autoattack", "held_out")}
     assert found == {"clean": [80, 80], "two_attacks": [50, 50], "autoattack": [10], "held_out": [30, 50]}
+    cells["at"][0]["held_out"] += [[15, 0.6, 0.25]]
+    assert results.accuracies(cells, "at", "held_out").tolist() == [[30], [50]]
+    assert results.accuracies(cells, "at", "last").tolist() == [[25], [50]]
 
 
 def test_effects_are_paired_by_seed_and_image():
@@ -145,23 +148,74 @@ def test_runs_are_taken_in_when_trained(evidence, capsys):
 
 def test_runs_that_cannot_be_compared_are_refused():
     run = {"seed": 0, "settings": {"n_train": 100, "lr": 0.1}, "norm": "linf", "eps": 0.15, "n": 30}
+    mixed = run["settings"] | {"synthetic": 1, "synthetic_sha256": "a"}
+    aligned = run["settings"] | {"teacher": 1, "teacher_sha256": "b"}
     fits = {
         "digits-100/at/0": run,
         "digits-100/at/1": run | {"seed": 1},
-        "digits-100/dm_at/0": run | {"settings": run["settings"] | {"synthetic": 1}},
+        "digits-100/at_dra/0": run | {"settings": aligned},
+        "digits-100/dm_at/0": run | {"settings": mixed},
+        "digits-100/n_images=3/0": run | {"settings": mixed | {"synthetic_sha256": "c"}},
+        "digits-100/loss=pgd/0": run | {"settings": mixed | {"loss": "pgd"}},
+        "digits-100/at_dra,sigma=2/0": run | {"settings": aligned | {"sigma": 2.0}},
+        "digits-100/at_dra,shuffled,teacher_steps=1/0": run | {"settings": aligned | {"shuffle_targets": True, "teacher_sha256": "d"}},
     }
-    assert list(results.by_cell(fits)["digits-100"]) == ["at", "dm_at"]
+    assert list(results.by_cell(fits)["digits-100"]) == [
+        "at",
+        "at_dra,shuffled,teacher_steps=1",
+        "at_dra,sigma=2",
+        "at_dra",
+        "dm_at",
+        "loss=pgd",
+        "n_images=3",
+    ]
     for name, change, message in [
-        ("digits-100/at/1", {"seed": 2}, "a run with --seed 2"),
+        ("digits-100/at/1", {"seed": 2}, "digits-100/at/1: a run with --seed 2"),
         ("digits-100/at/1", {"settings": {"n_train": 100}}, "digits-100/at: its runs differ in lr"),
-        ("digits-100/at/1", {"n": 20}, "digits-100/at: its runs differ in n"),
-        ("digits-100/dm_at/0", {"settings": {"lr": 0.1, "synthetic": 1}}, "digits-100: its runs differ in n_train"),
+        ("digits-100/at/1", {"n": 20}, "digits-100: its runs differ in n;"),
+        ("digits-100/loss=pgd/0", {"eps": 0.1}, "digits-100: its runs differ in eps"),
+        ("digits-100/dm_at/0", {"settings": {"lr": 0.1, "synthetic": 1}}, "digits-100/dm_at: its runs differ in n_train"),
+        ("digits-100/loss=pgd/0", {"settings": mixed | {"loss": "pgd", "epochs": 3}}, "loss=pgd: its runs differ in epochs"),
+        ("digits-100/loss=pgd/0", {"settings": mixed | {"loss": "other"}}, "loss=pgd/0: a run with loss other"),
+        ("digits-100/loss=pgd/0", {"settings": mixed | {"loss": "pgd", "synthetic_sha256": "c"}}, "differ in synthetic_sha256"),
+        ("digits-100/at_dra,sigma=2/0", {"settings": aligned | {"teacher_sha256": "d", "sigma": 2.0}}, "differ in teacher_sha256"),
+        ("digits-100/at_dra,sigma=2/0", {"settings": aligned | {"sigma": 2.5}}, "sigma=2/0: a run with sigma 2.5"),
+        ("digits-100/sigma=2.0/0", {"settings": aligned | {"sigma": 2.0}}, "sigma=2.0/0: a run with sigma 2.0"),
+        ("digits-100/sigma=0.1/0", {}, "sigma=0.1/0: the default; its cell is dm_at_dra"),
         ("digits-200/at/0", {"seed": 0}, "digits-200: runs with --n-train {100}"),
         ("digits-100/at/zero", {}, "digits-100/at/zero: a run with --seed 0"),
         ("digits-100/other,foo/0", {}, "digits-100/other,foo/0: neither a cell"),
+        ("digits-100/sigma=2,shuffled/0", {}, "sigma=2,shuffled/0: neither a cell"),
     ]:
         with pytest.raises(UserError, match=message.replace("{", "\\{")):
             results.by_cell(fits | {name: fits.get(name, run) | change})
+
+
+def test_settings_are_compared_on_the_seeds_that_all_of_them_have():
+    """Here no setting differs from the default on any seed, but the default is better on the seeds that one of them lacks."""
+    low, high = made("3331111111"), made("3333333331")
+    cells = {"at": dict.fromkeys(range(4), made("3111111111")), "dm_at": {0: low, 1: low, 2: low, 3: high}}
+    cells |= {"n_images=5": {0: low, 1: low, 2: low, 3: high}, "n_images=7": {0: low, 1: low, 2: low}, "n_images=9": {0: high, 1: high}}
+    settings = results.varied(cells)["n_images"]  # that of two seeds is not among them
+    assert settings == {"without (AT)": "at", "5": "n_images=5", "7": "n_images=7", "10000": "dm_at"}
+    rows = results.ablation_table(cells, {"n_images": settings})[2:-1]
+    found = {row.split(" | ")[1]: row.split(" | ")[3:] for row in rows}
+    same = ["+0.0 ± 0.0", "+0.0 ± 0.0 (0.0)", "+0.0 ± 0.0 (0.0) |"]
+    assert found["5"] == found["7"] == ["3", *same] and found["without (AT)"][:2] == ["3", "-10.0 ± 0.0"]  # 20 of the first checkpoint
+
+
+def test_seeds_that_chose_a_form_do_not_count_for_it():
+    poor, good = made("3311111111"), made("3333333311")
+    form = "at_dra,align_loss=contrastive"
+    cells = {"at": dict.fromkeys(range(5), poor), form: {0: good, 1: good, 2: good, 3: poor, 4: poor}}
+    cells |= {f"{form},shuffled": {3: good, 4: good}, "at_dra,variant=rise": {0: good, 1: good}}
+    rows = [row.strip("| ").split(" | ") for row in results.forms_table(cells)[2:-1]]
+    assert [row[:4] for row in rows] == [
+        ["AT+DRA, `align_loss=contrastive`", "AT", "2", "+0.0 ± 0.0"],
+        ["AT+DRA, `align_loss=contrastive`, `shuffled`", "AT", "2", "+60.0 ± 0.0"],
+        ["AT+DRA, `align_loss=contrastive`, `shuffled`", "the same without `shuffled`", "2", "+60.0 ± 0.0"],
+        ["AT+DRA, `rise`", "AT", "2", "+60.0 ± 0.0"],
+    ]
 
 
 def test_readme_says_what_the_results_hold(tmp_path, monkeypatch):
@@ -183,5 +237,8 @@ def test_a_store_that_is_half_full_gives_a_section():
     """Cells without a partner, without an attack, of one seed: no table of theirs, no nonsense."""
     runs = json.loads((ROOT / "docs" / "results.json").read_text())["runs"]
     first = {name: run for name, run in runs.items() if name in ("digits-100/at/0", "digits-100/zero/0")}
+    first["fashion-6400/at/0"] = first["digits-100/zero/0"]  # not attacked
     text = results.section(first)
-    assert "| AT | 1 |" in text and "nan" not in text and "weight 0" not in text and "0 seeds" not in text
+    assert "| AT | 1 |" in text and "nan" not in text and "weight 0" not in text and "0 seeds" not in text and "Fashion" not in text
+    unattacked = {name: {k: v for k, v in run.items() if k not in ("verdicts", "n")} for name, run in first.items()}
+    assert "AutoAttack" in results.section(unattacked) and "test images" not in results.section(unattacked)
