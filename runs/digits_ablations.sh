@@ -20,6 +20,13 @@ alone() {
 }
 # DM-AT+DRA; aligned CELL FLAG...
 aligned() { alone "$1" --synthetic $images "${@:2}"; }
+# AT with CutMix (Rebuffi et al., arXiv 2103.01946, find that it too ends robust overfitting): not images, only regularisation.
+cutmix() {
+  for seed in 0 1 2; do
+    python train_at.py "${recipe[@]}" $seed --cutmix 1 --out-dir $out/at,cutmix=1/$seed
+    python evaluate.py --attack apgd --checkpoint $out/at,cutmix=1/$seed/best.pt
+  done
+}
 # DM-AT; mixed CELL FLAG...
 mixed() {
   for seed in 0 1 2; do
@@ -60,6 +67,7 @@ pictures() {
   for n in 300 1000 3000 30000 100000; do generated n_images=$n --n-images $n; done
   for share in 0.3 0.5 0.9; do mixed synthetic_fraction=$share --synthetic-fraction $share; done
   mixed loss=pgd --loss pgd
+  cutmix
   for steps in 50 400; do generated diffusion_steps=$steps --diffusion out/evidence/diffusion-100-steps-$steps; done
   for seed in 1 2; do generated diffusion_seed=$seed --diffusion out/evidence/diffusion-100-seed-$seed --seed $seed; done
   for scale in 0.5 2; do generated guidance_scale=$scale --guidance-scale $scale; done

@@ -173,7 +173,7 @@ def by_cell(runs):
         for cell, seeds in cells.items():
             agree(f"{experiment}/{cell}", [run["settings"] for run in seeds.values()])
         agree(experiment, [{k: run[k] for k in ("norm", "eps", "n")} for seeds in cells.values() for run in seeds.values() if "n" in run])
-        comparable(experiment, {cell: next(iter(seeds.values()))["settings"] for cell, seeds in cells.items()})
+        comparable(experiment, {cell: next(iter(seeds.values())) for cell, seeds in cells.items()})
     for size, experiment in CURVE.items():
         sizes = {run["settings"].get("n_train") for seeds in found.get(experiment, {}).values() for run in seeds.values()}
         if sizes - {size}:
@@ -195,15 +195,20 @@ def check_name(name, cell, settings):
             raise cli.UserError(f"{name}: a run with {key} {settings[key]}")
 
 
-def comparable(experiment, settings):
-    """UserError where cells {name: settings} of an experiment differ in more than is theirs to differ in."""
-    named = {cell: {part.partition("=")[0] for part in cell.split(",")} for cell in settings}
-    first = next((cell for cell in CELLS if cell in settings), next(iter(settings)))
-    for cell in settings:
-        leave = MAY_DIFFER | named[first] | named[cell]
-        agree(f"{experiment}/{cell}", [{k: v for k, v in settings[of].items() if k not in leave} for of in (first, cell)])
+def comparable(experiment, runs):
+    """UserError where cells {name: run} of an experiment differ in more than is theirs to differ in."""
+    named = {cell: {part.partition("=")[0] for part in cell.split(",")} for cell in runs}
+    of_dra = set(vars(train_at_aux.parse_args([]))) - set(vars(train_at.parse_args([])))
+    order = sorted(runs, key=lambda cell: cell not in CELLS)  # a setting is compared with a cell that has the defaults
+    for cell, run in runs.items():
+        alike = next(other for other in order if runs[other]["script"] == run["script"])
+        for other, leave in ((alike, set()), (order[0], of_dra)):
+            leave = leave | MAY_DIFFER | named[cell] | named[other]
+            kept = [{key: value for key, value in runs[of]["settings"].items() if key not in leave} for of in (other, cell)]
+            agree(f"{experiment}/{cell}", kept)
     for key, other in (("synthetic_sha256", OTHER_IMAGES), ("teacher_sha256", OTHER_TEACHER)):
-        agree(experiment, [{key: of[key]} for cell, of in settings.items() if key in of and not named[cell] & other])
+        settings = [run["settings"] for cell, run in runs.items() if not named[cell] & other]
+        agree(experiment, [{key: of[key]} for of in settings if key in of])
 
 
 def agree(name, settings):
@@ -356,7 +361,7 @@ def forms_table(cells):
             of = [effect(counted, [(name, reference)], measure) for measure in ("held_out", "last", "two_attacks", "clean")]
             if len(of[0]):
                 rows.append([title, against, n_seeds(of), *(show(values, "+") for values in of)])
-    return markdown(["form of DRA", "against", "seeds", *(MEASURES[m] for m in ("held_out", "last", "two_attacks", "clean"))], rows)
+    return markdown(["form", "against", "seeds", *(MEASURES[m] for m in ("held_out", "last", "two_attacks", "clean"))], rows)
 
 
 def other_split(experiments):
@@ -481,7 +486,7 @@ def section(runs):
         lines += caption(cells, what) + ablation_table(cells, ablations)
         lines += [*(f"![Settings of {name}](docs/ablation-{name}.png)" for name in ablations), ""]
     if len(forms) > 3:
-        what = "**Other forms of DRA**, 100 digits; points. Seeds by which a form was chosen do not count."
+        what = "**Other forms**, 100 digits; points. Seeds by which a form was chosen do not count."
         lines += caption(cells, what) + forms
     if len(effect(experiments.get(SECOND, {}), EFFECTS[IMAGES], "two_attacks")) > 1:
         lines += caption(experiments[SECOND], "**Fashion-MNIST**, 6,400 real images, a diffusion model of 58,976.")

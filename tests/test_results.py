@@ -147,18 +147,18 @@ def test_runs_are_taken_in_when_trained(evidence, capsys):
 
 
 def test_runs_that_cannot_be_compared_are_refused():
-    run = {"seed": 0, "settings": {"n_train": 100, "lr": 0.1}, "norm": "linf", "eps": 0.15, "n": 30}
+    run = {"script": "train_at.py", "seed": 0, "settings": {"n_train": 100, "lr": 0.1}, "norm": "linf", "eps": 0.15, "n": 30}
     mixed = run["settings"] | {"synthetic": 1, "synthetic_sha256": "a"}
-    aligned = run["settings"] | {"teacher": 1, "teacher_sha256": "b"}
+    dra, aligned = run | {"script": "train_at_aux.py"}, run["settings"] | {"teacher": 1, "teacher_sha256": "b", "block": "up"}
     fits = {
         "digits-100/at/0": run,
         "digits-100/at/1": run | {"seed": 1},
-        "digits-100/at_dra/0": run | {"settings": aligned},
+        "digits-100/at_dra/0": dra | {"settings": aligned},
         "digits-100/dm_at/0": run | {"settings": mixed},
         "digits-100/n_images=3/0": run | {"settings": mixed | {"synthetic_sha256": "c"}},
         "digits-100/loss=pgd/0": run | {"settings": mixed | {"loss": "pgd"}},
-        "digits-100/at_dra,sigma=2/0": run | {"settings": aligned | {"sigma": 2.0}},
-        "digits-100/at_dra,shuffled,teacher_steps=1/0": run | {"settings": aligned | {"shuffle_targets": True, "teacher_sha256": "d"}},
+        "digits-100/at_dra,sigma=2/0": dra | {"settings": aligned | {"sigma": 2.0}},
+        "digits-100/at_dra,shuffled,teacher_steps=1/0": dra | {"settings": aligned | {"shuffle_targets": True, "teacher_sha256": "d"}},
     }
     assert list(results.by_cell(fits)["digits-100"]) == [
         "at",
@@ -180,6 +180,7 @@ def test_runs_that_cannot_be_compared_are_refused():
         ("digits-100/loss=pgd/0", {"settings": mixed | {"loss": "pgd", "synthetic_sha256": "c"}}, "differ in synthetic_sha256"),
         ("digits-100/at_dra,sigma=2/0", {"settings": aligned | {"teacher_sha256": "d", "sigma": 2.0}}, "differ in teacher_sha256"),
         ("digits-100/at_dra,sigma=2/0", {"settings": aligned | {"sigma": 2.5}}, "sigma=2/0: a run with sigma 2.5"),
+        ("digits-100/at_dra,sigma=2/0", {"settings": aligned | {"sigma": 2.0, "block": "mid"}}, "sigma=2: its runs differ in block"),
         ("digits-100/sigma=2.0/0", {"settings": aligned | {"sigma": 2.0}}, "sigma=2.0/0: a run with sigma 2.0"),
         ("digits-100/sigma=0.1/0", {}, "sigma=0.1/0: the default; its cell is dm_at_dra"),
         ("digits-200/at/0", {"seed": 0}, "digits-200: runs with --n-train {100}"),
