@@ -452,7 +452,8 @@ def ablation_figure(cells, name, settings, path):
             colour = {reference: "#D55E00", without: "#999999"}.get(cell, "#0072B2")
             dots(axis, x, effect(cells, [(cell, reference)], measure), colour)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(settings)), [setting.replace(" ", "\n") for setting in settings], fontsize=8)
+        labels = [setting.replace(" ", "\n").replace(".resnets", "\n.resnets") for setting in settings]
+        axis.set_xticks(range(len(settings)), labels, fontsize=8)
         axis.set(ylabel="points above the default", title=f"{CELLS[reference][0]}, {MEASURES[measure]}", xlabel=f"{name} (0: {default})")
         axis.grid(alpha=0.3)
     save(figure, path)
