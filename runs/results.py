@@ -336,12 +336,14 @@ def together(cells, names):
 def ablation_table(cells, ablations):
     rows = []
     for name, settings in ablations.items():
-        reference = ABLATIONS[name][1]
+        _, reference, without = ABLATIONS[name]
         shared = together(cells, settings.values())
         for setting, cell in settings.items():
             of = [effect(shared, [(cell, reference)], measure) for measure in ("held_out", "two_attacks", "clean")]
             found = [n_seeds(of), *(show(values, "+") for values in of)] if cell != reference else ["", *["default"] * 3]
-            rows.append([f"`{name}`", setting, CELLS[reference][0], *found])
+            row = [f"`{name}`", setting, CELLS[reference][0], *found]
+            if cell != without or row[1:] not in [other[1:] for other in rows]:  # what is without stands once, if on the same seeds
+                rows.append(row)
     return markdown(["", "setting", "of", "seeds", *(MEASURES[m] for m in ("held_out", "two_attacks", "clean"))], rows)
 
 
