@@ -493,7 +493,7 @@ def section(runs):
         lines += caption(cells, what) + forms
     if len(effect(experiments.get(SECOND, {}), EFFECTS[IMAGES], "two_attacks")) > 1:
         lines += caption(experiments[SECOND], "**Fashion-MNIST**, 6,400 real images, a diffusion model of 58,976.")
-        lines += cells_table(experiments[SECOND], ["clean", "two_attacks"])
+        lines += cells_table(experiments[SECOND], ["held_out", "last", "clean", "two_attacks"])
     return "\n".join([*lines, work(runs), ""])
 
 
