@@ -1,12 +1,14 @@
 # Every target sets up .venv by itself; nothing is reinstalled while the requirements are unchanged.
 PYTHON ?= python3
 
+# README's first table.
 quickstart: .venv/runtime
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/quickstart.sh
 
 test: .venv/dev
 	.venv/bin/python -m pytest
 
+# Kills, full disks, damaged files; Linux, ten minutes on two cores.
 torture: .venv/dev
 	.venv/bin/python -m pytest -m "slow or not slow" tests/torture
 
@@ -14,15 +16,18 @@ lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# The table of docs/costs.md; after `make quickstart`, whose AT classifier it attacks.
 bench: .venv/runtime
-	for part in train_step loading sampling scaling measure; do .venv/bin/python benchmarks/$$part.py || exit; done
+	.venv/bin/python -m benchmarks
 
-# Begins without results: runs of another machine cannot stand beside this one's.
+# The runs of docs/results.md. Begins without results: runs of another machine cannot stand beside this one's.
+EVIDENCE = digits_table digits_contrastive digits_curve digits_ablations fashion_mnist
 evidence: .venv/runtime
 	@test -e /usr/share/datasets/fashion-mnist || { echo "Fashion-MNIST is needed, Debian's package dataset-fashion-mnist"; exit 1; }
 	rm -f docs/results.json
-	for part in digits_table digits_contrastive digits_curve digits_ablations digits_variants fashion_mnist; do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$part.sh || exit; done
+	for name in $(EVIDENCE); do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$name.sh || exit; done
 
+# The tables and figures of docs/results.md and README.md, from docs/results.json.
 results: .venv/runtime
 	.venv/bin/python -m runs.results
 

@@ -1,56 +1,55 @@
-"""Clean and robust accuracy of a classifier: PGD, APGD-CE+T, AutoAttack; on any number of processes, resumable, with sanity checks.
+r"""Clean and robust accuracy of a classifier: PGD, APGD-CE+T, AutoAttack, with sanity checks.
+
+The attacks of AutoAttack, sanity checks, results and comparisons stand in evaluation/.
 
     python evaluate.py --checkpoint out/train_at-digits/best.pt --attack autoattack
-    torchrun --nproc_per_node 8 evaluate.py --checkpoint out/train_at-digits/best.pt --attack apgd --eps 0.05 0.1 0.15 0.2
-    python evaluate.py --dataset cifar10 --checkpoint weights-best.pt --model wrn-28-10    # a file of DM-AT or RobustBench
+    torchrun --nproc_per_node 8 evaluate.py --checkpoint out/train_at-digits/best.pt \
+        --attack apgd --eps 0.05 0.1 0.15 0.2
+    python evaluate.py --dataset cifar10 --checkpoint weights-best.pt --model wrn-28-10
     python evaluate.py --model diffusion-classifier --teacher out/diffusion-digits --n-images 100
-    python evaluate.py --compare out/a/results-best-apgd-linf-0.15.npz out/b/results-best-apgd-linf-0.15.npz
+    python evaluate.py --compare out/a/results-best-apgd-linf-0.15.npz \
+        out/b/results-best-apgd-linf-0.15.npz
 
   clean       no attack
-  pgd         PGD, --n-steps with --n-restarts random restarts: a sanity check, never the number to report
-  transfer    PGD-40 on the model of --transfer-from, its images tried on this one: a sanity check too
-  apgd        APGD-CE then targeted APGD-DLR, the first two of AutoAttack's four: an upper bound on robust accuracy, quick
+  pgd         PGD with random restarts: a sanity check, never the number to report
+  transfer    PGD-40 on the model of --transfer-from, whose adversarial images are tried on this
+              one: a sanity check too
+  apgd        APGD-CE, then targeted APGD-DLR, the first two of AutoAttack's four attacks: a quick
+              upper bound on robust accuracy
   autoattack  AutoAttack standard (Croce & Hein, arXiv 2003.01690): APGD-CE, APGD-T, FAB-T, Square
-  rand        AutoAttack rand, for randomised models: APGD-CE and APGD-DLR, gradients averaged over 20 passes
+  rand        AutoAttack rand, for randomised models: APGD-CE and APGD-DLR, whose gradients are
+              averaged over 20 passes
 
-apgd, autoattack and rand are the authors' own package, pyautoattack, with its constants (common/autoattack.py). An image is
-robust if no attack fools the model on it. Images are attacked in chunks of --batch-size, each seeded by itself: verdicts are
-those of pyautoattack called on that chunk, and depend neither on the number of processes nor on where a run was cut. The
-threat model comes from this command line only; that of the training is printed where it differs.
+An image is robust if no attack fools the model on it. apgd, autoattack and rand are the authors'
+own package, pyautoattack, with its constants (evaluation/autoattack.py). Images are attacked in
+chunks of --batch-size, and verdicts are those of the package called on each chunk with --seed: they
+depend neither on the number of processes nor on where a run was interrupted.
 
-Writes results-<checkpoint>-<attack>-<norm>-<eps>.json (with -n<n>, -seed<seed>, ... where they are given), and .npz with one
-entry per image (index, label, clean_correct, robust, fooled_by), beside the checkpoint; until then, every attack of every chunk
-at once in the directory .parts, from which the same command goes on. A result that exists is printed again.
+The threat model comes from this command line only. A note says where that of the training differs.
+
+Writes results-<checkpoint>-<attack>-<norm>-<eps>.json beside the checkpoint (with -n<n>,
+-seed<seed>, ... where they are given), and an .npz file with one entry per image: index, label,
+clean_correct, robust, fooled_by. Until then, every attack of every chunk is kept in the directory
+.parts, from which the same command goes on. A result that exists is printed again.
 """
 
 import dataclasses
 import importlib.metadata
 import os
-import shutil
 import time
 
-import numpy as np
 import torch
 from torch import nn
 
-from common import (
-    attacks,
-    autoattack,
-    checkpoint,
-    cli,
-    data,
-    diffusion,
-    dist,
-    generative,
-    models,
-    results,
-    robustbench,
-    runlog,
-    sanity,
-    stats,
-)
+from common import UserError, attacks, cli, data, files, run
+from evaluation import autoattack, compare, curve, restarts, robustbench, sanity, verdicts
+from evaluation.image_list import select_listed
+from published.datasets import DATASETS, prepare_dataset
+from published.weights import load_classifier
+from teachers import classifier
+from teachers.load import load_diffusion
 
-ATTACKS = {  # --attack: (its name in tables, its parts in the order in which they run)
+ATTACKS = {  # --attack: (its name in tables, its attacks in the order in which they run)
     "clean": ("clean", []),
     "pgd": ("PGD", ["pgd"]),
     "transfer": ("transfer (black box)", ["transfer"]),
@@ -58,318 +57,460 @@ ATTACKS = {  # --attack: (its name in tables, its parts in the order in which th
     "autoattack": ("AutoAttack standard", ["apgd-ce", "apgd-t", "fab-t", "square"]),
     "rand": ("AutoAttack rand", ["apgd-ce", "apgd-dlr"]),
 }
-PGD_FLAGS = ("--loss", "--n-steps", "--n-restarts", "--step-size", "--eot")  # the package's attacks have constants of their own
-GENERATIVE = ("diffusion-classifier", "diffusion-head")
-# Flags that --export has no use for.
-EVALUATION_FLAGS = ("--model", "--data-dir", "--download", "--transfer-from", "--batch-size", "--sanity-images", "--compile")
+GENERATIVE = ("diffusion-classifier", "diffusion-head")  # --model: made of a diffusion model
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("what")
-    group.add_argument("--checkpoint", help="best.pt or last.pt of train_at.py or train_at_aux.py, or with --model a file of others")
-    group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set, its test images")
-    group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
-    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
-    group.add_argument("--model", help=f"network of a checkpoint of others, such as wrn-28-10; or {' or '.join(GENERATIVE)}")
-    group.add_argument("--mean", type=cli.ratio, nargs="+", help="mean that --model subtracts, per channel (default: the data set's)")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="deviation that --model divides by; without normalisation: 0 and 1")
-    group.add_argument("--n-images", type=cli.count, help="only the first n test images (default: all)")
-    group.add_argument("--image-list", help="imagenet: only those of this file, one <class folder>/<file> a line, such as RobustBench's")
-    group = parser.add_argument_group("classifiers made of a diffusion model (common/generative.py)")
-    group.add_argument("--teacher", help="diffusion model: directory, NVlabs .pkl or hub:OWNER/NAME")
-    group.add_argument("--n-noise", type=cli.count, default=8, help="draws of noise that an image is seen under")
-    group.add_argument("--fresh-noise", action="store_true", help="new noise at every pass: a randomised classifier")
-    group.add_argument("--keep-classes", type=cli.count, help="of diffusion-classifier: best classes kept after a quarter of the draws")
-    group = parser.add_argument_group("threat model")
-    group.add_argument("--norm", choices=["linf", "l2", "l1"], default="linf", help="norm of the perturbation")
-    group.add_argument("--eps", type=cli.positive, nargs="+", help="radius, or several, of x in [0, 1] (default: the data set's usual one)")
-    group = parser.add_argument_group("attack")
-    group.add_argument("--attack", choices=ATTACKS, default="apgd", help="see above")
-    group.add_argument("--transfer-from", help="another checkpoint, whose adversarial images are tried on this model too")
-    group.add_argument("--loss", choices=["margin", "ce"], default="margin", help="loss of pgd")
-    group.add_argument("--n-steps", type=cli.count, default=40, help="steps of pgd")
-    group.add_argument("--n-restarts", type=cli.count, default=5, help="random restarts of pgd")
-    group.add_argument("--step-size", type=cli.positive, help="step of pgd, of x in [0, 1] (default: eps / 4)")
-    group.add_argument("--eot", type=cli.count, default=1, help="passes whose logits pgd averages, for randomised models")
-    group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=cli.count, default=200, help="images per chunk, the unit of the attack's seed")
-    group.add_argument("--seed", type=cli.seed, default=0, help="seed of the attacks, and of a diffusion classifier's noise")
-    group.add_argument("--sanity-images", type=cli.count0, default=100, help="first images that the sanity checks run on, 0 for none")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model; its rounding may flip an image")
-    group.add_argument("--out", help="result file, .json (default: beside the checkpoint, see above)")
-    group = parser.add_argument_group("instead of an evaluation")
-    group.add_argument("--compare", nargs=2, metavar=("A.npz", "B.npz"), help="compare two results image by image, and end")
-    group.add_argument("--export", choices=["robustbench"], help="weights and a claim for RobustBench from a finished result, and end")
+    add = cli.add_data_flags(parser, DATASETS, splits=False).add_argument
+    add("--n-images", type=cli.count, help="only the first n test images (default: all)")
+    add("--image-list", type=cli.path, help="only its images, one <class>/<file> a line")
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint", type=cli.path, help="best.pt or last.pt; with --model a file of others")
+    add("--model", help=f"network of others' weights, such as wrn-28-10; {', '.join(GENERATIVE)}")
+    add("--mean", type=cli.ratio, nargs="+", help="what --model subtracts (default: the data's)")
+    add("--std", type=cli.positive, nargs="+", help="what --model divides by (default: the data's)")
+    add = parser.add_argument_group("classifiers made of a diffusion model").add_argument
+    add("--teacher", type=cli.path, help="diffusion model: directory, .pkl, hub:OWNER/NAME")
+    add("--n-noise", type=cli.count, default=8, help="draws of noise an image is seen under")
+    add("--fresh-noise", action="store_true", help="new noise at every pass: a randomised model")
+    add("--keep-classes", type=cli.count, help="classes kept after a quarter of the draws")
+    add = parser.add_argument_group("threat model").add_argument
+    add("--norm", choices=["linf", "l2", "l1"], default="linf", help="norm of the perturbation")
+    add("--eps", type=cli.positive, nargs="+", help="radii, x in [0, 1] (default: the usual one)")
+    add = parser.add_argument_group("attack").add_argument
+    add("--attack", choices=ATTACKS, default="apgd", help="see above")
+    add("--transfer-from", type=cli.path, help="checkpoint whose adversarial images are tried")
+    add("--loss", choices=["margin", "ce"], default="margin", help="loss of pgd")
+    add("--n-steps", type=cli.count, default=40, help="steps of pgd")
+    add("--n-restarts", type=cli.count, default=5, help="random restarts of pgd")
+    add("--step-size", type=cli.positive, help="step of pgd, x in [0, 1] (default: eps / 4)")
+    add("--eot", type=cli.count, default=1, help="passes pgd averages, for randomised models")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", type=cli.count, default=200, help="images per chunk, attacked as one batch")
+    add("--seed", type=cli.seed, default=0, help="seed of the attacks and of --n-noise")
+    add("--sanity-images", type=cli.count0, default=100, help="first images checked, 0 for none")
+    add("--compile", action="store_true", help="torch.compile; its rounding may flip a verdict")
+    add("--out", type=cli.path, help="result file, .json (default: beside --checkpoint)")
+    add = parser.add_argument_group("instead of an evaluation").add_argument
+    add("--compare", nargs=2, metavar=("A.npz", "B.npz"), help="compare two results by image")
+    add("--export", choices=["robustbench"], help="RobustBench's files of a finished result")
     args = parser.parse_args(argv)
     if args.compare:
-        parser.refuse_others(argv, "--compare")
-        return args
-    spec = data.DATASETS[args.dataset]
-    generated = args.model in GENERATIVE
-    args.randomised = args.attack == "rand" or args.fresh_noise
-    uses = {flag: ("--attack pgd", args.attack == "pgd") for flag in PGD_FLAGS}
-    uses |= {flag: (" or ".join(GENERATIVE), generated) for flag in ("--teacher", "--n-noise", "--fresh-noise")}
-    uses |= {flag: ("--model of a checkpoint of others", args.model and not generated) for flag in ("--mean", "--std")}
-    uses |= {"--keep-classes": ("--model diffusion-classifier", args.model == GENERATIVE[0])}
-    uses |= {flag: ("an attack", args.attack != "clean") for flag in ("--norm", "--eps", "--transfer-from")}
-    uses |= {"--checkpoint": ("every other --model", args.model != GENERATIVE[0])}
-    uses |= {flag: ("an evaluation, not --export", not args.export) for flag in EVALUATION_FLAGS}
-    parser.refuse_unused(argv, uses)
-    if args.fresh_noise and args.attack in ("apgd", "autoattack"):
-        parser.error("argument --fresh-noise: a randomised classifier needs --attack rand, or pgd with --eot")
-    if not args.checkpoint and args.model != GENERATIVE[0]:
-        parser.error("argument --checkpoint: required")
-    if generated and not args.teacher:
-        parser.error(f"argument --teacher: --model {args.model} needs a diffusion model")
-    for name in ("mean", "std"):
-        if getattr(args, name) and len(getattr(args, name)) not in (1, spec.channels):
-            parser.error(f"argument --{name}: expected 1 or {spec.channels} numbers, one per channel of {spec.name}")
-    if args.keep_classes and (args.n_noise < 4 or args.keep_classes >= spec.num_classes):
-        parser.error(f"argument --keep-classes: needs --n-noise of at least 4, and less than {spec.num_classes} classes kept")
-    if args.transfer_from and args.attack != "transfer" and (args.randomised or not args.sanity_images):
-        parser.error("argument --transfer-from: does nothing with --sanity-images 0, --attack rand or --fresh-noise")
-    if args.eps is None and args.norm not in spec.eps:
-        parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
-    args.eps = list(dict.fromkeys(args.eps or [spec.eps[args.norm]]))
-    if args.norm == "linf" and max(args.eps) > 1:
-        parser.error(f"argument --eps: {max(args.eps):g}, expected at most 1, of x in [0, 1]; 8/255 is written so")
-    if args.norm == "l1" and (args.attack in ("pgd", "transfer") or args.transfer_from):
-        parser.error("argument --norm: pgd and transfer know linf and l2; take apgd or autoattack for l1")
-    if args.attack == "transfer" and not args.transfer_from:
-        parser.error("argument --transfer-from: required by --attack transfer")
-    if args.image_list and not spec.files:
-        parser.error(f"argument --image-list: the images of {args.dataset} are not files")
-    if args.out and not args.out.endswith(".json"):
-        parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
-    if args.out and len(args.eps) > 1:
-        parser.error("argument --out: one result; several --eps are written beside the checkpoint")
-    if len({result_path(args, eps) for eps in args.eps}) < len(args.eps):
-        parser.error("argument --eps: two radii that round to one name of four digits")
+        others = cli.flags_given(argv) - {"--compare"}
+        if others:
+            given = ", ".join(sorted(others))
+            parser.error(f"argument --compare: takes no other flag, given {given}")
+    else:
+        check_args(parser, argv, args)
     return args
 
 
-def result_path(args, eps):
-    """Where the result at radius eps (or of "curve") goes: what a table distinguishes is in the name, the rest is compared."""
+def check_args(parser, argv, args):
+    """End with an error where flags do not go together."""
+    spec = DATASETS[args.dataset]
+    generative = args.model in GENERATIVE
+    pgd = ("--attack pgd", args.attack == "pgd")
+    foreign = ("--model of others' weights", args.model is not None and not generative)
+    diffusion = (" or ".join(GENERATIVE), generative)
+    attack = ("an attack", args.attack != "clean")
+    evaluation = ("an evaluation, not --export", not args.export)
+    uses = {
+        "--checkpoint": ("every other --model", args.model != "diffusion-classifier"),
+        "--mean": foreign,
+        "--std": foreign,
+        "--teacher": diffusion,
+        "--n-noise": diffusion,
+        "--fresh-noise": diffusion,
+        "--keep-classes": ("diffusion-classifier", args.model == "diffusion-classifier"),
+        "--norm": attack,
+        "--eps": attack,
+        "--transfer-from": attack,
+        "--loss": pgd,
+        "--n-steps": pgd,
+        "--n-restarts": pgd,
+        "--step-size": pgd,
+        "--eot": pgd,
+    }
+    parser.refuse_unused(argv, uses)
+    not_exported = ("--model", "--data-dir", "--download", "--transfer-from", "--batch-size")
+    not_exported += ("--sanity-images", "--compile")
+    parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
+
+    if not args.checkpoint and args.model != "diffusion-classifier":
+        parser.error("argument --checkpoint: required")
+    if generative and not args.teacher:
+        parser.error(f"argument --teacher: --model {args.model} needs a diffusion model")
+    if args.fresh_noise and args.attack in ("apgd", "autoattack"):
+        parser.error("argument --fresh-noise: needs --attack rand, or pgd with --eot")
+    for flag, values in (("--mean", args.mean), ("--std", args.std)):
+        if values is not None and len(values) not in (1, spec.channels):
+            expected = f"expected 1 or {spec.channels} numbers, one per channel of {spec.name}"
+            parser.error(f"argument {flag}: {expected}")
+    if args.keep_classes is not None and args.n_noise < 4:
+        parser.error("argument --keep-classes: needs --n-noise of at least 4")
+    if args.keep_classes is not None and args.keep_classes >= spec.num_classes:
+        parser.error(f"argument --keep-classes: expected less than {spec.num_classes}")
+    if args.image_list and not spec.files:
+        parser.error(f"argument --image-list: the images of {args.dataset} are not files")
+
+    if args.attack == "transfer" and not args.transfer_from:
+        parser.error("argument --transfer-from: required by --attack transfer")
+    unchecked = is_randomised(args) or not args.sanity_images
+    if args.transfer_from and args.attack != "transfer" and unchecked:
+        others = "--sanity-images 0, --attack rand or --fresh-noise"
+        parser.error(f"argument --transfer-from: does nothing with {others}")
+    if args.norm == "l1" and (args.attack in ("pgd", "transfer") or args.transfer_from):
+        advice = "take apgd or autoattack for l1"
+        parser.error(f"argument --norm: pgd and transfer know linf and l2; {advice}")
+    if args.eps is None and args.norm not in spec.eps:
+        parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
+    for eps in radii(args):
+        parser.check_radius("--eps", eps, args.norm)
+    parser.check_radius("--step-size", args.step_size, args.norm)
+
+    if args.out and not args.out.endswith(".json"):
+        parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
+    if args.out and len(radii(args)) > 1:
+        parser.error("argument --out: one result; several --eps are written beside the checkpoint")
+    if args.export and len(radii(args)) > 1:
+        parser.error("argument --export: give one --eps")
+    if len({result_path(args, eps) for eps in radii(args)}) < len(radii(args)):
+        parser.error("argument --eps: two radii that round to one name of four digits")
+
+
+def radii(args):
+    """The radii to evaluate at: those of --eps, each once, or the data set's usual one."""
+    if args.eps is None:
+        return [DATASETS[args.dataset].eps[args.norm]]
+    return list(dict.fromkeys(args.eps))
+
+
+def is_randomised(args):
+    """Whether the model is meant to give other logits at every pass."""
+    return args.attack == "rand" or args.fresh_noise
+
+
+def result_path(args, radius):
+    """Where the result at a radius goes, or with "curve" the picture of all of them, as .json.
+
+    What a table tells apart is in the name. All else is compared with what the file holds.
+    """
     if args.out:
         return args.out
-    folder, name = os.path.split(args.checkpoint or f"out/diffusion-classifier-{args.dataset}/{args.n_noise}-draws")
-    stem = f"results-{os.path.splitext(name)[0]}-{args.attack}-{args.norm}-" + (eps if eps == "curve" else f"{eps:.4g}")
-    stem += (f"-keep{args.keep_classes}" if args.keep_classes else "") + ("-fresh" if args.fresh_noise else "")
-    stem += ("-listed" if args.image_list else "") + (f"-n{args.n_images}" if args.n_images else "")
-    return os.path.join(folder, stem + (f"-seed{args.seed}" if args.seed else "") + ".json")
+    if args.checkpoint:
+        folder, name = os.path.split(os.path.splitext(args.checkpoint)[0])
+    else:
+        folder = f"out/diffusion-classifier-{args.dataset}"
+        name = f"{args.n_noise}-draws"
+    if radius != "curve":
+        radius = f"{radius:.4g}"
+    stem = f"results-{name}-{args.attack}-{args.norm}-{radius}"
+    if args.keep_classes:
+        stem += f"-keep{args.keep_classes}"
+    if args.fresh_noise:
+        stem += "-fresh"
+    if args.image_list:
+        stem += "-listed"
+    if args.n_images:
+        stem += f"-n{args.n_images}"
+    if args.seed:
+        stem += f"-seed{args.seed}"
+    return os.path.join(folder, f"{stem}.json")
 
 
-# ---------------------------------------------------------------------------------------------------- the attacks
+# --------------------------------------------------------------------------------- the attacks
 
 
-def adversarial(name, model, source, x, y, left, chunk, eps, args):
-    """Adversarial images of the attack `name` for the rows `left` of a chunk (x, y) that no attack has fooled yet."""
+def attack_chunk(model, source, x, y, number, path, eps, args):
+    """Run all attacks on one chunk of images, each on those that none before it has fooled.
+
+    x: (B, C, H, W) in [0, 1]. y: (B,). number: of the chunk. path: file of the chunk, to which each
+    attack's outcome is written at once, and from which an interrupted chunk goes on. Its fooled_by
+    is, per image: -1 misclassified without an attack, k fooled by the k-th attack, or the number of
+    attacks where none has fooled it so far.
+    """
+    names = ATTACKS[args.attack][1]
+    robust = len(names)
+    if os.path.exists(path):
+        chunk = verdicts.read_chunk(path, len(y), names)
+    else:
+        correct = predict(model, x, args.seed, "evaluate-clean", number) == y
+        chunk = {
+            "fooled_by": torch.where(correct, robust, -1).tolist(),
+            "seconds": [],
+            "zero_gradients": sanity.zero_gradients(model, x, y) if names else 0,
+            "warnings": [],
+        }
+        files.write_json(chunk, path)
+
+    fooled_by = torch.tensor(chunk["fooled_by"], device=x.device)
+    for k in range(len(chunk["seconds"]), len(names)):
+        start_time = time.time()
+        rows = torch.nonzero(fooled_by == robust).squeeze(1)
+        with autoattack.collected_warnings() as warnings:
+            if len(rows):
+                # A chunk that goes on draws the same random numbers as one without interruption.
+                set_seed(args.seed, f"attack-{names[k]}", number)
+                x_adv = adversarial_images(names[k], model, source, x, y, rows, number, eps, args)
+                x_adv = restarts.in_threat_model(x_adv, x[rows], names[k], args.norm, eps)
+                predicted = predict(model, x_adv, args.seed, f"evaluate-{names[k]}", number)
+                fooled_by[rows[predicted != y[rows]]] = k
+        chunk["fooled_by"] = fooled_by.tolist()
+        chunk["seconds"].append(round(time.time() - start_time, 3))
+        chunk["warnings"] = sorted(warnings.union(chunk["warnings"]))
+        files.write_json(chunk, path)
+
+
+def adversarial_images(name, model, source, x, y, rows, number, eps, args):
+    """Adversarial images of the attack `name` for the given rows of a chunk (x, y)."""
     if name == "transfer":
-        return sanity.transferred(source, x, y, args.norm, eps, args.seed)[left]
+        return sanity.transferred(source, x, y, args.norm, eps)[rows]
     if name == "pgd":
-        generator = data.stream(args.seed, "evaluate-pgd", chunk, x.device)
-        starts = [attacks.random_start(x.shape, args.norm, eps, generator) for _ in range(args.n_restarts)]
-        settings = dict(norm=args.norm, eps=eps, step_size=args.step_size or eps / 4, n_steps=args.n_steps, loss=args.loss)
-        return attacks.pgd(Averaged(model, args.eot) if args.eot > 1 else model, x, y, starts, **settings)[left]
+        generator = data.stream(args.seed, "evaluate-pgd", number, x.device)
+        starts = [
+            attacks.random_start(x.shape, args.norm, eps, generator) for _ in range(args.n_restarts)
+        ]
+        attacked = restarts.MeanLogits(model, args.eot) if args.eot > 1 else model
+        settings = dict(norm=args.norm, eps=eps, n_steps=args.n_steps, loss=args.loss)
+        step_size = args.step_size or eps / 4
+        return restarts.pgd(attacked, x, y, starts, step_size=step_size, **settings)[rows]
     version = "rand" if args.attack == "rand" else "standard"
-    return autoattack.attack(name, model, x[left], y[left], norm=args.norm, eps=eps, seed=args.seed, version=version)
+    settings = dict(norm=args.norm, eps=eps, seed=args.seed, version=version)
+    return autoattack.attack(name, model, x[rows], y[rows], **settings)
+
+
+def predict(model, x, seed, use, number):
+    """Predicted labels (B,) of the images x; a randomised model draws its noise from a seed."""
+    set_seed(seed, use, number)
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+def set_seed(seed, use, number):
+    """Seed PyTorch's own random numbers by the use that chunk `number` makes of them."""
+    torch.manual_seed(data.seed_of(seed, use, number) % 2**32)
 
 
 class Finite(nn.Module):
-    """The model, refused where a logit is not finite: argmax of NaN is class 0, such a model would look robust on that class."""
+    """The model, but UserError where a logit is not finite.
+
+    argmax of NaN is class 0: such a model would look robust on the images of that class.
+    """
 
     def __init__(self, model, name):
         super().__init__()
-        self.model, self.name = model, name
+        self.model = model
+        self.name = name
 
     def forward(self, x):
         logits = self.model(x)
         if not logits.isfinite().all():
-            raise cli.UserError(f"{self.name}: the model's logits are not finite")
+            raise UserError(f"{self.name}: the model's logits are not finite")
         return logits
 
 
-class Averaged(nn.Module):
-    """Mean logits of n passes: what an attacker of a randomised model follows (EoT, Athalye et al., arXiv 1707.07397)."""
-
-    def __init__(self, model, n):
-        super().__init__()
-        self.model, self.n = model, n
-
-    def forward(self, x):
-        return sum(self.model(x) for _ in range(self.n)) / self.n
-
-
-def attack_chunk(model, source, x, y, chunk, path, heard, eps, args):
-    """Attack one chunk and keep every attack's verdicts in the file `path` at once; go on from there where it exists.
-
-    fooled_by, per image: -1 misclassified without an attack, k >= 0 fooled by the k-th attack, len(attacks) robust so far.
-    """
-    names = ATTACKS[args.attack][1]
-
-    def predicted(x, use):
-        torch.manual_seed(data.seed_of(args.seed, use, chunk) % 2**32)  # of a randomised model's draws
-        with torch.no_grad():
-            return model(x).argmax(1)
-
-    if os.path.exists(path):
-        part = results.read_chunk(path, len(y), names)
-    else:
-        correct = predicted(x, "evaluate-clean") == y
-        fooled_by = torch.where(correct, len(names), -1).tolist()
-        n_zero = int(sanity.zero_gradients(model, x, y)) if names else 0
-        part = {"fooled_by": fooled_by, "seconds": [], "zero_gradients": n_zero, "warnings": []}
-    fooled_by = torch.tensor(part["fooled_by"], device=x.device)
-    for k in range(len(part["seconds"]), len(names)):
-        begun = time.time()
-        left = torch.nonzero(fooled_by == len(names)).squeeze(1)
-        if len(left):
-            torch.manual_seed(data.seed_of(args.seed, f"attack-{names[k]}", chunk) % 2**32)  # a resumed chunk draws what an uncut one does
-            x_adv = adversarial(names[k], model, source, x, y, left, chunk, eps, args)
-            x_adv = attacks.in_threat_model(x_adv, x[left], names[k], args.norm, eps)
-            fooled_by[left[predicted(x_adv, f"evaluate-{names[k]}") != y[left]]] = k
-        part["seconds"].append(round(time.time() - begun, 3))
-        part |= {"fooled_by": fooled_by.tolist(), "warnings": sorted({*part["warnings"], *heard.drain()})}
-        checkpoint.write_json(part, path)
-    if not names:
-        checkpoint.write_json(part, path)
-
-
-def check_sanity(name, model, source, x, y, path, heard, eps, args):
-    """One group of sanity checks on the first images, kept in the file `path`; nothing where that exists."""
-    if os.path.exists(path):
-        return
-    torch.manual_seed(args.seed)
-    threat = (args.norm, eps, args.seed)
-    if name == "transfer":
-        content = {"fooled": sanity.fooled_by_transfer(model, source, x, y, *threat).tolist()}
-    elif name == "steps":
-        content = {"fooled": sanity.fooled_by_more_steps(model, x, y, *threat).tolist()}
-    else:
-        content = {"lines": sanity.CHECKS[name](model, x, y, *threat)}
-    heard.drain()
-    checkpoint.write_json(content, path)
-
-
-# ------------------------------------------------------------------------------------------------------- plumbing
+# ------------------------------------------------------------------------------------ plumbing
 
 
 def load_model(args, spec, device):
-    """(model, what it is: a dict, (norm, eps) of its training or (None, None)); frozen, in eval mode."""
-    if args.mean or args.std:
-        mean, std = (tuple(values * (spec.channels // len(values))) for values in (args.mean or spec.mean, args.std or spec.std))
-        spec = dataclasses.replace(spec, mean=mean, std=std)
+    """(model, what it is as a dict of settings, the (norm, eps) of its training or None).
+
+    The model is frozen and in eval mode.
+    """
+    name = f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--teacher {args.teacher}"
     settings = {"mean": args.mean, "std": args.std, "compile": args.compile}
+    trained = None
     if args.model in GENERATIVE:
-        network = diffusion.load_diffusion(args.teacher, device)
-        model = generative.load(args.model, network, spec, args)
-        settings |= {key: getattr(args, key) for key in ("n_noise", "fresh_noise", "keep_classes")} | {"teacher_sha256": network.sha256}
-        trained = (None, None)
+        network = load_diffusion(args.teacher, device)
+        draws = {
+            "n_noise": args.n_noise,
+            "fresh_noise": args.fresh_noise,
+            "keep_classes": args.keep_classes,
+        }
+        settings |= draws | {"teacher_sha256": network.sha256}
+        model = classifier.load(args.model, network, spec, args.checkpoint, seed=args.seed, **draws)
     else:
-        model, state = models.load_classifier(args.checkpoint, spec, device, args.model)
-        trained = (state["norm"], state["eps"])
-        if trained != (None, None) and (args.mean or args.std):
-            raise cli.UserError(f"--mean, --std: {args.checkpoint} is of this project, whose classifiers hold their data set's")
-    settings["checkpoint_sha256"] = checkpoint.sha256(args.checkpoint) if args.checkpoint else None
-    model = torch.compile(model, dynamic=True) if args.compile else model
-    return Finite(model, f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--teacher {args.teacher}").eval(), settings, trained
+        spec = normalised(spec, args.mean, args.std)
+        model, state = load_classifier(args.checkpoint, spec, device, args.model)
+        if state["norm"] is not None:
+            trained = (state["norm"], state["eps"])
+        if trained is not None and (args.mean or args.std):
+            own = "is of this project, whose classifiers hold their data set's"
+            raise UserError(f"--mean, --std: {args.checkpoint} {own}")
+    settings["checkpoint_sha256"] = files.sha256(args.checkpoint) if args.checkpoint else None
+    if args.compile:
+        model = torch.compile(model, dynamic=True)
+    return Finite(model, name).eval(), settings, trained
 
 
-def evaluate(model, source, settings, images, labels, n, eps, args, rank, world_size, device):
-    """The result at one radius, on every rank: what is there already, or what the chunks of all ranks give."""
-    names, path = ATTACKS[args.attack][1], result_path(args, eps)
-    packaged = args.attack in ("apgd", "autoattack", "rand")
-    request = settings | {
+def normalised(spec, mean, std):
+    """The data set's Spec with another mean and deviation, of one number or one per channel."""
+    if mean is not None:
+        spec = dataclasses.replace(spec, mean=tuple(mean * (spec.channels // len(mean))))
+    if std is not None:
+        spec = dataclasses.replace(spec, std=tuple(std * (spec.channels // len(std))))
+    return spec
+
+
+def load_images(args, spec, rank):
+    """(images, labels) of the test images to evaluate on; there may be more images than labels."""
+    if rank == 0:
+        prepare_dataset(spec, args.data_dir, args.download)
+    run.barrier()
+    images, labels = data.load_test(spec, args.data_dir)
+    if args.image_list:
+        images, labels = select_listed(images, labels, args.image_list)
+    if args.n_images is not None and args.n_images > len(labels):
+        raise UserError(f"--n-images {args.n_images}: {spec.name} has {len(labels)} test images")
+    return images, labels[: args.n_images]
+
+
+def request_at(eps, args, settings, n):
+    """A dict of all that the result at a radius depends on.
+
+    settings: those of the model. n: number of images.
+    """
+    attack_name, names = ATTACKS[args.attack]
+    version = "common/attacks.py"
+    if args.attack in ("apgd", "autoattack", "rand"):
+        version = f"pyautoattack {importlib.metadata.version('pyautoattack')}"
+    attack_settings = {}
+    if args.attack == "pgd":
+        flags = ("loss", "n_steps", "n_restarts", "step_size", "eot")
+        attack_settings = {name: getattr(args, name) for name in flags}
+    return settings | {
         "dataset": args.dataset,
         "split": "test",
         "n": n,
-        "image_list_sha256": checkpoint.sha256(args.image_list) if args.image_list else None,
+        "image_list_sha256": files.sha256(args.image_list) if args.image_list else None,
         "norm": args.norm,
         "eps": eps,
         "attack": args.attack,
-        "attack_name": ATTACKS[args.attack][0],
+        "attack_name": attack_name,
         "attacks": names,
-        "version": f"pyautoattack {importlib.metadata.version('pyautoattack')}" if packaged else "common/attacks.py",
-        "settings": {k: getattr(args, k) for k in ("loss", "n_steps", "n_restarts", "step_size", "eot")} if args.attack == "pgd" else {},
-        "transfer_sha256": checkpoint.sha256(args.transfer_from) if args.transfer_from else None,
+        "version": version,
+        "settings": attack_settings,
+        "transfer_sha256": files.sha256(args.transfer_from) if args.transfer_from else None,
         "batch_size": args.batch_size,
         "seed": args.seed,
         "sanity_images": min(args.sanity_images, n),
     }
-    folder, per_image_path = (os.path.splitext(path)[0] + end for end in (".parts", ".npz"))
-    if os.path.exists(path):
-        result = checkpoint.read_json(path)
-        for key, value in request.items():
-            if result.get(key) != value:
-                found = f"{key} is {result.get(key)}, not {value}"
-                raise cli.UserError(f"--out {path}: holds another result ({found}); move it away or name another file")
-        if rank == 0 and os.path.exists(os.path.join(folder, "request.json")):  # a kill came between the result and this
-            shutil.rmtree(folder)
-        return result
+
+
+def check_names(args):
+    """The groups of sanity checks that fit the evaluation, names of evaluation/sanity.py."""
+    if args.sanity_images == 0:
+        return []
+    if args.attack == "clean":
+        return ["outputs"]
+    names = list(sanity.CHECKS)
+    # What these find is held against single verdicts, which a randomised model has not.
+    if args.attack != "transfer" and not is_randomised(args):
+        names.append("steps")
+        if args.transfer_from:
+            names.append("transfer")
+    return names
+
+
+def evaluate_radius(model, source, images, labels, request, path, args, rank, world_size, device):
+    """Evaluate as `request` says and write the result to `path`. All ranks return it, as a dict."""
+    start_time = time.time()
+    eps = request["eps"]
     if rank == 0:
-        if os.path.exists(per_image_path) and not os.path.exists(folder):
-            raise cli.UserError(f"--out {path}: would replace {per_image_path}, whose .json is gone; move it away or name another file")
-        where = {"torch": torch.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-        runlog.claim_directory(folder, request | where, "request.json", flag="--out")  # parts of two machines would be neither's result
-        for target in (path, per_image_path):  # hours of work are not lost to a name that cannot be written
-            open(f"{target}.writing", "wb").close()
-            os.unlink(f"{target}.writing")
-    dist.barrier()
-    parts = [("chunk", i, os.path.join(folder, f"chunk-{i:05d}.json")) for i in range(-(-n // args.batch_size))]
-    groups = list(sanity.CHECKS) if names else ["outputs"]
-    if names and args.attack != "transfer" and not args.randomised:  # what they find is held against single verdicts
-        groups += ["steps", "transfer"] if source else ["steps"]
-    groups = groups if request["sanity_images"] else []
-    parts += [("sanity", name, os.path.join(folder, f"sanity-{name}.json")) for name in groups]
-    heard, begun = autoattack.Warnings(), time.time()
-    for kind, name, part in runlog.progress(parts[rank::world_size], rank, desc=f"{args.attack} {eps:.4g}", unit="chunk"):
-        rows = slice(name * args.batch_size, min((name + 1) * args.batch_size, n)) if kind == "chunk" else slice(request["sanity_images"])
-        x, y = data.to_x(images[rows], device), torch.from_numpy(labels[rows]).to(device)
-        if kind == "chunk":
-            attack_chunk(model, source, x, y, name, part, heard, eps, args)
-        else:
-            check_sanity(name, model, source, x, y, part, heard, eps, args)
-    dist.barrier()
+        # Parts of two machines would be neither's result.
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        verdicts.claim_parts(
+            path, request | {"torch": torch.__version__, "device": gpu or device.type}
+        )
+    run.barrier()
+    parts = verdicts.parts_of(path, request, check_names(args))
+    title = f"{args.attack} {eps:.4g}"
+    for part in run.progress(parts[rank::world_size], rank, desc=title, unit="chunk"):
+        x = data.to_x(images[part.rows], device)
+        y = torch.from_numpy(labels[part.rows]).to(device)
+        if part.kind == "chunk":
+            attack_chunk(model, source, x, y, part.name, part.path, eps, args)
+        elif not os.path.exists(part.path):
+            check = sanity.run_check(part.name, model, source, x, y, args.norm, eps, args.seed)
+            files.write_json(check, part.path)
+    run.barrier()
     if rank == 0:
-        result, per_image = results.merge(parts, request, labels, args, round(time.time() - begun, 1))
-        with checkpoint.atomic(per_image_path) as file:
-            np.savez(file, **per_image)
-        checkpoint.write_json(result, path)
-        shutil.rmtree(folder)
-    dist.barrier()
-    return checkpoint.read_json(path)
+        result, per_image = verdicts.merge(
+            parts,
+            request,
+            labels,
+            checkpoint=args.checkpoint or args.teacher,
+            randomised=is_randomised(args),
+            seconds=round(time.time() - start_time, 1),
+        )
+        verdicts.write_result(path, result, per_image)
+    run.barrier()
+    return files.read_json(path)
+
+
+def export_robustbench(args):
+    """Write RobustBench's files of the finished result at the one radius of the command line."""
+    spec = DATASETS[args.dataset]
+    path = result_path(args, radii(args)[0])
+    result = robustbench.read_result(path, args.checkpoint, spec)
+    model, about = load_classifier(args.checkpoint, spec, "cpu")
+    settings = files.read_json(os.path.join(os.path.dirname(args.checkpoint), "args.json"))
+    n_synthetic = settings.get("n_synthetic")
+    if not isinstance(n_synthetic, int):
+        raise UserError(f"{args.checkpoint}: args.json beside it lacks 'n_synthetic'")
+    robustbench.export(
+        result,
+        args.checkpoint,
+        spec,
+        model,
+        about["model_name"],
+        settings,
+        n_synthetic,
+    )
 
 
 def main(args):
     if args.compare:
-        return stats.compare(*args.compare)
+        compare.compare(*args.compare)
+        return
     if args.export:
-        return robustbench.export(args.checkpoint, args.dataset, [result_path(args, eps) for eps in args.eps])
-    rank, world_size, device = dist.setup()
-    spec = data.DATASETS[args.dataset]
+        export_robustbench(args)
+        return
+
+    rank, world_size, device = run.start_processes()
+    spec = DATASETS[args.dataset]
     model, settings, trained = load_model(args, spec, device)
-    source = models.load_classifier(args.transfer_from, spec, device)[0] if args.transfer_from else None
-    if rank == 0:
-        data.prepare(spec, args.data_dir, args.download)
-    dist.barrier()
-    images, labels = data.load_test(spec, args.data_dir)
-    if args.image_list:
-        images, labels = data.listed(images, labels, args.image_list)
-    n = len(labels) if args.n_images is None else args.n_images
-    if n > len(labels):
-        raise cli.UserError(f"--n-images {n}: {spec.name} has {len(labels)} test images")
-    found = []
-    for eps in args.eps:
-        if rank == 0 and trained != (None, None) and trained != (args.norm, eps):
-            print(f"note: trained against {trained[0]} {trained[1]:.4g}, evaluated against {args.norm} {eps:.4g}")
-        found.append(evaluate(model, source, settings, images, labels, n, eps, args, rank, world_size, device))
+    source = None
+    if args.transfer_from:
+        source, _ = load_classifier(args.transfer_from, spec, device)
+    images, labels = load_images(args, spec, rank)
+
+    results = []
+    for eps in radii(args):
+        if rank == 0 and trained not in (None, (args.norm, eps)):
+            training = f"trained against {trained[0]} {trained[1]:.4g}"
+            print(f"note: {training}, evaluated against {args.norm} {eps:.4g}")
+        path = result_path(args, eps)
+        request = request_at(eps, args, settings, len(labels))
+        if os.path.exists(path):
+            result = verdicts.read_finished(path, request)
+            if rank == 0:
+                verdicts.remove_parts(path)
+        else:
+            result = evaluate_radius(
+                model, source, images, labels, request, path, args, rank, world_size, device
+            )
         if rank == 0:
-            results.print_result(found[-1], result_path(args, eps))
-    if rank == 0 and len(found) > 1:
-        stats.curve_png(found, trained, os.path.splitext(result_path(args, "curve"))[0] + ".png")
-    dist.teardown()
+            verdicts.print_result(result, path)
+        results.append(result)
+
+    if rank == 0 and len(results) > 1:
+        picture = os.path.splitext(result_path(args, "curve"))[0] + ".png"
+        curve.write_curve(results, trained, picture)
+        print(picture)
+    run.end_processes()
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run_script(main, parse_args())

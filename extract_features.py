@@ -1,192 +1,327 @@
-"""Features of a frozen diffusion model: store them, probe how much of the class a linear model reads from them, attack that.
+"""Features of a frozen diffusion model: store them, fit linear probes to them, attack the probes.
 
-For every pair of --blocks and --sigmas, the block's output for x + sigma * n, n --n-draws fixed Gaussian draws per image,
-average pooled over space: the representation that DRA aligns a classifier with (train_at_aux.py). Blocks of one sigma are taken
-in one pass of the network, which is left at the last of them.
+What a block and its features are stands in common/diffusion.py, other metrics in analyze.py.
 
-    python extract_features.py --probe                                   # digits, all blocks, four noise levels, ten seconds
-    torchrun --nproc_per_node 2 extract_features.py --probe --eps 0.05   # and under attack, through noise, network and probe
-    torchrun --nproc_per_node 8 extract_features.py                      # images are shared out over the processes
-    python extract_features.py --blocks up_blocks.0.resnets.0 --sigmas 0.1 --save-head out/head.pt    # a classifier to attack
+For every pair of --blocks and --sigmas: the block's output for x + sigma * n, averaged over space,
+for --n-draws fixed draws of Gaussian noise n per image. This is the representation that DRA aligns
+a classifier with (train_at_aux.py).
 
-Writes <split>-<block>-sigma<sigma>.npy (float32, (N, draws, channels), memory-mapped) and <split>-labels.npy for the splits
-train, val and test, and manifest.json. Features that were cut go on
-batch by batch; probes and their attacks start again. --probe fits a logistic regression to "train",
-every draw an example, and prints accuracies on "val", whose draws are averaged: choose block and sigma there, never on the test
-images (--probe-split test reports); --eps adds PGD-20 on the margin in linf, on the first --n-attacked images, each seen
-under the --n-draws of its stored features, and the gradient goes through all of them. probe.json and a heat map, probe.png.
---save-head writes the probe of one block and sigma as a head, to be evaluated and attacked by AutoAttack:
-evaluate.py --model diffusion-head --teacher ... --checkpoint out/head.pt.
+    python extract_features.py --probe    # digits, all blocks, four noise levels, ten seconds
+    torchrun --nproc_per_node 2 extract_features.py --probe --eps 0.05    # under attack, too
+    torchrun --nproc_per_node 8 extract_features.py    # images are shared out over processes
+    python extract_features.py --blocks up_blocks.0.resnets.0 --sigmas 0.1 --save-head out/head.pt
+
+Writes <split>-<block>-sigma<sigma>.npy (float32, (N, draws, channels)) and <split>-labels.npy for
+the splits train, val and test, and manifest.json. An extraction that was interrupted goes on batch
+by batch; probes and their attacks start again.
+
+--probe fits a logistic regression to "train", each draw an example, and prints the accuracy on
+"val", whose features are averaged over draws. Choose block and sigma there, never on test images,
+which --probe-split test reports. --eps adds PGD-20 on the margin in linf; the attack sees an image
+under all draws of its stored features. Writes probe.json and a heat map, probe.png. --save-head
+writes the probe of one block and sigma, which evaluate.py attacks as a classifier (evaluate.py
+--model diffusion-head --teacher ... --checkpoint out/head.pt).
 """
 
+import math
 import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from common import attacks, checkpoint, cli, data, diffusion, dist, generative, pictures, representations, runlog
+from analysis import metrics, pictures
+from common import UserError, attacks, cli, data, files, run
+from published.datasets import DATASETS, prepare_dataset
+from teachers import classifier, load
+
+SIGMAS = [0.03, 0.1, 0.3, 1.0]
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("data and model")
-    group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set")
-    group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
-    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
-    group.add_argument(
-        "--val-size", type=cli.count, help="first training images, held out as in train_at.py (default: 200 for digits, else 1024)"
-    )
-    group.add_argument("--n-train", type=cli.count, help="images of the split train: the next so many (default: all others)")
-    group.add_argument("--diffusion", help="directory, NVlabs .pkl or hub:OWNER/NAME (default: out/diffusion-<dataset>)")
-    group = parser.add_argument_group("features")
-    group.add_argument("--blocks", nargs="+", help="blocks of the network (default: all)")
-    group.add_argument("--sigmas", type=cli.positive, nargs="+", default=[0.03, 0.1, 0.3, 1.0], help="noise levels, in units of [-1, 1]")
-    group.add_argument("--n-draws", type=cli.count, default=1, help="draws of noise per image")
-    group = parser.add_argument_group("probe")
-    group.add_argument("--probe", action="store_true", help="fit and print a linear probe per (block, sigma)")
-    group.add_argument("--probe-split", choices=["val", "test"], default="val", help="images that the probe's accuracy is of")
-    group.add_argument("--eps", type=cli.positive, help="attack the probes, too: linf radius of x in [0, 1] (default: no attack)")
-    group.add_argument("--n-attacked", type=cli.count, default=200, help="first images of the split that are attacked")
-    group.add_argument("--save-head", help="file for the probe of one block and one sigma, such as out/head.pt")
-    group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=cli.count, default=250, help="images per network call on one process")
-    group.add_argument("--out-dir", help="directory of the features (default: out/features-<dataset>)")
-    group.add_argument("--seed", type=cli.seed, default=0, help="seed of the noise")
+    add = cli.add_data_flags(parser, DATASETS).add_argument
+    add("--diffusion", type=cli.path, help="directory, .pkl or hub:NAME (out/diffusion-<dataset>)")
+    add = parser.add_argument_group("features").add_argument
+    add("--blocks", nargs="+", help="blocks of the network (default: all)")
+    add("--sigmas", type=cli.positive, nargs="+", default=SIGMAS, help="noise levels, of [-1, 1]")
+    add("--n-draws", type=cli.count, default=1, help="draws of noise per image")
+    add = parser.add_argument_group("probe").add_argument
+    add("--probe", action="store_true", help="fit a linear probe per block and sigma")
+    add("--probe-split", choices=["val", "test"], default="val", help="images to probe")
+    add("--eps", type=cli.positive, help="attack the probes: linf radius (default: no attack)")
+    add("--n-attacked", type=cli.count, default=200, help="first images to attack")
+    add("--save-head", type=cli.path, help="file for one probe, such as out/head.pt")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", type=cli.count, default=250, help="images per network call")
+    add("--out-dir", type=cli.path, help="directory (default: out/features-<dataset>)")
+    add("--seed", type=cli.seed, default=0, help="seed of the noise")
     args = parser.parse_args(argv)
-    args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
-    args.blocks, args.sigmas = args.blocks and list(dict.fromkeys(args.blocks)), list(dict.fromkeys(args.sigmas))
-    parser.refuse_unused(argv, {"--eps": ("--probe", args.probe), "--n-attacked": ("--eps", args.eps)})
-    if args.eps and args.eps > 1:
-        parser.error(f"argument --eps: {args.eps:g}, expected at most 1, of x in [0, 1]; 8/255 is written so")
-    if args.save_head and not (args.blocks and len(args.blocks) == len(args.sigmas) == 1):
-        parser.error("argument --save-head: goes with one of --blocks and one of --sigmas")
+    cli.fill_data_flags(args, DATASETS)
+    if args.blocks:
+        args.blocks = list(dict.fromkeys(args.blocks))
+    args.sigmas = list(dict.fromkeys(args.sigmas))
     args.out_dir = args.out_dir or f"out/features-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
+    uses = {"--eps": ("--probe", args.probe), "--n-attacked": ("--eps", args.eps)}
+    parser.refuse_unused(argv, uses)
+    parser.check_radius("--eps", args.eps, "linf")
+    if args.save_head and not (args.blocks and len(args.blocks) == len(args.sigmas) == 1):
+        parser.error("argument --save-head: goes with one of --blocks and one of --sigmas")
     return args
 
 
-# ----------------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------------ the method
 
 
 @torch.no_grad()
-def features_of(model, images, ids, split, sigma, blocks, n_draws, seed):
-    """Pooled features, one (B, draws, channels) array per block, of uint8 images; noise depends on (seed, split, id, draw) alone."""
+def features_of(model, images, ids, split, sigma, blocks, args):
+    """Pooled features of uint8 images: an array (B, draws, channels) per block.
+
+    The noise of an image depends on the seed, the split, its id and the draw alone.
+    """
     x = data.to_x(images, model.device)
-    streams = data.id_streams(seed, f"features-{split}", ids)
-    draws = []
-    for _ in range(n_draws):
-        features = model.features(x, sigma, None, blocks, data.normal_of(streams, model.noise_shape).to(model.device))
-        if not all(f.isfinite().all() for f in features):
-            raise cli.UserError(f"--sigmas {sigma:g}: the diffusion network's features are not finite")
-        draws.append([f.float().cpu().numpy() for f in features])
-    return [np.stack(of_block, 1) for of_block in zip(*draws)]
+    by_draw = []
+    for noise in draws_of(model, split, ids, args):
+        features = model.features(x, sigma, None, blocks, noise)
+        if not all(part.isfinite().all() for part in features):
+            raise UserError(f"--sigmas {sigma:g}: the diffusion network's features are not finite")
+        by_draw.append([part.float().cpu().numpy() for part in features])
+    return [np.stack(draws, 1) for draws in zip(*by_draw)]
 
 
-def fit_probe(features, labels, spec, device):
-    """(weight (K, channels), bias (K,)) of a logistic regression; features (N, draws, channels), every draw is an example."""
-    n, n_draws, width = features.shape
-    return representations.fit_linear(features.reshape(n * n_draws, width), np.repeat(labels, n_draws), spec.num_classes, device)
+def draws_of(model, split, ids, args):
+    """--n-draws tensors (B, *noise_shape) of standard normal noise for these images."""
+    streams = data.id_streams(args.seed, f"features-{split}", ids)
+    for _ in range(args.n_draws):
+        yield data.normal_of(streams, model.noise_shape).to(model.device)
 
 
-def accuracy_of(weight, bias, features, labels):
-    """Share of correct predictions from features (N, draws, channels) averaged over the draws."""
-    logits = torch.from_numpy(np.asarray(features).mean(1)) @ weight.cpu().T + bias.cpu()
+def fit_probe(block, sigma, labels, spec, args):
+    """A logistic regression on the stored features of training images, each draw an example.
+
+    Returns a dict: block, sigma, weight (K, channels), bias (K,).
+    """
+    features = read_features("train", block, sigma, len(labels), args)
+    examples = features.reshape(-1, features.shape[2])
+    repeated = np.repeat(labels, args.n_draws)
+    weight, bias = metrics.fit_linear(examples, repeated, spec.num_classes)
+    return {"block": block, "sigma": sigma, "weight": weight, "bias": bias}
+
+
+def accuracy_of(probe, split, labels, args):
+    """Share of correct predictions from a split's stored features, averaged over draws."""
+    features = read_features(split, probe["block"], probe["sigma"], len(labels), args)
+    logits = torch.from_numpy(features.mean(1)) @ probe["weight"].T + probe["bias"]
     return float((logits.argmax(1).numpy() == labels).mean())
 
 
-def attacked_accuracy(model, block, sigma, weight, bias, images, labels, args):
-    """Share of correct predictions on adversarial versions of the first images of the probed split: PGD-20, step eps / 4, on the margin.
+class StoredDrawsHead(classifier.DiffusionHead):
+    """A probe as a classifier that sees its images under the draws of their stored features."""
 
-    Each image is seen under the very draws of its stored features, and the gradient goes through all of them.
+    stored_draws = ()  # a tensor (B, *noise_shape) per draw, for the images of the next pass
+
+    def draws(self, x):
+        return self.stored_draws
+
+
+def attacked_accuracy(model, probe, images, labels, args):
+    """Share of images that are correct with and without PGD-20 on the margin, step eps / 4.
+
+    images: of the probed split. labels: of its first images, those that are attacked.
     """
-    head = generative.DiffusionHead(model, args.n_draws, False, args.seed, block, sigma, weight.cpu(), bias.cpu())
-    head = head.to(model.device).eval().requires_grad_(False)
+    head = StoredDrawsHead(model, n_noise=args.n_draws, fresh=False, seed=args.seed, **probe)
+    head.to(model.device).eval().requires_grad_(False)
+    settings = dict(norm="linf", eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
     n_correct = 0
-    for i, s in enumerate(range(0, len(images), args.batch_size)):
-        x, y = data.to_x(images[s : s + args.batch_size], model.device), torch.from_numpy(labels[s : s + args.batch_size]).to(model.device)
-        streams = data.id_streams(args.seed, f"features-{args.probe_split}", range(s, s + len(x)))
-        draws = [data.normal_of(streams, model.noise_shape).to(model.device) for _ in range(args.n_draws)]
-        head.draws = lambda x, draws=draws: draws
-        start = attacks.random_start(x.shape, "linf", args.eps, data.stream(args.seed, "probe-pgd", i, model.device))
-        settings = dict(norm="linf", eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
-        x_adv = attacks.pgd(head, x, y, [start], **settings)
-        with torch.no_grad():  # an image that is wrong without an attack counts as wrong
-            n_correct += int(((head(x_adv).argmax(1) == y) & (head(x).argmax(1) == y)).sum())
-    return n_correct / len(images)
+    for i, ids in enumerate(batches_of(len(labels), args.batch_size)):
+        x = data.to_x(images[ids], model.device)
+        y = torch.from_numpy(labels[ids]).to(model.device)
+        head.stored_draws = list(draws_of(model, args.probe_split, ids, args))
+        generator = data.stream(args.seed, "probe-pgd", i, model.device)
+        start = attacks.random_start(x.shape, "linf", args.eps, generator)
+        x_adv = attacks.pgd(head, x, y, start, **settings)
+        with torch.no_grad():
+            correct = (head(x).argmax(1) == y) & (head(x_adv).argmax(1) == y)
+        n_correct += int(correct.sum())
+    return n_correct / len(labels)
 
 
-# ------------------------------------------------------------------------------------------------------- plumbing
+# -------------------------------------------------------------------------------------- plumbing
 
 
-def feature_path(out_dir, split, block, sigma):
-    return os.path.join(out_dir, f"{split}-{block}-sigma{sigma}.npy")
+def batches_of(n, batch_size):
+    """The numbers 0 to n - 1 in index arrays of at most batch_size."""
+    return np.split(np.arange(n), range(batch_size, n, batch_size))
+
+
+def feature_path(split, block, sigma, args):
+    return os.path.join(args.out_dir, f"{split}-{block}-sigma{sigma}.npy")
+
+
+def read_features(split, block, sigma, n, args):
+    """The features (n, draws, channels) that `extract` wrote, mapped."""
+    path = feature_path(split, block, sigma, args)
+    return files.open_npy(path, np.float32, (n, args.n_draws, None))
+
+
+def map_zeros(path, dtype, shape):
+    """Map an .npy array for writing. A missing one is made of zeros; one that exists must fit.
+
+    Its space is taken first, because on a full disk a write to a map ends the process.
+    """
+    if not os.path.exists(path):
+        dtype = np.dtype(dtype)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        with files.atomic(path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell() + dtype.itemsize * math.prod(shape)
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    files.open_npy(path, dtype, shape)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def extract(model, images, split, sigma, blocks, args, rank, world_size):
-    """Write the split's features at one sigma. Each rank fills its batches' rows of shared memory maps, renamed when all are done.
+    """Write the split's features at one sigma.
 
-    Beside each map lies one with a flag per batch, set once its rows are written: work that was cut goes on from there.
+    Ranks fill the rows of their batches in shared memory maps, which get their names when all is
+    done. A second map has a flag per batch, set when its rows are written: an extraction that was
+    interrupted goes on from there.
     """
-    paths = [feature_path(args.out_dir, split, block, sigma) for block in blocks]
-    todo = [i for i, path in enumerate(paths) if not os.path.exists(path)]
-    if not todo:
+    path_of = {block: feature_path(split, block, sigma, args) for block in blocks}
+    blocks = [block for block in blocks if not os.path.exists(path_of[block])]
+    paths = [path_of[block] for block in blocks]
+    if not blocks:
         return
-    blocks, paths = [blocks[i] for i in todo], [paths[i] for i in todo]
-    batches = np.split(np.arange(len(images)), range(args.batch_size, len(images), args.batch_size))
+    batches = batches_of(len(images), args.batch_size)
     if rank == 0:
-        widths = [f.shape[2] for f in features_of(model, images[:1], [0], split, sigma, blocks, 1, args.seed)]
-        for path, width in zip(paths, widths):
-            if not os.path.exists(path + ".writing") and os.path.exists(path + ".done.writing"):
-                os.unlink(path + ".done.writing")  # flags of a map that is gone
-            checkpoint.map_zeros(path + ".writing", np.float32, (len(images), args.n_draws, width))
-            checkpoint.map_zeros(path + ".done.writing", np.uint8, (len(batches),))
-    dist.barrier()
-    maps, flags = ([np.lib.format.open_memmap(path + end, "r+") for path in paths] for end in (".writing", ".done.writing"))
-    mine = range(rank, len(batches), world_size)
-    for i in runlog.progress(mine, rank, desc=f"{split} sigma {sigma:g}", unit="batch", leave=False):
+        examples = features_of(model, images[:1], [0], split, sigma, blocks, args)
+        for path, (example,) in zip(paths, examples):
+            make_maps(path, (len(images), *example.shape), len(batches))
+    run.barrier()
+    maps = [np.lib.format.open_memmap(f"{path}.writing", "r+") for path in paths]
+    flags = [np.lib.format.open_memmap(f"{path}.done.writing", "r+") for path in paths]
+    own = range(rank, len(batches), world_size)
+    for i in run.progress(own, rank, desc=f"{split} sigma {sigma:g}", unit="batch", leave=False):
         if all(done[i] for done in flags):
             continue
         ids = batches[i]
-        for array, done, values in zip(maps, flags, features_of(model, images[ids], ids, split, sigma, blocks, args.n_draws, args.seed)):
+        features = features_of(model, images[ids], ids, split, sigma, blocks, args)
+        for array, done, values in zip(maps, flags, features):
             array[ids] = values
             done[i] = 1
     for array in maps:
         array.flush()
-    dist.barrier()
+    run.barrier()
     if rank == 0:
         for path in paths:
-            os.replace(path + ".writing", path)
-        for path in paths:
-            os.unlink(path + ".done.writing")
-    dist.barrier()
+            os.replace(f"{path}.writing", path)
+            os.unlink(f"{path}.done.writing")
+    run.barrier()
 
 
-def report_probe(found, blocks, args, n):
-    """Print the accuracies, block by sigma, and write probe.json and probe.png."""
+def make_maps(path, shape, n_batches):
+    """Make the map of the features and that of the flags, or check those that are there."""
+    if not os.path.exists(f"{path}.writing") and os.path.exists(f"{path}.done.writing"):
+        os.unlink(f"{path}.done.writing")  # flags of a map that is gone
+    map_zeros(f"{path}.writing", np.float32, shape)
+    map_zeros(f"{path}.done.writing", np.uint8, (n_batches,))
+
+
+def save_head(model, labels, spec, args):
+    """Write the probe of the one block and sigma as a file that teachers.classifier.load reads."""
+    probe = fit_probe(args.blocks[0], args.sigmas[0], labels["train"], spec, args)
+    accuracy = accuracy_of(probe, "val", labels["val"], args)
+    head = {
+        "dataset": spec.name,
+        "network_sha256": model.sha256,
+        "val_accuracy": accuracy,
+        **probe,
+    }
+    os.makedirs(os.path.dirname(os.path.abspath(args.save_head)), exist_ok=True)
+    files.save(head, args.save_head)
+    n = len(labels["val"])
+    print(f"{args.save_head}: accuracy on {n} validation images {accuracy:.1%}")
+
+
+def report(accuracies, blocks, args, n):
+    """Print accuracies, block by sigma, and write probe.json and probe.png.
+
+    accuracies: {(block, sigma): {"accuracy": clean[, "attacked": under attack]}}. n: number of
+    probed images.
+    """
     titles = {"accuracy": f"linear probe, accuracy on {n} {args.probe_split} images"}
     if args.eps:
-        titles["attacked"] = f"the same under attack, linf {args.eps:g}, first {min(n, args.n_attacked)} images"
-    width = max(map(len, blocks))
+        first = min(n, args.n_attacked)
+        titles["attacked"] = f"the same under attack, linf {args.eps:g}, first {first} images"
+    width = max(len(block) for block in blocks)
     tables = {}
     for key, title in titles.items():
-        tables[key] = [[found[block, sigma][key] for sigma in args.sigmas] for block in blocks]
         print(f"{title} (rows: block, columns: sigma)")
         print(" " * width + "".join(f"{sigma:>8g}" for sigma in args.sigmas))
-        for block, row in zip(blocks, tables[key]):
+        tables[key] = []
+        for block in blocks:
+            row = [accuracies[block, sigma][key] for sigma in args.sigmas]
+            tables[key].append(row)
             print(f"{block:<{width}}" + "".join(f"{accuracy:8.1%}" for accuracy in row), flush=True)
-    result = {"blocks": blocks, "sigmas": args.sigmas, **tables, "titles": titles, "environment": runlog.environment()}
-    checkpoint.write_json(result, os.path.join(args.out_dir, "probe.json"))
+    result = {
+        "blocks": blocks,
+        "sigmas": args.sigmas,
+        **tables,
+        "titles": titles,
+        "environment": run.environment(),
+    }
+    files.write_json(result, os.path.join(args.out_dir, "probe.json"))
     pictures.heat_maps(result, os.path.join(args.out_dir, "probe.png"))
 
 
+def check_classes(labels, spec, args):
+    """Raises UserError where the training labels lack a class."""
+    if len(np.unique(labels)) == spec.num_classes:
+        return
+    flags = f"--val-size {args.val_size}"
+    if args.n_train:
+        flags += f" with --n-train {args.n_train}"
+    lack = f"the {len(labels)} images of the split train lack a class"
+    raise UserError(f"{flags}: {lack}; --probe and --save-head need all {spec.num_classes}")
+
+
+def gather_objects(value):
+    """A list of every rank's small picklable value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def main(args):
-    rank, world_size, device = dist.setup()
-    spec = data.DATASETS[args.dataset]
-    model = diffusion.load_diffusion(args.diffusion, device)
+    rank, world_size, device = run.start_processes()
+    spec = DATASETS[args.dataset]
+    model = load.load_diffusion(args.diffusion, device)
     model.check_teaches(f"--diffusion {args.diffusion}", spec, with_labels=False)
     blocks = args.blocks or model.blocks
-    model.check_blocks(blocks)
-    model.check_sigmas(args.sigmas)
+    try:
+        model.check_blocks(blocks)
+        model.check_sigmas(args.sigmas)
+    except UserError as error:
+        raise UserError(f"--diffusion {args.diffusion}: {error}") from error
+
+    if rank == 0:
+        prepare_dataset(spec, args.data_dir, args.download)
+    run.barrier()
+    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
+    splits = {"train": train, "val": val, "test": data.load_test(spec, args.data_dir)}
+    labels = {split: split_labels for split, (_, split_labels) in splits.items()}
+    if args.probe or args.save_head:
+        check_classes(labels["train"], spec, args)
+
     manifest = {
         "format": 3,
         "dataset": spec.name,
@@ -201,50 +336,35 @@ def main(args):
         "network_sha256": model.sha256,
     }
     if rank == 0:
-        data.prepare(spec, args.data_dir, args.download)
-    dist.barrier()
-    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
-    splits = {"train": train, "val": val, "test": data.load_test(spec, args.data_dir)}
-    labels = {split: split_labels for split, (_, split_labels) in splits.items()}
-    if (args.probe or args.save_head) and len(np.unique(labels["train"])) < spec.num_classes:
-        left = f"--val-size {args.val_size}" + (f" with --n-train {args.n_train}" if args.n_train else "")
-        found = f"{left}: the {len(labels['train'])} images of the split train lack a class"
-        raise cli.UserError(f"{found}; --probe and --save-head need all {spec.num_classes}")
-    if rank == 0:
-        runlog.claim_directory(args.out_dir, manifest, "manifest.json")
-    dist.barrier()
-
+        manifest["data_sha256"] = data.sha256(*splits.values())
+        run.claim_directory(args.out_dir, manifest, "manifest.json")
+    run.barrier()
     for split, (images, _) in splits.items():
         if rank == 0:
-            checkpoint.write_npy(labels[split], os.path.join(args.out_dir, f"{split}-labels.npy"))
+            files.write_npy(labels[split], os.path.join(args.out_dir, f"{split}-labels.npy"))
         for sigma in args.sigmas:
             extract(model, images, split, sigma, blocks, args, rank, world_size)
 
-    def read(split, block, sigma):
-        return checkpoint.open_npy(feature_path(args.out_dir, split, block, sigma), np.float32, (len(labels[split]), args.n_draws, None))
-
-    if rank == 0 and args.save_head:
-        block, sigma = args.blocks[0], args.sigmas[0]
-        weight, bias = (p.cpu() for p in fit_probe(read("train", block, sigma), labels["train"], spec, device))
-        accuracy = accuracy_of(weight, bias, read("val", block, sigma), labels["val"])
-        head = {"dataset": spec.name, "network_sha256": model.sha256, "block": block, "sigma": sigma, "val_accuracy": accuracy}
-        checkpoint.save(head | {"weight": weight, "bias": bias}, args.save_head)
-        print(f"{args.save_head}: accuracy on {len(labels['val'])} validation images {accuracy:.1%}")
+    if args.save_head and rank == 0:
+        save_head(model, labels, spec, args)
     if args.probe:
-        found, pairs = {}, [(block, sigma) for block in blocks for sigma in args.sigmas]
-        images, probed = splits[args.probe_split]
-        for block, sigma in runlog.progress(pairs[rank::world_size], rank, desc="probe", unit="probe", leave=False):
-            weight, bias = fit_probe(read("train", block, sigma), labels["train"], spec, device)
-            row = {"accuracy": accuracy_of(weight, bias, read(args.probe_split, block, sigma), probed)}
+        images, probed_labels = splits[args.probe_split]
+        pairs = [(block, sigma) for block in blocks for sigma in args.sigmas]
+        own = pairs[rank::world_size]
+        accuracies = {}
+        for block, sigma in run.progress(own, rank, desc="probe", unit="probe", leave=False):
+            probe = fit_probe(block, sigma, labels["train"], spec, args)
+            row = {"accuracy": accuracy_of(probe, args.probe_split, probed_labels, args)}
             if args.eps:
-                attacked = images[: args.n_attacked], probed[: args.n_attacked]
-                row["attacked"] = attacked_accuracy(model, block, sigma, weight, bias, *attacked, args)
-            found[block, sigma] = row
-        found = {pair: row for part in dist.gather_objects(found) for pair, row in part.items()}
+                attacked_labels = probed_labels[: args.n_attacked]
+                row["attacked"] = attacked_accuracy(model, probe, images, attacked_labels, args)
+            accuracies[block, sigma] = row
+        for part in gather_objects(accuracies):
+            accuracies.update(part)
         if rank == 0:
-            report_probe(found, blocks, args, len(probed))
-    dist.teardown()
+            report(accuracies, blocks, args, len(probed_labels))
+    run.end_processes()
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run_script(main, parse_args())

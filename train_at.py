@@ -1,399 +1,577 @@
-"""Adversarial training: TRADES or PGD-AT, on real images alone (AT) or with diffusion-generated images (DM-AT).
+"""Adversarial training (AT), on real images alone or with diffusion-generated images (DM-AT).
 
-TRADES (Zhang et al., arXiv 1901.08573, equation 5), with label smoothing on the clean term:
+The loss L_AT is TRADES' (Zhang et al., arXiv 1901.08573, equation 5) with label smoothing in CE.
+p is the softmax of the classifier's logits:
 
-    L_AT = CE(f(x), y) + beta * KL(p(x) || p(x_adv)),   x_adv = argmax_{|x' - x| <= eps} KL(p(x) || p(x'));
+    L_AT = CE(p(x), y) + beta * KL(p(x) || p(x_adv))
+    x_adv = argmax_{|x' - x| <= eps, x' in [0, 1]} KL(p(x) || p(x'))
 
-PGD-AT (Madry et al., arXiv 1706.06083): L_AT = CE(f(x_adv), y) with x_adv maximising CE. The recipe is that of
-DM-AT (Wang et al., arXiv 2302.04638): RECIPE below is its CIFAR-10 command, PRESETS say where a data set departs from it.
+or, with --loss pgd, that of Madry et al. (arXiv 1706.06083): L_AT = CE(p(x_adv), y), x_adv
+maximising CE. The recipe is DM-AT's (Wang et al., arXiv 2302.04638): RECIPE is its CIFAR-10
+command, and PRESETS say where a data set departs from it.
 
-    python train_at.py                                                            # AT on digits, about a minute on two CPU cores
-    python train_at.py --synthetic out/synthetic-digits --out-dir out/dm_at       # DM-AT
-    torchrun --nproc_per_node 8 train_at.py --dataset cifar10 --download          # the base recipe, WRN-28-10, 400 epochs
+    python train_at.py                                                    # AT, digits, a minute
+    python train_at.py --synthetic out/synthetic-digits --out-dir out/dm_at               # DM-AT
+    torchrun --nproc_per_node 8 train_at.py --dataset cifar10 --download    # the base's recipe
 
-Writes best.pt (the averaged model with the best robust accuracy on held-out training images, or with --loss standard clean
-accuracy; nothing is chosen on test images), best.safetensors, last.pt, log.jsonl and TensorBoard events to --out-dir.
-Running the same command again resumes.
+Writes to --out-dir: best.pt and best.safetensors, the averaged model that is most robust on
+held-out training images (no test image is used); last.pt; log.jsonl; TensorBoard events. Running
+the same command again resumes. The attack stands in common/attacks.py, batches in common/data.py,
+and what is saved and logged, and how, in common/run.py.
 """
 
 import argparse
-import functools
 import math
 import os
-import time
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from common import attacks, checkpoint, cli, data, dist, models, runlog
-from common import synthetic as synthetic_sets
-from common.ema import EMA
-
-# fmt: off
-RECIPE = dict(
-    model="wrn-28-10", n_steps=10, beta=5.0, label_smoothing=0.1, epochs=400, batch_size=512,
-    loss="trades", attack="pgd", attack_bn="batch", mixup=0.0, cutmix=0.0, optimizer="sgd", lr=0.2, warmup_fraction=0.025,
-    momentum=(0.85, 0.95), betas=(0.9, 0.95), final_lr=5e-6, weight_decay=5e-4, bn_momentum=0.01, ema_decay=0.995,
-    eval_every=1, eval_n_steps=40,
+from common import UserError, attacks, cli, data, files, models
+from common.run import (
+    Meters,
+    Run,
+    average_batchnorm,
+    barrier,
+    end_processes,
+    make_average,
+    no_sync,
+    save_images,
+    start_processes,
+    sum_over_ranks,
+    update_average,
+    wrap,
 )
-SYNTHETIC_FRACTION = 0.7  # of each batch, where there is a synthetic set; the base uses 0.8 above 1 M images
+from published.datasets import DATASETS, prepare_dataset
+from published.synthetic import open_synthetic, prepare_synthetic
+from published.weights import load_weights
+
+RECIPE = dict(
+    model="wrn-28-10",
+    loss="trades",
+    attack="pgd",
+    n_steps=10,
+    attack_bn="batch",
+    beta=5.0,
+    label_smoothing=0.1,
+    mixup=0.0,
+    cutmix=0.0,
+    optimizer="sgd",
+    epochs=400,
+    batch_size=512,
+    lr=0.2,
+    warmup_fraction=0.025,
+    momentum=(0.85, 0.95),
+    betas=(0.9, 0.95),
+    final_lr=5e-6,
+    weight_decay=5e-4,
+    bn_momentum=0.01,
+    ema_decay=0.995,
+    eval_every=1,
+    eval_n_steps=40,
+)
+SYNTHETIC_FRACTION = 0.7  # where there is a synthetic set; DM-AT takes 0.8 above 1 M images
 PRESETS = {
-    # A small network, a short schedule, and clipping: on 800 images one unlucky step at lr 0.2 costs several points.
+    # Small and short. Clipping, because on 800 images one unlucky step at lr 0.2 costs points.
     "digits": dict(
-        model="wrn-10-1", n_steps=5, epochs=100, batch_size=128, clip_norm=5.0, eval_every=10, eval_n_steps=20,
+        model="wrn-10-1",
+        n_steps=5,
+        epochs=100,
+        batch_size=128,
+        clip_norm=5.0,
+        eval_every=10,
+        eval_n_steps=20,
     ),
-    # The base counts an epoch's steps from all training images, the held-out ones too: 98 at batch 512 for CIFAR, 39,200 in all.
+    # DM-AT counts an epoch's steps from all training images, held-out ones included: 98 steps of
+    # 512 images for CIFAR, 39,200 in all.
     "cifar10": dict(epoch_images=50_000),
     "cifar100": dict(epoch_images=50_000),
     "svhn": dict(epoch_images=73_257),
     "tiny-imagenet": dict(epoch_images=100_000),
     "fashion-mnist": dict(
-        model="wrn-10-1", n_steps=5, epochs=10, batch_size=128, lr=0.1, warmup_fraction=0.2, clip_norm=5.0, eval_n_steps=10,
+        model="wrn-10-1",
+        n_steps=5,
+        epochs=10,
+        batch_size=128,
+        lr=0.1,
+        warmup_fraction=0.2,
+        clip_norm=5.0,
+        eval_n_steps=10,
     ),
-    # That of Singh et al. (arXiv 2303.01870); start from clean weights (--init). No color jitter: timm has none beside RandAugment.
+    # The recipe of Singh et al. (arXiv 2303.01870). They start from clean weights: add --init.
     "imagenet": dict(
-        model="convnext_tiny", loss="pgd", attack="apgd", n_steps=2, attack_bn="running", mixup=0.8, cutmix=1.0, optimizer="adamw",
-        lr=1e-3, warmup_fraction=0.1, weight_decay=0.05, epochs=50, batch_size=1024, ema_decay=0.9999, eval_n_steps=10,
+        model="convnext_tiny",
+        loss="pgd",
+        attack="apgd",
+        n_steps=2,
+        attack_bn="running",
+        mixup=0.8,
+        cutmix=1.0,
+        optimizer="adamw",
+        lr=1e-3,
+        warmup_fraction=0.1,
+        weight_decay=0.05,
+        epochs=50,
+        batch_size=1024,
+        ema_decay=0.9999,
+        eval_n_steps=10,
     ),
 }
-# Small ViTs: ours, there is no base. AdamW, warm-up and cosine, clipping.
-MODEL_PRESETS = {"vit": dict(optimizer="adamw", lr=1e-3, warmup_fraction=0.05, weight_decay=0.05, clip_norm=1.0)}
-# fmt: on
+# By family of --model, over PRESETS. DM-AT has no ViT: this recipe is ours.
+MODEL_PRESETS = {
+    "vit": dict(
+        optimizer="adamw",
+        lr=1e-3,
+        warmup_fraction=0.05,
+        weight_decay=0.05,
+        clip_norm=1.0,
+    ),
+}
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="data set; decides the defaults below")
-    group.add_argument("--data-dir", default="data", help="where data sets lie (digits needs none)")
-    group.add_argument("--download", action="store_true", help="fetch the data set into --data-dir first")
-    group.add_argument("--workers", type=cli.count0, default=8, help="processes per rank that decode images (imagenet)")
-    group.add_argument("--synthetic", nargs="+", help="directories of generate_synthetic.py or .npz files, each PATH or PATH=SHARE: DM-AT")
-    group.add_argument("--synthetic-fraction", type=cli.fraction, help=f"its share of each batch (default: {SYNTHETIC_FRACTION})")
-    group.add_argument("--val-size", type=cli.count, help="first training images, held out (default: 200 for digits, else 1024)")
-    group.add_argument("--n-train", type=cli.count, help="train on the next so many images only (default: all others)")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help="wrn-<depth>-<width>, preact-18, vit-s-2, vit-b-2; imagenet: resnet50, convnext_tiny, ...")
-    group.add_argument("--init", help="file of weights to start from, of this project or others, or `torchvision`")
-    group = parser.add_argument_group("threat model and attack in training")
-    group.add_argument("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
-    group.add_argument("--eps", type=cli.non_negative, help="radius, of x in [0, 1] (default: the data set's usual one)")
-    group.add_argument("--attack", choices=["pgd", "apgd"], help="apgd: Auto-PGD from x itself (--loss pgd)")
-    group.add_argument("--step-size", type=cli.positive, help="step of pgd, of x in [0, 1] (default: eps / 4)")
-    group.add_argument("--n-steps", type=cli.count, help="steps of the attack")
-    group.add_argument("--attack-bn", choices=["batch", "running"], help="BatchNorm statistics that the attack uses (running: eval mode)")
-    group = parser.add_argument_group("loss")
-    group.add_argument("--loss", choices=["trades", "pgd", "standard"], help="standard: no attack, CE(f(x), y)")
-    group.add_argument("--beta", type=cli.non_negative, help="weight of TRADES' KL term")
-    group.add_argument("--label-smoothing", type=cli.fraction, help="probability spread over all classes, in CE")
-    group.add_argument("--mixup", type=cli.non_negative, help="alpha of MixUp; 0 is off")
-    group.add_argument("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp on too, either one is drawn for a batch")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--optimizer", choices=["sgd", "adamw"], help="sgd: Nesterov, one cycle per epoch; adamw: warm-up, cosine per step")
-    group.add_argument("--epochs", type=cli.count, help="one epoch is ceil(--epoch-images / batch size) steps, synthetic images or not")
-    group.add_argument("--epoch-images", type=cli.count, help="images that count as an epoch; without it, the real ones trained on")
-    group.add_argument("--batch-size", type=cli.count, help="global batch size, images")
-    group.add_argument("--lr", type=cli.positive, help="peak learning rate")
-    group.add_argument("--warmup-fraction", type=cli.fraction, help="share of training before the peak, and before averaging starts")
-    group.add_argument("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="of sgd, at the peak and at the ends")
-    group.add_argument("--betas", type=cli.fraction, nargs=2, metavar=("BETA1", "BETA2"), help="of adamw")
-    group.add_argument("--final-lr", type=cli.non_negative, help="learning rate at the end, of adamw")
-    group.add_argument("--weight-decay", type=cli.non_negative, help="not on BatchNorm parameters; adamw: nor on any bias or scale")
-    group.add_argument("--accumulate", type=cli.count, default=1, help="parts that a rank splits its batch into, to save memory")
-    group.add_argument("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient, where there is a limit")
-    group.add_argument("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at the first step")
-    group.add_argument("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
-    group = parser.add_argument_group("validation and run")
-    group.add_argument("--eval-every", type=cli.count, help="epochs between validation with checkpoint")
-    group.add_argument("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
-    group.add_argument("--out-dir", help="run directory (default: out/train_at-<dataset>)")
-    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks' passes; losses and updates are fp32")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the classifier")
-    group.add_argument("--seed", type=cli.seed, default=0, help="seed of all randomness")
+    add = cli.add_data_flags(parser, DATASETS).add_argument
+    add("--workers", type=cli.count0, default=8, help="processes per rank that decode image files")
+    add("--synthetic", type=cli.path, nargs="+", help="sets, each PATH or PATH=SHARE")
+    add("--synthetic-fraction", type=cli.fraction, help="of synthetic images in a batch (0.7)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="wrn-<depth>-<width>, preact-18, resnet-18, vit-b-2, resnet50, ...")
+    add("--init", type=cli.path, help="weights to start from: a file, or torchvision")
+    add = parser.add_argument_group("threat model and attack in training").add_argument
+    add("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
+    add("--eps", type=cli.non_negative, help="radius, of x in [0, 1] (default: the data set's)")
+    add("--attack", choices=["pgd", "apgd"], help="apgd: Auto-PGD from x itself (--loss pgd)")
+    add("--step-size", type=cli.positive, help="of pgd, in training and validation (eps / 4)")
+    add("--n-steps", type=cli.count, help="steps of the attack")
+    add("--attack-bn", choices=["batch", "running"], help="BatchNorm statistics in the attack")
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=["trades", "pgd", "standard"], help="standard: CE(p(x), y), no attack")
+    add("--beta", type=cli.non_negative, help="weight of TRADES' KL term")
+    add("--label-smoothing", type=cli.fraction, help="probability spread over all classes, in CE")
+    add("--mixup", type=cli.non_negative, help="alpha of MixUp; 0 is off")
+    add("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp, one is drawn a batch")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", choices=["sgd", "adamw"], help="sgd: Nesterov, one cycle; adamw: cosine")
+    add("--epochs", type=cli.count, help="of ceil(--epoch-images / --batch-size) steps each")
+    add("--epoch-images", type=cli.count, help="images per epoch; without it, the real ones")
+    add("--batch-size", type=cli.count, help="global batch size, images")
+    add("--lr", type=cli.positive, help="peak learning rate")
+    add("--warmup-fraction", type=cli.fraction, help="of training, before peak lr and averaging")
+    add("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="LOW at peak lr")
+    add("--betas", type=cli.fraction, nargs=2, metavar=("BETA1", "BETA2"), help="of adamw")
+    add("--final-lr", type=cli.non_negative, help="learning rate at the end, of adamw")
+    add("--weight-decay", type=cli.non_negative, help="spares BatchNorm; adamw: biases too")
+    add("--accumulate", type=cli.count, default=1, help="micro-batches per rank, to save memory")
+    add("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient, if limited")
+    add("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at step 0")
+    add("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
+    add = parser.add_argument_group("validation and run").add_argument
+    add("--eval-every", type=cli.count, help="epochs between validations with checkpoint")
+    add("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
+    add("--out-dir", type=cli.path, help="run directory (default: out/<this script>-<dataset>)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of passes in training")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)
-    args.out_dir = args.out_dir or f"out/train_at-{args.dataset}"
-    args.val_size = data.DATASETS[args.dataset].val_size if args.val_size is None else args.val_size
-    args.eps = data.DATASETS[args.dataset].eps[args.norm] if args.eps is None else args.eps
-    args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    if args.synthetic_fraction is not None and args.synthetic is None:
-        parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic DIR")
+    script = os.path.basename(__file__).removesuffix(".py")
+    args.out_dir = args.out_dir or f"out/{script}-{args.dataset}"
+    spec = cli.fill_data_flags(args, DATASETS)
+    if args.eps is None:
+        args.eps = spec.eps[args.norm]
+    if args.step_size is None:
+        args.step_size = args.eps / 4
+    if args.synthetic is None and args.synthetic_fraction is not None:
+        parser.error("argument --synthetic-fraction: there is no synthetic set, give --synthetic")
     if args.synthetic is not None and args.synthetic_fraction is None:
         args.synthetic_fraction = SYNTHETIC_FRACTION
-    parser.refuse_unused(argv, {
-        "--beta": ("--loss trades", args.loss == "trades"),
-        "--step-size": ("--attack pgd", args.attack == "pgd" and args.loss != "standard"),
-        "--momentum": ("--optimizer sgd", args.optimizer == "sgd"),
-        "--betas": ("--optimizer adamw", args.optimizer == "adamw"),
-        "--final-lr": ("--optimizer adamw", args.optimizer == "adamw"),
-        "--workers": ("image files (imagenet)", data.DATASETS[args.dataset].files),
-    })  # fmt: skip
-    for name in ("mixup", "cutmix"):
-        if 0 < getattr(args, name) < 0.01:
-            parser.error(f"argument --{name}: {getattr(args, name)}, expected 0 or at least 0.01")
-    if max(args.betas) == 1 or args.momentum[1] == 0:
-        parser.error("argument --betas: expected below 1" if max(args.betas) == 1 else "argument --momentum: HIGH must be above 0")
-    if args.attack == "apgd" and args.loss == "trades":
-        parser.error("argument --attack: apgd maximises cross-entropy, it goes with --loss pgd")
-    if args.momentum[0] > args.momentum[1]:
-        parser.error(f"argument --momentum: {args.momentum[0]} above {args.momentum[1]}, expected LOW HIGH")
+    check_flags(parser, argv, args, spec)
     return args
 
 
-# ----------------------------------------------------------------------------------------------------- the method
+def check_flags(parser, argv, args, spec):
+    """End with an error where flags contradict each other, or one does nothing."""
+    attacked = args.loss != "standard"
+    has_batchnorm = not args.model.startswith(("vit", "convnext", "swin"))
+    uses = {
+        "--workers": ("image files (imagenet)", spec.files),
+        "--beta": ("--loss trades", args.loss == "trades"),
+        "--attack": ("--loss trades or pgd", attacked),
+        "--n-steps": ("--loss trades or pgd", attacked),
+        "--attack-bn": ("--loss trades or pgd, and BatchNorm", attacked and has_batchnorm),
+        "--momentum": ("--optimizer sgd", args.optimizer == "sgd"),
+        "--betas": ("--optimizer adamw", args.optimizer == "adamw"),
+        "--final-lr": ("--optimizer adamw", args.optimizer == "adamw"),
+        "--bn-momentum": ("a network with BatchNorm", has_batchnorm),
+    }
+    parser.refuse_unused(argv, uses)
+    parser.check_radius("--eps", args.eps, args.norm)
+    parser.check_radius("--step-size", args.step_size, args.norm)
+    for flag, alpha in (("--mixup", args.mixup), ("--cutmix", args.cutmix)):
+        if 0 < alpha < 0.01:
+            parser.error(f"argument {flag}: {alpha}, expected 0 or at least 0.01")
+    low, high = args.momentum
+    if low > high:
+        parser.error(f"argument --momentum: {low} above {high}, expected LOW HIGH")
+    if high == 0:
+        parser.error("argument --momentum: HIGH must be above 0")
+    if max(args.betas) == 1:
+        parser.error("argument --betas: expected below 1")
+    if args.attack == "apgd" and args.loss == "trades":
+        parser.error("argument --attack: apgd maximises CE; with --loss trades give --attack pgd")
+
+
+# ---------------------------------------------------------------------------------- the method
 
 
 def at_loss(logits, logits_adv, y, args):
-    """The loss of the module docstring and its parts {"loss_clean", "loss_robust"}; scalars in float32.
+    """L_AT of the module docstring, and {"loss_clean", "loss_robust"}: scalars in float32.
 
-    logits, logits_adv: (B, K) of the clean and the adversarial images; None where args.loss does not need them. The
-    gradient flows through both sides of the KL term, as in the base code.
+    logits, logits_adv: (B, K), of clean and adversarial images; None where args.loss needs none.
+    y: labels (B,) or label probabilities (B, K). The gradient flows through both sides of the KL
+    term, as in the code of DM-AT.
     """
-    zero = torch.zeros((), device=y.device)
+    loss_clean = loss_robust = torch.zeros((), device=y.device)
     if args.loss == "trades":
         loss_clean = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-        log_p, log_q = logits.float().log_softmax(1), logits_adv.float().log_softmax(1)
-        loss_robust = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return loss_clean + args.beta * loss_robust, {"loss_clean": loss_clean, "loss_robust": loss_robust}
-    if args.loss == "pgd":
+        log_p = logits.float().log_softmax(1)
+        log_p_adv = logits_adv.float().log_softmax(1)
+        loss_robust = F.kl_div(log_p_adv, log_p, reduction="batchmean", log_target=True)
+        loss = loss_clean + args.beta * loss_robust
+    elif args.loss == "pgd":
         loss_robust = F.cross_entropy(logits_adv.float(), y, label_smoothing=args.label_smoothing)
-        return loss_robust, {"loss_clean": zero, "loss_robust": loss_robust}
-    loss_clean = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-    return loss_clean, {"loss_clean": loss_clean, "loss_robust": zero}
+        loss = loss_robust
+    else:
+        loss_clean = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+        loss = loss_clean
+    return loss, {"loss_clean": loss_clean, "loss_robust": loss_robust}
 
 
 def adversarial_loss(model, raw_model, x, y, start, args):
-    """(L_AT, its parts, x_adv) for images x, labels or label probabilities y and the attack's `start`, like x.
+    """L_AT of images x: (loss, metrics, x_adv).
 
-    model: what the gradient is taken through (DDP); raw_model: the same network, to attack.
+    model: what the gradient is taken through (DDP). raw_model: the same network, to be attacked.
+    start: the perturbation that the attack starts from, like x. y, metrics: as in at_loss.
     """
-    # The clean pass comes first: with batch statistics, its logits are the very reference of the KL attack.
-    logits = model(x) if args.loss != "pgd" else None
-    x_adv, logits_adv = x, None
+    logits = logits_adv = None
+    x_adv = x
+    # The clean pass comes first: with batch statistics, its logits are the attack's reference.
+    if args.loss != "pgd":
+        logits = model(x)
     if args.loss != "standard":
         x_adv = attack_in_training(raw_model, x, y, start, logits, args)
         logits_adv = model(x_adv)
-    loss, parts = at_loss(logits, logits_adv, y, args)
-    return loss, parts, x_adv
+    loss, metrics = at_loss(logits, logits_adv, y, args)
+    return loss, metrics, x_adv
 
 
 def attack_in_training(raw_model, x, y, start, logits, args):
-    """Adversarial images for L_AT; `logits` of the clean pass, in train mode, where there was one."""
-    attack = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, bn=args.attack_bn)
+    """Adversarial images for L_AT. logits: of the clean pass in train mode, None without one."""
+    settings = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, bn=args.attack_bn)
     if args.attack == "apgd":
-        return attacks.apgd(raw_model, x, y, **attack)
-    reference = logits.detach() if args.loss == "trades" and args.attack_bn == "batch" else None
-    kind = "kl" if args.loss == "trades" else "ce"
-    return attacks.pgd(raw_model, x, y, [start], step_size=args.step_size, loss=kind, reference=reference, **attack)
+        return attacks.apgd(raw_model, x, y, **settings)
+    settings["step_size"] = args.step_size
+    if args.loss == "pgd":
+        return attacks.pgd(raw_model, x, y, start, loss="ce", **settings)
+    # The reference must come from the attack's own mode: in eval mode, pgd takes it itself.
+    reference = logits.detach() if args.attack_bn == "batch" else None
+    return attacks.pgd(raw_model, x, y, start, loss="kl", reference=reference, **settings)
+
+
+def attack_start(x, step, mine, args):
+    """Where the attack starts: uniform in the eps-ball for pgd, at x itself (zeros) for apgd.
+
+    It is drawn for the global batch, of which this rank's images x are the rows `mine`, so that it
+    does not depend on the number of processes.
+    """
+    if args.attack == "apgd" or args.loss == "standard":
+        return torch.zeros_like(x)
+    shape = (args.batch_size, *x.shape[1:])
+    generator = data.stream(args.seed, "attack", step, x.device)
+    return attacks.random_start(shape, args.norm, args.eps, generator)[mine]
 
 
 def one_cycle(epoch, args):
-    """(learning rate, momentum) of an epoch, counted from 0: torch's OneCycleLR stepped once per epoch, as a pure function.
+    """(learning rate, momentum) of an epoch, counted from 0: OneCycleLR stepped once an epoch.
 
-    The rate rises from lr / 25 to lr over the warm-up and falls to lr / 250,000, both by half a cosine; the momentum
-    goes the other way. The base recipe cycles it because that is OneCycleLR's default.
+    The rate rises from lr / 25 to lr over the warm-up and falls to lr / 250,000, both by half a
+    cosine. The momentum falls and rises in turn, OneCycleLR's default, which DM-AT keeps.
     """
     low, high = args.momentum
-    peak = args.warmup_fraction * args.epochs - 1
-    if epoch < peak:
-        weight = 0.5 * (1 - math.cos(math.pi * epoch / peak))
-        return args.lr / 25 + weight * (args.lr - args.lr / 25), high + weight * (low - high)
-    peak = max(peak, 0)
-    weight = 0.5 * (1 - math.cos(math.pi * (epoch - peak) / max(args.epochs - 1 - peak, 1)))
-    return args.lr + weight * (args.lr / 25e4 - args.lr), low + weight * (high - low)
+    peak_epoch = args.warmup_fraction * args.epochs - 1
+    if epoch < peak_epoch:
+        weight = 0.5 * (1 - math.cos(math.pi * epoch / peak_epoch))
+        lr = args.lr / 25 + weight * (args.lr - args.lr / 25)
+        momentum = high + weight * (low - high)
+        return lr, momentum
+    peak_epoch = max(peak_epoch, 0)
+    progress = (epoch - peak_epoch) / max(args.epochs - 1 - peak_epoch, 1)
+    weight = 0.5 * (1 - math.cos(math.pi * progress))
+    lr = args.lr + weight * (args.lr / 25e4 - args.lr)
+    momentum = low + weight * (high - low)
+    return lr, momentum
 
 
 def warmup_cosine(step, train_steps, args):
-    """Learning rate of a step: linear from 0 to lr over the warm-up, half a cosine to final_lr at the last step."""
-    warm = max(args.warmup_fraction * train_steps, 1)
-    if step < warm:
-        return args.lr * (step + 1) / warm if step + 1 < warm else args.lr
-    progress = (step - warm) / max(train_steps - 1 - warm, 1)
+    """Learning rate of a step: linear to lr over the warm-up, then half a cosine to final_lr."""
+    warmup = max(args.warmup_fraction * train_steps, 1)
+    if step + 1 < warmup:
+        return args.lr * (step + 1) / warmup
+    if step < warmup:
+        return args.lr
+    progress = (step - warmup) / max(train_steps - 1 - warmup, 1)
     return args.final_lr + (args.lr - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def set_schedule(optimizer, step, steps_per_epoch, train_steps, args):
+    """Write the step's learning rate, and sgd's momentum, into every parameter group."""
+    for group in optimizer.param_groups:
+        if args.optimizer == "sgd":
+            group["lr"], group["momentum"] = one_cycle(step // steps_per_epoch, args)
+        else:
+            group["lr"] = warmup_cosine(step, train_steps, args)
+
+
 def ema_decay_at(step, train_steps, args):
-    """A plain copy during the warm-up, then min(ema_decay, (1 + d) / (10 + d)) with d the steps since."""
-    since = step - args.warmup_fraction * train_steps
-    return 0.0 if since < 0 else min(args.ema_decay, (1 + since) / (10 + since))
+    """Decay of the average: a plain copy in the warm-up, then min(ema_decay, (1 + d) / (10 + d)).
 
-
-def evaluate(model, x, y, starts, args, rank, world_size):
-    """(clean, robust) accuracy, fractions, of an averaged model under PGD with the margin loss; sharded over ranks.
-
-    NaN where a logit is not finite: argmax would call it class 0.
+    d: steps since the warm-up.
     """
-    correct = torch.zeros(2, dtype=torch.float64, device=x.device)
-    rows = torch.arange(len(y), device=x.device)[rank::world_size]
-    for part in rows.split(256 if x.shape[-1] < 32 else 64):  # large networks' activations
-        attack = dict(norm=args.norm, eps=args.eps, step_size=args.step_size, n_steps=args.eval_n_steps, loss="margin")
-        x_adv = attacks.pgd(model, x[part], y[part], [starts[part]], **attack)
-        with torch.no_grad():
-            for i, inputs in enumerate((x[part], x_adv)):
-                logits = model(inputs)
-                correct[i] += (logits.argmax(1) == y[part]).sum() + 0 * logits.sum()
-    return (dist.sum_over_ranks(correct) / len(y)).tolist()
+    since = step - args.warmup_fraction * train_steps
+    if since < 0:
+        return 0.0
+    return min(args.ema_decay, (1 + since) / (10 + since))
 
 
-# ------------------------------------------------------------------------------------------------------- plumbing
+def validate(model, x, y, start, args, rank, world_size):
+    """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, shared out over ranks.
+
+    Both are NaN where a logit is not finite, because argmax would call such an image class 0.
+    """
+    n_correct = torch.zeros(2, dtype=torch.float64, device=x.device)
+    n_not_finite = torch.zeros((), dtype=torch.int64, device=x.device)
+    rows = torch.arange(rank, len(y), world_size, device=x.device)
+    at_once = 256 if x.shape[-1] < 32 else 64  # the activations of large networks fill a GPU
+    for part in rows.split(at_once):
+        x_adv = attacks.pgd(
+            model,
+            x[part],
+            y[part],
+            start[part],
+            norm=args.norm,
+            eps=args.eps,
+            step_size=args.step_size,
+            n_steps=args.eval_n_steps,
+            loss="margin",
+        )
+        for i, images in enumerate((x[part], x_adv)):
+            with torch.no_grad():
+                logits = model(images)
+            n_correct[i] += (logits.argmax(1) == y[part]).sum()
+            n_not_finite += (~logits.isfinite()).sum()
+    if sum_over_ranks(n_not_finite) > 0:
+        return math.nan, math.nan
+    clean_acc, robust_acc = (sum_over_ranks(n_correct) / len(y)).tolist()
+    return clean_acc, robust_acc
+
+
+# ---------------------------------------------------------------------------------- the script
+
+
+def check(args, spec, world_size):
+    """Raises UserError where flags do not fit the data set or the number of processes."""
+    if args.batch_size % (world_size * args.accumulate):
+        divisor = f"{world_size} processes"
+        if args.accumulate > 1:
+            divisor = f"{divisor} with --accumulate {args.accumulate}"
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by {divisor}")
+    if (args.mixup or args.cutmix) and args.batch_size == world_size:
+        message = "one image per process has no other to be mixed with"
+        raise UserError(f"--batch-size {args.batch_size}: {message}, see --mixup and --cutmix")
+    models.check_model(args.model, spec)
+
+
+def hashes(args, train, val, synthetic):
+    """What the weights depend on besides the arguments: the content of the inputs."""
+    init = args.init
+    if init and os.path.exists(init):
+        init = files.sha256(init)
+    return {
+        "data_sha256": data.sha256(train, val),
+        "synthetic_sha256": synthetic.sha256() if synthetic else None,
+        "n_synthetic": len(synthetic) if synthetic else 0,
+        "init_sha256": init,
+    }
+
+
+def make_optimizer(modules, args, device):
+    """The optimiser of the modules' parameters; weight decay spares BatchNorm's."""
+    groups = models.parameter_groups(modules, args.weight_decay, biases=args.optimizer == "sgd")
+    fused = device.type == "cuda"
+    if args.optimizer == "sgd":
+        momentum = args.momentum[1]
+        return torch.optim.SGD(groups, args.lr, momentum=momentum, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, args.lr, betas=args.betas, fused=fused)
+
+
+def set_batchnorm_momentum(model, momentum):
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
+
+
+def save_best(run, ema, about, clean_acc, robust_acc):
+    """Write the averaged model as best.pt and best.safetensors, on rank 0."""
+    if run.rank:
+        return
+    weights = {name: tensor.contiguous() for name, tensor in ema.state_dict().items()}
+    checkpoint = {
+        **about,
+        "step": run.step,
+        "val_clean_acc": clean_acc,
+        "val_robust_acc": robust_acc,
+        "weights": weights,
+    }
+    files.save(checkpoint, run.path("best.pt"))
+    title = f"{about['model_name']}, {about['dataset']}"
+    files.write_safetensors(weights, run.path("best.safetensors"), {"classifier": title})
+
+
+def save_examples(run, x, x_adv):
+    """Write samples.png on rank 0: ten training images, and below them what the attack made."""
+    if run.rank == 0:
+        save_images(torch.cat([x[:10], x_adv[:10]]), run.path("samples.png"), columns=10)
 
 
 def main(args):
-    rank, world_size, device = dist.setup()
-    if args.batch_size % (world_size * args.accumulate):
-        parts = f" with --accumulate {args.accumulate}" if args.accumulate > 1 else ""
-        raise cli.UserError(f"--batch-size {args.batch_size}: not divisible by {world_size} processes{parts}")
-    if (args.mixup or args.cutmix) and args.batch_size == world_size:
-        raise cli.UserError(f"--batch-size {args.batch_size}: an image per process has no other to be mixed with, see --mixup and --cutmix")
-    spec = data.DATASETS[args.dataset]
-    models.check_model(args.model, spec)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    # Setup: one process per GPU under torchrun, else one process.
+    rank, world_size, device = start_processes()
+    spec = DATASETS[args.dataset]
+    check(args, spec, world_size)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    # Data: everything that can be wrong is found before the run directory is made.
+    # Data. The run directory is made later, when all that can be wrong with the inputs is found.
     if rank == 0:
-        data.prepare(spec, args.data_dir, args.download)
-        synthetic_sets.prepare(args.synthetic or [], spec)
-    dist.barrier()
-    (images, labels), (val_images, val_labels) = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
-    synthetic = synthetic_sets.SyntheticSet(args.synthetic, spec) if args.synthetic else None
-    if rank == 0 and synthetic and synthetic.held_out < args.val_size:
-        print("note: the diffusion model of --synthetic is not known to have held out the validation images")
-    Batches = functools.partial(data.FileBatches, workers=args.workers) if spec.files else data.Batches
-    batches = Batches(images, labels, synthetic, args.synthetic_fraction, args.batch_size, spec, args.seed, device, rank, world_size)
-    x_val, y_val = data.to_x(val_images[:], device), torch.from_numpy(val_labels).to(device)
-    val_starts = attacks.random_start(x_val.shape, args.norm, args.eps, data.stream(args.seed, "validation", 0, device))
-    steps_per_epoch = math.ceil((args.epoch_images or len(labels)) / args.batch_size)
+        prepare_dataset(spec, args.data_dir, args.download)
+        prepare_synthetic(args.synthetic or [], spec)
+    barrier()
+    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
+    synthetic = None
+    if args.synthetic:
+        synthetic = open_synthetic(args.synthetic, spec)
+        if rank == 0 and synthetic.held_out < args.val_size:
+            print("note: the diffusion model of --synthetic may have seen the validation images")
+    batches = data.make_batches(spec, train, args, device, rank, world_size, synthetic)
+    x_val = data.to_x(val[0][:], device)
+    y_val = torch.from_numpy(val[1]).to(device)
+    generator = data.stream(args.seed, "validation", 0, device)
+    val_start = attacks.random_start(x_val.shape, args.norm, args.eps, generator)
+    steps_per_epoch = math.ceil((args.epoch_images or len(train[1])) / args.batch_size)
     train_steps = args.epochs * steps_per_epoch
 
-    # Model, average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
+    # Model, its average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
     torch.manual_seed(data.seed_of(args.seed, "init"))
     raw_model = models.build(args.model, spec)
-    if args.init and not models.load_weights(raw_model, args.init) and rank == 0:
-        print(f"note: {args.init} is of another number of classes, the last layer starts afresh")
+    if args.init:
+        fits = load_weights(raw_model, args.init)
+        if rank == 0 and not fits:
+            print(f"note: {args.init} has another number of classes, the last layer starts afresh")
     raw_model.to(device)
     if world_size > 1 and device.type == "cuda":
         raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
-    norms = [m for m in raw_model.modules() if isinstance(m, _BatchNorm)]
-    if rank == 0 and norms and args.accumulate > 1:
-        print("note: --accumulate: BatchNorm's statistics are those of each part, not of a rank's whole batch")
-    ema = EMA(raw_model)
-    groups = models.parameter_groups([raw_model], args.weight_decay, biases=args.optimizer == "sgd")
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum[1], nesterov=True, fused=device.type == "cuda")
-    else:
-        optimizer = torch.optim.AdamW(groups, args.lr, args.betas, fused=device.type == "cuda")
+    ema = make_average(raw_model)
+    optimizer = make_optimizer([raw_model], args, device)
 
     # Resume.
-    if rank == 0:
-        init_sha256 = checkpoint.sha256(args.init) if args.init and os.path.exists(args.init) else None
-        inputs = dict(synthetic_sha256=synthetic and synthetic.identity, init_sha256=init_sha256)
-        runlog.claim_directory(args.out_dir, runlog.identity_of("train_at.py", args, **inputs))
-    dist.barrier()
-    last_path, start_step, best, seconds = os.path.join(args.out_dir, "last.pt"), 0, [-1.0, -1.0], 0.0
-    sums, n_summed = {}, 0  # of what is logged, since the last validation
-    if os.path.exists(last_path):
-        entries = {"step": int, "best": list, "seconds": float, "n_summed": int}
-        entries |= dict.fromkeys(("sums", "model", "weights", "optimizer"), dict)
-        state = checkpoint.load(last_path, entries, device)
-        checkpoint.load_state(raw_model, state["model"], last_path)
-        checkpoint.load_state(ema.model, state["weights"], last_path)
-        checkpoint.load_state(optimizer, state["optimizer"], last_path)
-        start_step, best, seconds = state["step"], state["best"], state["seconds"]
-        sums, n_summed = {name: value if rank == 0 else 0 * value for name, value in state["sums"].items()}, state["n_summed"]
-    if start_step == train_steps:
+    inputs = hashes(args, train, val, synthetic) if rank == 0 else {}
+    run = Run(__file__, args, inputs, rank, device)
+    run.track(model=raw_model, ema=ema, optimizer=optimizer)
+    run.load(train_steps)
+    if run.step == train_steps:
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
-        return dist.teardown()
+        return end_processes()
     if args.compile:
         raw_model.compile()
-    model = dist.wrap(raw_model)
+    model = wrap(raw_model)
+    # BatchNorm's running statistics begin with the first batch's, unless weights were loaded.
+    from_scratch = run.step == 0 and not args.init
+    set_batchnorm_momentum(raw_model, 1.0 if from_scratch else args.bn_momentum)
+    about = {**models.describe(args.model, spec), "norm": args.norm, "eps": args.eps}
 
-    log = runlog.RunLog(args.out_dir, start_step) if rank == 0 else runlog.NullLog()
-    bar = runlog.progress(range(start_step, train_steps), rank, desc=os.path.basename(args.out_dir), initial=start_step, total=train_steps)
-    stopping, begun, clock = dist.catch_sigterm(device), start_step, time.time()
-    for step in bar:
-        if args.optimizer == "sgd":
-            rates = dict(zip(("lr", "momentum"), one_cycle(step // steps_per_epoch, args)))
-        else:
-            rates = {"lr": warmup_cosine(step, train_steps, args)}
-        for param_group in optimizer.param_groups:
-            param_group.update(rates)
-        for norm in norms:
-            norm.momentum = 1.0 if step == 0 and not args.init else args.bn_momentum
-
-        x, y = batches(step)
+    # Training.
+    run.start(train_steps)
+    meters = Meters()
+    while run.step < train_steps:
+        set_schedule(optimizer, run.step, steps_per_epoch, train_steps, args)
+        x, y = batches(run.step)
         if args.mixup or args.cutmix:
-            x, y = data.mix(x, y, spec.num_classes, args.mixup, args.cutmix, data.seed_of(args.seed, "mix", step))
-        start = x  # not read by an attack that has no random start
-        if args.attack == "pgd" and args.loss != "standard":
-            shape = (args.batch_size, *x.shape[1:])
-            start = attacks.random_start(shape, args.norm, args.eps, data.stream(args.seed, "attack", step, device))[batches.mine]
+            seed = data.seed_of(args.seed, "mix", run.step)
+            x, y = data.mix(x, y, spec.num_classes, args.mixup, args.cutmix, seed)
+        start = attack_start(x, run.step, batches.mine, args)
 
         optimizer.zero_grad(set_to_none=True)
         for part in range(args.accumulate):
-            mine = slice(part, None, args.accumulate)
-            with dist.no_sync([model], when=part < args.accumulate - 1):
-                with autocast():
-                    loss, parts, x_adv = adversarial_loss(model, raw_model, x[mine], y[mine], start[mine], args)
+            micro = slice(part, None, args.accumulate)
+            more = part < args.accumulate - 1
+            with no_sync(model, when=more):
+                with autocast:
+                    loss, metrics, x_adv = adversarial_loss(
+                        model, raw_model, x[micro], y[micro], start[micro], args
+                    )
                 (loss / args.accumulate).backward()
-            for name, value in ({"loss": loss} | parts).items():
-                sums[name] = sums.get(name, 0) + value.detach() / args.accumulate
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip_norm or math.inf)
-        if not torch.isfinite(grad_norm):
-            raise cli.not_finite(step, last_path)
+            meters.update(loss=loss, **metrics)
+            examples = x[micro], x_adv  # for samples.png
+
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters()])
+        run.check_finite(grad_norm)
+        if args.clip_norm:
+            parameters = raw_model.parameters()
+            torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_norm, grad_norm)
+        meters.update(grad_norm=grad_norm)
         optimizer.step()
         if world_size > 1 and device.type == "cpu":
-            dist.average_bn_statistics(raw_model)
-        ema.update(raw_model, ema_decay_at(step, train_steps, args))
-        sums["grad_norm"] = sums.get("grad_norm", 0) + grad_norm
-        n_summed += 1
+            average_batchnorm(raw_model)
+        update_average(ema, raw_model, ema_decay_at(run.step, train_steps, args))
+        run.advance()
+        if run.step == 1:
+            set_batchnorm_momentum(raw_model, args.bn_momentum)
 
-        # Validation and checkpoint; at SIGTERM a checkpoint alone.
-        done, stop = step + 1, stopping()
-        validated = done % (args.eval_every * steps_per_epoch) == 0 or done == train_steps
-        if validated:
-            images_per_s = round((done - begun) * args.batch_size / (time.time() - clock), 1)
-            means = {k: (dist.sum_over_ranks(v) / (n_summed * world_size)).item() for k, v in sums.items()}
-            clean_acc, robust_acc = evaluate(ema.model, x_val, y_val, val_starts, args, rank, world_size)
-            weights = raw_model.state_dict().values()
-            if math.isnan(clean_acc + robust_acc) or not all(t.isfinite().all() for t in weights):
-                raise cli.not_finite(step, last_path)
-            if rank == 0:
-                speed = {"images_per_s": images_per_s, "seconds": round(seconds + time.time() - clock, 1)}
-                log.write(done, **means, lr=optimizer.param_groups[0]["lr"], clean_acc=clean_acc, robust_acc=robust_acc, **speed)
-                bar.set_postfix(loss=f"{means['loss']:.3f}", clean=f"{clean_acc:.1%}", robust=f"{robust_acc:.1%}")
-                runlog.save_images(torch.cat([x[mine][:10], x_adv[:10]]), os.path.join(args.out_dir, "samples.png"), columns=10)
-                classifier = models.portable(ema.model, args.model, spec) | {"norm": args.norm, "eps": args.eps, "step": done}
-                classifier |= {"val_clean_acc": clean_acc, "val_robust_acc": robust_acc}
-                score = [clean_acc, robust_acc] if args.loss == "standard" else [robust_acc, clean_acc]
-                if score > best:
-                    best = score
-                    checkpoint.save(classifier, os.path.join(args.out_dir, "best.pt"))
-                    with checkpoint.atomic(os.path.join(args.out_dir, "best.safetensors")) as file:
-                        file.write(safetensors.torch.save(classifier["weights"], {"classifier": f"{args.model}, {spec.name}"}))
-            sums, n_summed = {}, 0
-        if validated or stop:
-            sums, seconds = {name: dist.sum_over_ranks(value) for name, value in sums.items()}, seconds + time.time() - clock
-            if rank == 0:
-                state = models.portable(ema.model, args.model, spec) | {"norm": args.norm, "eps": args.eps, "step": done, "best": best}
-                state |= {"seconds": seconds, "sums": sums, "n_summed": n_summed}
-                state |= {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}
-                checkpoint.save(state, last_path)
-            dist.barrier()
-            begun, clock = done, time.time()
+        # Validation, with a checkpoint; at SIGTERM a checkpoint alone.
+        is_last = run.step == train_steps
+        validate_now = is_last or run.step % (args.eval_every * steps_per_epoch) == 0
+        if validate_now:
+            metrics = meters.means()
+            metrics["lr"] = optimizer.param_groups[0]["lr"]
+            metrics["images_per_s"] = round(run.steps_per_second() * args.batch_size, 1)
+            clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, args, rank, world_size)
+            run.check_finite(clean_acc, robust_acc)
+            run.check_weights()
+            run.log(clean_acc=clean_acc, robust_acc=robust_acc, **metrics)
+            run.bar.set_postfix(loss=f"{metrics['loss']:.3f}", robust=f"{robust_acc:.1%}")
+            score = [clean_acc, robust_acc]
+            if args.loss != "standard":
+                score = [robust_acc, clean_acc]
+            if score > run.best:
+                run.best = score
+                save_best(run, ema, about, clean_acc, robust_acc)
+            save_examples(run, *examples)
+        stop = run.should_stop()
+        if validate_now or stop:
+            run.save(**about)
         if stop:
             break
 
-    log.close()
-    if rank == 0 and done < train_steps:
-        print(f"{args.out_dir}: stopped by SIGTERM after step {done} of {train_steps}; the same command goes on")
+    run.close()
+    if rank == 0 and run.step < train_steps:
+        print(run.stopped_message(train_steps))
     elif rank == 0:
         kind = "clean" if args.loss == "standard" else "robust"
-        print(f"{args.out_dir}: {train_steps} steps; best.pt has {best[0]:.1%} {kind} accuracy on {len(y_val)} held-out images")
-    dist.teardown()
+        best = f"best.pt has {run.best[0]:.1%} {kind} accuracy on {len(y_val)} held-out images"
+        print(f"{args.out_dir}: {train_steps} steps; {best}")
+    end_processes()
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    cli.run_script(main, parse_args())

@@ -1,9 +1,11 @@
-"""The mixed, augmented batches of common/data.py against torchvision's transforms image by image in DataLoader workers; and their memory.
+"""The time and the memory that the mixed, augmented training batches of common/data.py take.
 
-    python benchmarks/loading.py
+How rounds are taken in turns, and stored, stands in measure.py.
 
-CIFAR-10's size, batch 512, 70 % synthetic; random bytes. Memory: what a process has for itself, mapped files not counted, after 50
-batches of a set of 10 thousand to 50 million images (sparse files: of memory they say the same as full ones; of a disk's speed, nothing).
+batch_time: against torchvision's transforms, image by image in DataLoader workers. memory: what a
+process has for itself (mapped files not counted) after 50 batches of a synthetic set of 50 million
+images, against one of 10 thousand. The set is of sparse files, which take no room on the disk: they
+say of memory what full ones say, and nothing of a disk's speed. Images are of CIFAR-10's size.
 """
 
 import itertools
@@ -12,86 +14,113 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
-import reference
-from measure import ROOT, alternate, compare, record  # first: it finds the project
+import torch
 
-from common import checkpoint, cli, data, synthetic
+from benchmarks import reference
+from benchmarks.measure import ROOT, alternate, compare, timer
+from common import data, files
 from common.synthetic import shard_paths
+from published.datasets import DATASETS
+from published.synthetic import open_synthetic
 
-SIZES = [10_000, 100_000, 1_000_000, 10_000_000, 50_000_000]
-SHARD = 1_000_000
-BATCH, FRACTION, SPEC = 512, 0.7, data.DATASETS["cifar10"]
-
-
-def parse_args(argv=None):
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--repeats", type=cli.count, default=5, help="measurements of each row")
-    parser.add_argument("--read", metavar="SET", help="read 50 batches of this set, print the process's memory in MB, and end")
-    return parser.parse_args(argv)
+SPEC = DATASETS["cifar10"]
+BATCH_SIZE = 512
+SYNTHETIC_FRACTION = 0.7
+N_BATCHES = 50
+SMALL, LARGE = 10_000, 50_000_000
+SHARD_SIZE = 1_000_000
 
 
-def real_images(n):
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n)
+def batch_time(rounds):
+    """A row: our batches against torchvision's."""
+    real = random_images(50_000)
+    synthetic = random_images(100_000)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "set.npz")
+        np.savez(path, image=synthetic[0], label=synthetic[1])
+        batches = our_batches(path, real)
+        numbers = itertools.count()
+
+        def plain():
+            # The workers end with the loader. They would run ahead while ours is measured.
+            loader = reference.loader(real, synthetic, SPEC, BATCH_SIZE, SYNTHETIC_FRACTION)
+            for _ in range(5):
+                next(loader)
+            return timer(lambda: next(loader), N_BATCHES)()
+
+        ours = timer(lambda: batches(next(numbers)), N_BATCHES)
+        seconds = alternate({"ours": ours, "plain": plain}, rounds)
+    what = f"a mixed, augmented batch of {BATCH_SIZE}, 32 x 32"
+    against = f"torchvision, image by image, {os.cpu_count()} workers"
+    return compare(what, against, seconds["ours"], seconds["plain"], target=20)
 
 
-def sparse_set(folder, n):
-    """A directory as generate_synthetic.py leaves it, of n black images that take no room on the disk."""
-    for shard in range(-(-n // SHARD)):
-        size = min(SHARD, n - shard * SHARD)
-        for path, dtype, shape in zip(shard_paths(folder, shard), (np.uint8, np.int64), ((size, 32, 32, 3), (size,))):
-            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-    manifest = {"format": 2, "dataset": "cifar10", "n": n, "num_classes": 10, "image_shape": [32, 32, 3], "shard_size": min(SHARD, n)}
-    checkpoint.write_json(manifest | {"held_out": 1024}, os.path.join(folder, "manifest.json"))
+def memory(rounds):
+    """A row: memory of a process that reads 50 million images; one round, it does not vary."""
+    small = memory_with(SMALL)
+    large = memory_with(LARGE)
+    what = "memory of a process that reads 50 million images"
+    return compare(what, "10 thousand images", [large], [small], 1.05, "the cost")
 
 
-def batches_of(path, real):
-    return data.Batches(*real, synthetic.SyntheticSet([path], SPEC), FRACTION, BATCH, SPEC, 0, "cpu")
-
-
-def memory_of(folder, n):
-    sparse_set(folder, n)
-    done = subprocess.run([sys.executable, __file__, "--read", folder], cwd=ROOT, capture_output=True, text=True, check=True)
+def memory_with(n):
+    """Megabytes of a fresh process after N_BATCHES batches of a synthetic set of n images."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_sparse_set(folder, n)
+        command = [sys.executable, "-m", "benchmarks.loading", folder]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
-def main(args):
-    if args.read:
-        batches = batches_of(args.read, real_images(50_000))
-        for step in range(50):
-            batches(step)
-        return print(int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
-    real, made = real_images(50_000), real_images(100_000)
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(os.path.join(folder, "set.npz"), image=made[0], label=made[1])
-        batches, steps = batches_of(os.path.join(folder, "set.npz"), real), itertools.count()
+def make_sparse_set(folder, n):
+    """A directory as generate_synthetic.py leaves it, of n black images of class 0."""
+    for shard, first in enumerate(range(0, n, SHARD_SIZE)):
+        size = min(SHARD_SIZE, n - first)
+        images_path, labels_path = shard_paths(folder, shard)
+        np.lib.format.open_memmap(images_path, "w+", np.uint8, (size, 32, 32, 3)).flush()
+        np.lib.format.open_memmap(labels_path, "w+", np.int64, (size,)).flush()
+    manifest = {
+        "format": 2,
+        "dataset": "cifar10",
+        "n": n,
+        "num_classes": 10,
+        "image_shape": [32, 32, 3],
+        "shard_size": min(SHARD_SIZE, n),
+        "held_out": 1024,
+    }
+    files.write_json(manifest, os.path.join(folder, "manifest.json"))
 
-        def plain():  # its workers end with it, or they would run ahead while the other is measured
-            loader = reference.loader(real, made, SPEC, BATCH, FRACTION, os.cpu_count())
-            for _ in range(5):
-                next(loader)
-            begun = time.perf_counter()
-            for _ in range(50):
-                next(loader)
-            return time.perf_counter() - begun
 
-        def ours():
-            for _ in range(50):
-                batches(next(steps))
+def random_images(n):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
+    labels = rng.integers(0, 10, n)
+    return images, labels
 
-        seconds = alternate({"ours": ours, "plain": plain}, args.repeats)
-    lines = [compare("a mixed, augmented batch of 512, 32 x 32", f"torchvision per image, {os.cpu_count()} workers", *seconds.values(), 20)]
-    memory = []
-    for n in SIZES:
-        with tempfile.TemporaryDirectory() as folder:
-            memory.append(memory_of(folder, n))
-    lines.append(compare("memory of a process that reads 50 million images", "10 thousand", memory[-1:], memory[:1], 1.05, at_most=True))
-    record("loading", lines, megabytes=dict(zip(map(str, SIZES), memory)))
+
+def our_batches(path, real):
+    """The batches of common/data.py, of the synthetic set at `path` and real (images, labels)."""
+    return data.Batches(
+        SPEC,
+        real,
+        batch_size=BATCH_SIZE,
+        seed=0,
+        device=torch.device("cpu"),
+        synthetic=open_synthetic([path], SPEC),
+        synthetic_fraction=SYNTHETIC_FRACTION,
+    )
+
+
+def print_memory(path):
+    """Read batches of a set and print the megabytes that this process has for itself."""
+    batches = our_batches(path, random_images(50_000))
+    for step in range(N_BATCHES):
+        batches(step)
+    status = files.read_text("/proc/self/status")
+    print(int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024)
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args())
+    print_memory(sys.argv[1])

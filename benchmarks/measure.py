@@ -1,83 +1,121 @@
-"""What the benchmarks share: measuring in turns, benchmarks/results.json, and README's table of it.
+"""What the benchmarks share: measuring in turns, their store, and the tables of docs/costs.md.
 
-python benchmarks/measure.py   # writes README's table anew from benchmarks/results.json
+What is measured stands in train_step, loading, sampling and evaluate. All of them run from the
+project's root, by `python -m benchmarks`.
 """
 
 import statistics
-import sys
 import time
 from pathlib import Path
 
+from common import UserError, files, run
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import checkpoint, cli, runlog  # noqa: E402
-
-STORE, README = ROOT / "benchmarks" / "results.json", ROOT / "README.md"
-BEGIN, END = "<!-- benchmarks/measure.py writes from here -->\n", "<!-- benchmarks end -->\n"
+STORE = ROOT / "benchmarks" / "results.json"
+DOCUMENT = ROOT / "docs" / "costs.md"
 
 
-def alternate(rows, repeats, warm_up=True):
-    """Seconds of every function in rows, {name: [repeats]}, called in turns so that a disturbance meets all; a first round warms up.
+def timer(step, n=1):
+    """A function that calls step() n times and returns the seconds that this took."""
 
-    A function that returns a float has taken its own time.
-    """
-    seconds = {name: [] for name in rows}
-    for repeat in range(-1 if warm_up else 0, repeats):
-        for name, run in rows.items():
-            begun = time.perf_counter()
-            found = run()
-            if repeat >= 0:
-                seconds[name].append(found if isinstance(found, float) else time.perf_counter() - begun)
+    def seconds():
+        start = time.perf_counter()
+        for _ in range(n):
+            step()
+        return time.perf_counter() - start
+
     return seconds
 
 
-def compare(what, against, seconds, others, target=None, at_most=False):
-    """A line of the table: how many times longer `others` took than `seconds`, round by round; of a cost (at_most), the inverse."""
-    ratios = [a / b for a, b in (zip(seconds, others) if at_most else zip(others, seconds))]
-    found = {"what": what, "against": against, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    found |= {"n": len(ratios), "seconds": statistics.median(seconds), "seconds_against": statistics.median(others)}
-    return found | {"at_most": at_most} | ({"target": target} if target else {})
+def alternate(timers, rounds):
+    """Seconds of every timer, {name: [seconds of each round]}.
+
+    They are called in turns, so that a disturbance of the machine meets all of them. A first round
+    warms up and is not counted.
+    """
+    seconds = {name: [] for name in timers}
+    for _ in range(rounds + 1):
+        for name, seconds_of in timers.items():
+            seconds[name].append(seconds_of())
+    return {name: values[1:] for name, values in seconds.items()}
 
 
-def record(part, lines, **settings):
-    """Lines of one benchmark into benchmarks/results.json, in place of its former ones, and onto the screen."""
-    for line in lines:
-        print(f"{line['what']:<70} {line['ratio']:7.2f}  ({line['low']:.2f} to {line['high']:.2f}, n = {line['n']})  {line['against']}")
-    parts = checkpoint.read_json(STORE) if STORE.exists() else {}
-    parts[part] = {"lines": lines, "settings": settings, "environment": runlog.environment()}
-    checkpoint.write_json(parts, STORE)
+def compare(what, against, ours, reference, target=None, unit="as fast"):
+    """A row of the table: the ratio of two lists of seconds (or megabytes), round by round.
+
+    unit: "as fast", the reference's over ours, and target is the least ratio wanted; or "the cost",
+    ours over the reference's, and target is the largest one.
+    """
+    if unit == "as fast":
+        ratios = [b / a for a, b in zip(ours, reference)]
+    else:
+        ratios = [a / b for a, b in zip(ours, reference)]
+    return {
+        "what": what,
+        "against": against,
+        "unit": unit,
+        "ratio": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "rounds": len(ratios),
+        "ours": statistics.median(ours),
+        "reference": statistics.median(reference),
+        "target": target,
+    }
 
 
-def table(parts):
-    """README's table."""
-    rows = ["| | against | ratio | target |", "|---|---|---|---|"]
-    for part in parts.values():
-        for line in part["lines"]:
-            ratio = f"{'costs ' if line['at_most'] else ''}{line['ratio']:.2f} ({line['low']:.2f} to {line['high']:.2f}; {line['n']})"
-            if "target" in line:
-                met = line["ratio"] <= line["target"] if line["at_most"] else line["ratio"] >= line["target"]
-                target = f"{'at most' if line['at_most'] else 'at least'} {line['target']:g}: {'met' if met else '**missed**'}"
-            else:
-                target = ""
-            rows.append(f"| {line['what']} | {line['against']} | {ratio} | {target} |")
-    growth = next((part["settings"]["growth"] for part in parts.values() if "growth" in part["settings"]), {})
-    rows += [""] * bool(growth)
-    for name, of in growth.items():
-        r2 = f"r2 {of['r2']:.3f}, {name} {', '.join(map(str, of['amounts']))}"
-        fit = f"{1000 * of['intercept']:.1f} ms + {1000 * of['slope']:.2f} ms x {name}"
-        rows.append(f"- a step of the digits' default takes {fit} ({r2})")
-    kinds = {f"{e['device']}, {e['threads']} threads, torch {e['torch']}" for e in (part["environment"] for part in parts.values())}
-    return "\n".join([*rows, "", f"{'; '.join(sorted(kinds))}.", ""])
+def record(name, row):
+    """Put a row into benchmarks/results.json, in place of its former self, and print it."""
+    ratio = f"{row['ratio']:.2f} times {row['unit']} ({row['low']:.2f} to {row['high']:.2f})"
+    print(f"{row['what']}: {ratio}, against {row['against']}", flush=True)
+    rows = files.read_json(STORE) if STORE.exists() else {}
+    rows[name] = {**row, "environment": run.environment()}
+    files.write_json(rows, STORE)
 
 
-def main(args):
-    before, begin, rest = README.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise cli.UserError(f"{README}: lacks the two lines between which the table stands")
-    with checkpoint.atomic(README) as file:
-        file.write((before + begin + table(checkpoint.read_json(STORE)) + end + after).encode())
+def table(rows):
+    """The Markdown table of docs/costs.md. rows: those of benchmarks/results.json."""
+    lines = [
+        "| | against | median | range | rounds | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    machines = set()
+    for row in rows.values():
+        cells = [
+            row["what"],
+            row["against"],
+            f"{row['ratio']:.2f} times {row['unit']}",
+            f"{row['low']:.2f} to {row['high']:.2f}" if row["rounds"] > 1 else "",
+            str(row["rounds"]),
+            _verdict(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        where = row["environment"]
+        machines.add(f"{where['device']}, {where['threads']} threads, torch {where['torch']}")
+    return "\n".join([*lines, "", f"Machine: {'; '.join(sorted(machines))}."])
 
 
-if __name__ == "__main__":
-    cli.run(main, cli.Parser(__doc__).parse_args())
+def _verdict(row):
+    if row["target"] is None:
+        return ""
+    if row["unit"] == "as fast":
+        bound = "at least"
+        met = row["ratio"] >= row["target"]
+    else:
+        bound = "at most"
+        met = row["ratio"] <= row["target"]
+    return f"{bound} {row['target']:g}: {'met' if met else '**missed**'}"
+
+
+def write_between(name, text, path=DOCUMENT):
+    """Put a text between the two lines of a Markdown file that mark where `name` writes.
+
+    Raises UserError where the file lacks them.
+    """
+    begin = f"<!-- {name} writes from here -->\n"
+    end = f"<!-- {name} ends here -->\n"
+    before, _, rest = files.read_text(path).partition(begin)
+    _, marked, after = rest.partition(end)
+    if not marked:
+        raise UserError(f"{path}: lacks the lines '{begin.strip()}' and '{end.strip()}'")
+    files.write_text(f"{before}{begin}{text}\n{end}{after}", path)

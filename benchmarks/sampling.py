@@ -1,96 +1,70 @@
-"""Images and features of a diffusion network: against diffusers' own loop, a whole pass, and float64.
+"""The time that images and features of a diffusion network take.
 
-    python benchmarks/sampling.py
+How rounds are taken in turns, and stored, stands in measure.py.
 
-The networks are train_diffusion.py's digits default, for float64 trained for 200 steps, and the DDPM++ of EDM's CIFAR-10 (as NVlabs' file
-has it) with random weights.
+against_diffusers: generate_synthetic.py's sampler against a scheduler and loop of diffusers, on the
+network of train_diffusion.py's digits default. against_whole_pass: features, for which the network
+is left at the block, against a pass through all of it, on the DDPM++ of EDM's CIFAR-10. Weights are
+random.
 """
-
-import tempfile
 
 import numpy as np
 import torch
-from measure import alternate, compare, record  # first: it finds the project
-from train_step import big_teacher, tiny_teacher
 
 import generate_synthetic
-import train_diffusion
-from common import cli, data, diffusion
+from benchmarks.measure import alternate, compare, timer
+from benchmarks.train_step import large_network, small_network
 
+N_IMAGES = 250
 N_STEPS = 18
+N_CALLS = 2 * N_STEPS - 1  # of the network: Heun's method takes two a step, and one at the last
 
 
-def parse_args(argv=None):
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--repeats", type=cli.count, default=5, help="measurements of each row")
-    return parser.parse_args(argv)
+def against_diffusers(rounds):
+    """A row: our sampler against diffusers' own, with as many calls of the network."""
+    model = small_network()
+    plain = small_network()
+    plain.net.to(memory_format=torch.contiguous_format)
+    args = generate_synthetic.parse_args(["--n-steps", str(N_STEPS)])
+    ids = np.arange(N_IMAGES)
+    timers = {
+        "ours": timer(lambda: generate_synthetic.sample(model, ids, args)),
+        "diffusers": timer(lambda: sample_by_diffusers(plain)),
+    }
+    seconds = alternate(timers, rounds)
+    what = f"{N_IMAGES} digits, {N_CALLS} network calls"
+    against = "diffusers' scheduler and loop, as many calls"
+    return compare(what, against, seconds["ours"], seconds["diffusers"])
 
 
 @torch.no_grad()
-def pipeline(model, batch_size, calls):
-    """Images as a pipeline of diffusers makes them: a scheduler's step after each network call. `calls` of them."""
+def sample_by_diffusers(model):
+    """Images as a pipeline of diffusers makes them: a scheduler's step after each network call."""
     from diffusers import EDMEulerScheduler
 
     scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5)
-    scheduler.set_timesteps(calls)
-    y = torch.arange(batch_size) % model.num_classes
-    x = torch.randn(batch_size, *model.noise_shape) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(N_CALLS)
+    y = torch.arange(N_IMAGES) % model.num_classes
+    x = torch.randn(N_IMAGES, *model.noise_shape) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        output = model.net(scheduler.scale_model_input(x, t), t.expand(batch_size), class_labels=y).sample
+        scaled = scheduler.scale_model_input(x, t)
+        output = model.net(scaled, t.expand(N_IMAGES), class_labels=y).sample
         x = scheduler.step(output, t, x).prev_sample
     return (x / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 @torch.no_grad()
-def in_float64(model, noise, y, sigmas):
-    """The sampler with its state in float64 and only the network in float32, as EDM's code has it."""
-
-    def denoise(noisy, sigma):
-        return model.denoise(noisy.float(), sigma, y).double()
-
-    return diffusion.heun(denoise, noise.double(), sigmas)
-
-
-def main(args):
-    spec, calls = data.DATASETS["digits"], 2 * N_STEPS - 1
-    small, plain = tiny_teacher(spec), tiny_teacher(spec)
-    plain.net.to(memory_format=torch.contiguous_format)
-    flags = generate_synthetic.parse_args(["--n-steps", str(N_STEPS)])
-    ids, sigmas = np.arange(250), diffusion.sigma_steps(N_STEPS, flags.sigma_min, flags.sigma_max, flags.rho)
-    rows = {
-        "ours": lambda: generate_synthetic.sample(small, ids, flags),
-        "plain": lambda: pipeline(plain, len(ids), calls),
+def against_whole_pass(rounds):
+    """A row: features at the default block against a whole pass of the network."""
+    model = large_network()
+    sigma = model.default_sigma
+    block = model.default_block
+    x = torch.rand(4, 3, 32, 32)
+    noise = torch.randn(4, 3, 32, 32)
+    timers = {
+        "features": timer(lambda: model.features(x, sigma, None, [block], noise)),
+        "whole": timer(lambda: model.denoise(model.encode(x) + sigma * noise, sigma)),
     }
-    what, loop = f"250 digits, {calls} network calls", "diffusers' scheduler and loop, as many calls"
-    lines = [compare(what, loop, *alternate(rows, args.repeats).values())]
-
-    big = big_teacher()
-    x, more = torch.rand(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
-    rows = {
-        "features": lambda: big.features(x, big.default_sigma, None, [big.default_block], more),
-        "whole": lambda: big.denoise(big.encode(x) + big.default_sigma * more, big.default_sigma),
-    }
-    with torch.no_grad():
-        seconds = alternate(rows, args.repeats)
-    lines.append(compare(f"features of a DDPM++ at {big.default_block}", "a whole pass", seconds["features"], seconds["whole"]))
-
-    with tempfile.TemporaryDirectory() as folder:
-        train_diffusion.main(train_diffusion.parse_args(["--train-steps", "200", "--out-dir", folder]))
-        trained, found = diffusion.load_diffusion(folder, "cpu"), {}
-    noise, y = torch.randn(250, *trained.noise_shape), torch.arange(250) % 10
-    rows = {
-        "float32": lambda: found.update(float32=diffusion.heun(lambda x, sigma: trained.denoise(x, sigma, y), noise, sigmas)),
-        "float64": lambda: found.update(float64=in_float64(trained, noise, y, sigmas)),
-    }
-    with torch.no_grad():
-        seconds = alternate(rows, args.repeats)
-    eight_bits = [(found[name].double() * 127.5 + 128).clamp(0, 255).to(torch.uint8) for name in ("float32", "float64")]
-    unequal = (eight_bits[0] != eight_bits[1]).double().mean().item()
-    largest = (found["float32"].double() - found["float64"]).abs().max().item()
-    what = f"250 digits, state in float32: {unequal:.2%} of the bytes differ, the images by at most {largest:.0e}"
-    lines.append(compare(what, "state in float64, network in float32", seconds["float32"], seconds["float64"]))
-    record("sampling", lines)
-
-
-if __name__ == "__main__":
-    cli.run(main, parse_args())
+    seconds = alternate(timers, rounds)
+    what = f"features of a DDPM++ at {block}"
+    return compare(what, "a whole pass", seconds["features"], seconds["whole"])

@@ -1,60 +1,68 @@
-"""Command lines and the errors a user can mend: one clear line, exit status 2, no traceback."""
+"""Command lines: the parser, argument types, the flags that scripts share, and how a script ends.
+
+Flags of one script alone stand in that script.
+"""
 
 import argparse
-import errno
 import os
 import sys
 import time
+from errno import EACCES, EDQUOT, EFBIG, EIO, ELOOP, ENAMETOOLONG, ENOSPC, EPERM, EROFS, ESTALE
 
-# What a full, read-only or forbidden disk raises; anything else is a bug and keeps its traceback.
-_DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE),
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
-}
+from common import UserError
 
+# What a full, read-only or forbidden disk raises. Any other OSError is a bug of ours and keeps its
+# traceback.
+DISK_ERRORS = {EACCES, EDQUOT, EFBIG, EIO, ELOOP, ENAMETOOLONG, ENOSPC, EPERM, EROFS, ESTALE}
 
-class UserError(Exception):
-    """Something the user can mend. The message names the flag or file, what was found and what was expected."""
+# What gloo says when another process has ended or does not answer. It has no exception of its own.
+LOST_PROCESS = ("Timed out waiting", "onnection closed by peer", "Connection reset by peer")
 
-
-def not_finite(step, last_path):
-    """The UserError of a training step whose loss, gradient or weights are not finite."""
-    message = f"step {step}: loss, gradient or weights not finite; the last good step, if any, is in {last_path}. Try a lower --lr"
-    return UserError(message)
+# ------------------------------------------------------------------------------------ the parser
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line and whose help shows every default."""
+    """ArgumentParser whose errors are one line and whose --help shows every default."""
 
     def __init__(self, description, **kwargs):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=_Formatter,
+            **kwargs,
+        )
 
     def parse_with_presets(self, argv, recipe, presets, model_presets):
-        """parse_args with the defaults recipe | presets[--dataset] | model_presets[family of --model], such as "vit" of vit-b-2.
+        """Parse with defaults from three dicts, of which the later one wins.
 
-        A flag given on the command line wins; --help shows the defaults that hold for its --dataset and --model.
+        recipe: {name: default}. presets: {--dataset: {name: default}}. model_presets: {family of
+        --model, such as "vit" of vit-b-2: {name: default}}. A flag on the command line wins over
+        all; --help shows the defaults for the --dataset and --model beside it.
         """
         first = Parser(None, add_help=False)
         first.add_argument("--dataset", default=self.get_default("dataset"))
         first.add_argument("--model")
-        given = first.parse_known_args(argv)[0]
+        given, _ = first.parse_known_args(argv)
         defaults = recipe | presets.get(given.dataset, {})
         family = (given.model or defaults["model"]).split("-")[0]
         self.set_defaults(**defaults | model_presets.get(family, {}))
         return self.parse_args(argv)
 
     def refuse_unused(self, argv, uses):
-        """End with an error where a flag stands on the command line and does nothing. uses: flag -> (what needs it, whether that is on)."""
-        given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        """End with an error where a flag stands on the command line and does nothing.
+
+        uses: {flag: (what it goes with, whether that is on)}.
+        """
+        given = flags_given(argv)
         for flag, (what, on) in uses.items():
             if flag in given and not on:
                 self.error(f"argument {flag}: does nothing here, it goes with {what}")
 
-    def refuse_others(self, argv, flag):
-        """End with an error where any other flag than `flag` stands on the command line."""
-        others = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")} - {flag}
-        if others:
-            self.error(f"argument {flag}: takes no other flag, given {', '.join(sorted(others))}")
+    def check_radius(self, flag, value, norm):
+        """End with an error where a linf radius or step is above 1: x lies in [0, 1]."""
+        if norm == "linf" and value is not None and value > 1:
+            expected = "expected at most 1, of x in [0, 1]; 8/255 is written so"
+            self.error(f"argument {flag}: {value:g}, {expected}")
 
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":
@@ -63,89 +71,150 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the module docstring's lines and appends the defaults, where there is one."""
+    """Keeps the lines of the module docstring, and appends the defaults where there are some."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def flags_given(argv):
+    """The set of flags on a command line, sys.argv where argv is None."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.split("=")[0] for word in words if word.startswith("--")}
+
+
+# --------------------------------------------------------------------------------- shared flags
+
+
+def add_data_flags(parser, datasets, splits=True, download=True):
+    """Add the group of flags that say which images a script works on, and return it.
+
+    datasets: {name: common.data.Spec}. splits: with --val-size and --n-train, for scripts that
+    read the training images.
+    """
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--dataset", choices=datasets, default="digits", help="data set")
+    add("--data-dir", type=path, default="data", help="where data sets lie (digits needs none)")
+    if download:
+        add("--download", action="store_true", help="fetch the data set into --data-dir first")
+    if splits:
+        add("--val-size", type=count, help="first training images, held out (default: 200 or 1024)")
+        add("--n-train", type=count, help="use the next so many training images (default: all)")
+    return group
+
+
+def fill_data_flags(args, datasets):
+    """Give --val-size the data set's default. Returns the data set's common.data.Spec."""
+    spec = datasets[args.dataset]
+    if "val_size" in args and args.val_size is None:
+        args.val_size = spec.val_size
+    return spec
+
+
+# -------------------------------------------------------------------------------- argument types
+
+
 def ratio(text):
-    """argparse type: a finite number written as `0.031` or `8/255`."""
+    """argparse type: a finite number, written as 0.031 or 8/255."""
+    top, slash, bottom = text.partition("/")
     try:
-        top, _, bottom = text.partition("/")
-        value = float(top) / float(bottom) if bottom else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected a number such as 0.15 or 8/255, got '{text}'") from None
-    if not -1e30 < value < 1e30:
-        raise argparse.ArgumentTypeError(f"expected a finite number, got '{text}'")
-    return value
+        value = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        expected = f"expected a number such as 0.15 or 8/255, got '{text}'"
+        raise argparse.ArgumentTypeError(expected) from error
+    return _checked(value, abs(value) < 1e30, "a finite number", text)
 
 
 def positive(text):
-    """argparse type: a number (or ratio) above 0."""
-    return _checked(ratio(text), lambda v: v > 0, "a number above 0", text)
+    """argparse type: a number above 0, or a ratio such as 8/255."""
+    value = ratio(text)
+    return _checked(value, value > 0, "a number above 0", text)
 
 
 def non_negative(text):
-    """argparse type: a number (or ratio) of at least 0."""
-    return _checked(ratio(text), lambda v: v >= 0, "a number of at least 0", text)
+    """argparse type: a number of at least 0, or a ratio such as 8/255."""
+    value = ratio(text)
+    return _checked(value, value >= 0, "a number of at least 0", text)
 
 
 def fraction(text):
-    """argparse type: a number in [0, 1]."""
-    return _checked(ratio(text), lambda v: 0 <= v <= 1, "a number between 0 and 1", text)
+    """argparse type: a number between 0 and 1."""
+    value = ratio(text)
+    return _checked(value, 0 <= value <= 1, "a number between 0 and 1", text)
 
 
 def count(text):
     """argparse type: a whole number of at least 1."""
-    return _checked(_whole(text), lambda v: v >= 1, "a whole number of at least 1", text)
+    value = _whole(text)
+    return _checked(value, value >= 1, "a whole number of at least 1", text)
 
 
 def count0(text):
     """argparse type: a whole number of at least 0."""
-    return _checked(_whole(text), lambda v: v >= 0, "a whole number of at least 0", text)
+    value = _whole(text)
+    return _checked(value, value >= 0, "a whole number of at least 0", text)
 
 
 def seed(text):
-    """argparse type: a whole number of at least 0 and below 2^32, what every library takes as a seed."""
-    return _checked(_whole(text), lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295", text)
+    """argparse type: a whole number from 0 to 2^32 - 1, what every library takes as a seed."""
+    value = _whole(text)
+    return _checked(value, 0 <= value < 2**32, "a whole number from 0 to 4294967295", text)
+
+
+def path(text):
+    """argparse type: a path; ~ stands for the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return os.path.expanduser(text)
 
 
 def _whole(text):
     try:
         return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from None
+    except ValueError as error:
+        message = f"expected a whole number, got '{text}'"
+        raise argparse.ArgumentTypeError(message) from error
 
 
-def _checked(value, holds, expected, text):
-    if not holds(value):
+def _checked(value, good, expected, text):
+    if not good:
         raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
     return value
 
 
-def run(main, args):
-    """Run a script's main(args); end a UserError or a disk that is full, read-only or gone with one line and status 2."""
+# -------------------------------------------------------------------------------- running a script
+
+
+def run_script(main, args):
+    """Call main(args). What the user can mend ends with one line and exit status 2."""
     try:
         main(args)
+        return
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in DISK_ERRORS:
             raise
         message = f"{error.filename or 'output'}: {error.strerror}"
-    except RuntimeError as error:  # gloo has no type of its own for this
-        if not any(words in str(error) for words in ("Timed out waiting", "onnection closed by peer", "Connection reset by peer")):
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PROCESS):
             raise
-        message = "another process is gone, or did not answer within RANK_TIMEOUT_MINUTES (a day without it)"
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    else:
-        return
+        limit = "RANK_TIMEOUT_MINUTES (a day without it)"
+        message = f"another process is gone, or did not answer within {limit}"
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error
+    prefix = ""
     rank = os.environ.get("RANK", "0")
-    if rank != "0":  # mostly rank 0 has found the same and ends all; what another rank alone has found must not be lost
+    if rank != "0":
+        # Mostly rank 0 has found the same and ends all; what this rank alone found must be said.
         time.sleep(2)
-        print(f"[rank {rank}] ", end="", file=sys.stderr)
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # it may quote what a file holds
-    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+        prefix = f"[rank {rank}] "
+    script = os.path.basename(sys.argv[0])
+    print(f"{prefix}{script}: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def printable(text):
+    """One line of a text that may quote what a file holds: control characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,38 +1,47 @@
 #!/usr/bin/env bash
-# The four cells against the number of real digits, the diffusion model trained on the same ones; three seeds, APGD-CE+T on all 797
-# test images. 100 digits are runs/digits_table.sh. Then AT and DM-AT with another 100 digits, those that follow 600 held-out ones.
+# The four cells against the number of real digits, the diffusion model trained on the same ones;
+# three seeds, APGD-CE+T on all 797 test images. 100 digits are runs/digits_table.sh. Then AT and
+# DM-AT with another 100 digits, those that follow 600 held-out ones.
 # About an hour on two CPU cores; every command resumes.
-set -meuo pipefail  # -m: a job in the background is a process group, all of which ends with this script
+set -meuo pipefail  # -m: a job in the background is a process group and ends with this script
 cd "$(dirname "$0")/.."
 trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
-export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
 out=out/evidence
 
-# The diffusion model's steps: of 200, 400 and 800 those with the lowest loss on the held-out images (docs/log.md).
+# A diffusion model and its images: diffusion NAME VAL_SIZE N_TRAIN STEPS
 diffusion() {
-  python train_diffusion.py --val-size 500 --n-train $1 --train-steps $2 --out-dir $out/diffusion-$1
-  python generate_synthetic.py --val-size 500 --n-train $1 --diffusion $out/diffusion-$1 --out-dir $out/synthetic-$1
+  local digits="--val-size $2 --n-train $3"
+  python train_diffusion.py $digits --train-steps $4 --out-dir $out/diffusion-$1
+  python generate_synthetic.py $digits --diffusion $out/diffusion-$1 --out-dir $out/synthetic-$1
 }
+# One cell: cell EXPERIMENT/CELL/SEED SCRIPT FLAG...
+cell() {
+  python $2 --seed ${1##*/} --epoch-images 896 --out-dir $out/$1 "${@:3}"
+  python evaluate.py --attack apgd --checkpoint $out/$1/best.pt
+}
+# The four cells of one seed: cells N_TRAIN SEED
 cells() {
-  recipe=(--val-size 500 --n-train $1 --epoch-images 896 --seed $2)
-  python train_at.py "${recipe[@]}" --out-dir $out/digits-$1/at/$2
-  python train_at_aux.py "${recipe[@]}" --teacher $out/diffusion-$1 --out-dir $out/digits-$1/at_dra/$2
-  python train_at.py "${recipe[@]}" --synthetic $out/synthetic-$1 --out-dir $out/digits-$1/dm_at/$2
-  python train_at_aux.py "${recipe[@]}" --synthetic $out/synthetic-$1 --teacher $out/diffusion-$1 --out-dir $out/digits-$1/dm_at_dra/$2
-  for cell in at at_dra dm_at dm_at_dra; do python evaluate.py --attack apgd --checkpoint $out/digits-$1/$cell/$2/best.pt; done
+  local digits="--val-size 500 --n-train $1"
+  local dm="--synthetic $out/synthetic-$1"
+  local dra="--teacher $out/diffusion-$1"
+  cell digits-$1/at/$2 train_at.py $digits
+  cell digits-$1/at_dra/$2 train_at_aux.py $digits $dra
+  cell digits-$1/dm_at/$2 train_at.py $digits $dm
+  cell digits-$1/dm_at_dra/$2 train_at_aux.py $digits $dm $dra
 }
-# AT and DM-AT of seed $1 with the other 100 digits.
+# AT and DM-AT with the other 100 digits: other SEED
 other() {
-  recipe=(--val-size 600 --n-train 100 --epoch-images 896 --seed $1)
-  python train_at.py "${recipe[@]}" --out-dir $out/digits-100-other/at/$1
-  python train_at.py "${recipe[@]}" --synthetic $out/synthetic-100-other --out-dir $out/digits-100-other/dm_at/$1
-  for cell in at dm_at; do python evaluate.py --attack apgd --checkpoint $out/digits-100-other/$cell/$1/best.pt; done
+  local digits="--val-size 600 --n-train 100"
+  cell digits-100-other/at/$1 train_at.py $digits
+  cell digits-100-other/dm_at/$1 train_at.py $digits --synthetic $out/synthetic-100-other
 }
-python train_diffusion.py --val-size 600 --n-train 100 --train-steps 200 --out-dir $out/diffusion-100-other
-python generate_synthetic.py --val-size 600 --n-train 100 --diffusion $out/diffusion-100-other --out-dir $out/synthetic-100-other
-diffusion 200 400 & lane=$!
-diffusion 300 400
-diffusion 500 800
+
+# Of 200, 400 and 800 steps those with the lowest loss on the held-out images (docs/log.md).
+diffusion 100-other 600 100 200
+diffusion 200 500 200 400 & lane=$!
+diffusion 300 500 300 400
+diffusion 500 500 500 800
 wait $lane
 for run in "200 0" "200 1" "200 2" "300 0"; do cells $run; done & lane=$!
 for run in "300 1" "300 2" "500 0" "500 1" "500 2"; do cells $run; done

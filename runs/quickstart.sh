@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The quickstart's table: 2 x 2 of synthetic images (DM-AT) and representations (DRA) on digits, one seed, from nothing.
-# `make quickstart` calls it. Every command resumes or skips what is finished, so running it again continues.
-set -meuo pipefail  # -m: a job in the background is a process group, all of which ends with this script
+# The quickstart's table: 2 x 2 of synthetic images (DM-AT) and representations (DRA) on digits, one
+# seed, from nothing. `make quickstart` calls it. Every command resumes or skips what is finished.
+set -meuo pipefail  # -m: a job in the background is a process group and ends with this script
 cd "$(dirname "$0")/.."
 trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 out=out/quickstart
+images=out/synthetic-digits
 export CUDA_VISIBLE_DEVICES=  # the table is of CPUs; two processes would need two GPUs
-export OMP_NUM_THREADS=1  # small networks: two commands at once, one core each, beat one command on two cores
+export OMP_NUM_THREADS=1      # small networks: two commands at once, one core each, are faster
 
 stage() { printf '\n== %s\n' "$*"; }
 
@@ -23,8 +24,8 @@ wait $first
 wait $second
 
 stage "4/6 train DM-AT and DM-AT+DRA"
-python train_at.py --synthetic out/synthetic-digits --out-dir $out/dm_at & first=$!
-TQDM_POSITION=1 python train_at_aux.py --synthetic out/synthetic-digits --out-dir $out/dm_at_dra & second=$!
+python train_at.py --synthetic $images --out-dir $out/dm_at & first=$!
+TQDM_POSITION=1 python train_at_aux.py --synthetic $images --out-dir $out/dm_at_dra & second=$!
 wait $first
 wait $second
 
@@ -35,4 +36,4 @@ torchrun --nproc_per_node 2 evaluate.py --attack apgd --checkpoint $out/dm_at/be
 torchrun --nproc_per_node 2 evaluate.py --attack apgd --checkpoint $out/dm_at_dra/best.pt
 
 stage "6/6 table and picture"
-python -m runs.report --runs $out --synthetic out/synthetic-digits
+python -m runs.report --runs $out --synthetic $images

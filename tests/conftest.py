@@ -1,4 +1,6 @@
-"""Shared fixtures: one thread, a diffusion model of three steps and a synthetic set of 64 images, made once per session."""
+"""Shared fixtures: one thread, a diffusion model of three steps and a synthetic set of 64 images,
+made once per session.
+"""
 
 import json
 import os
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-# On the CPU also where there is a GPU: golden losses and two processes want it. CUDA_VISIBLE_DEVICES=0 make test runs the rest there.
+# On the CPU also where there is a GPU: golden losses and two processes want it.
+# CUDA_VISIBLE_DEVICES=0 make test runs the rest there.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,17 +23,23 @@ sys.path.insert(0, str(ROOT))
 
 import generate_synthetic  # noqa: E402
 import train_diffusion  # noqa: E402
-from common import data  # noqa: E402
+from published.datasets import DATASETS  # noqa: E402
 
 torch.set_num_threads(1)
-DIGITS = data.DATASETS["digits"]
+DIGITS = DATASETS["digits"]
 
 
 @pytest.fixture(scope="session")
 def diffusion_dir(tmp_path_factory):
-    """A directory of train_diffusion.py after three steps: untrained for all purposes, but of the real format."""
+    """A directory of train_diffusion.py after three steps: untrained for all purposes, but of the
+    real format.
+    """
     path = tmp_path_factory.mktemp("made") / "diffusion"
-    train_diffusion.main(train_diffusion.parse_args(["--train-steps", "3", "--channels", "8", "16", "--out-dir", str(path)]))
+    train_diffusion.main(
+        train_diffusion.parse_args(
+            ["--train-steps", "3", "--channels", "8", "16", "--out-dir", str(path)]
+        )
+    )
     return str(path)
 
 
@@ -41,15 +50,7 @@ def synthetic_dir(tmp_path_factory, diffusion_dir):
     argv = [
         "--diffusion",
         diffusion_dir,
-        "--n-images",
-        "64",
-        "--shard-size",
-        "24",
-        "--n-steps",
-        "3",
-        "--batch-size",
-        "16",
-        "--out-dir",
+        *"--n-images 64 --shard-size 24 --n-steps 3 --batch-size 16 --out-dir".split(),
         str(path),
     ]
     generate_synthetic.main(generate_synthetic.parse_args(argv))
@@ -58,7 +59,9 @@ def synthetic_dir(tmp_path_factory, diffusion_dir):
 
 @pytest.fixture
 def nvlabs(monkeypatch, tmp_path):
-    """Stand-ins for NVlabs' modules while a test writes pickles; `marker` exists once any code of a pickle has run."""
+    """Stand-ins for NVlabs' modules while a test writes pickles; `marker` exists once any code of a
+    pickle has run.
+    """
     persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
     marker = tmp_path / "ran"
 
@@ -75,17 +78,29 @@ def nvlabs(monkeypatch, tmp_path):
     class Persistent(nn.Module):
         def __reduce__(self):
             state = dict(self.__dict__)
-            meta = dict(type="class", version=6, module_src=f"open({str(marker)!r}, 'w')", class_name=state.pop("name"), state=state)
+            meta = dict(
+                type="class",
+                version=6,
+                module_src=f"open({str(marker)!r}, 'w')",
+                class_name=state.pop("name"),
+                state=state,
+            )
             return _reconstruct_persistent_obj, (meta,)
 
     for module, thing in ((persistence, _reconstruct_persistent_obj), (util, EasyDict)):
         thing.__module__, thing.__qualname__ = module.__name__, thing.__name__
         setattr(module, thing.__name__, thing)
-        monkeypatch.setitem(sys.modules, module.__name__.split(".")[0], types.ModuleType(module.__name__.split(".")[0]))
+        monkeypatch.setitem(
+            sys.modules,
+            module.__name__.split(".")[0],
+            types.ModuleType(module.__name__.split(".")[0]),
+        )
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def wrap(module, **attributes):
-        """A module of ours as NVlabs' persistent object with real parameters inside; ModuleDicts stay torch's own."""
+        """A module of ours as NVlabs' persistent object with real parameters inside; ModuleDicts
+        stay torch's own.
+        """
         if isinstance(module, nn.ModuleDict):
             return nn.ModuleDict({key: wrap(child) for key, child in module.items()})
         copy = Persistent()
@@ -106,17 +121,34 @@ def nvlabs(monkeypatch, tmp_path):
         init = dict(config["init"])
         args = [init.pop("img_resolution"), init.pop("img_channels")]
         init = EasyDict(init)
-        ema = wrap(net, name=config["precond"], _init_args=tuple(args), _init_kwargs=init, **changes)
-        loss, augment = wrap(nn.Module(), name="EDMLoss", P_mean=np.float64(-1.2)), wrap(nn.Module(), name="AugmentPipe", p=0.12)
-        return {"ema": ema, "loss_fn": loss, "augment_pipe": augment, "dataset_kwargs": EasyDict(path="cifar10.zip", max_size=np.int64(5))}
+        ema = wrap(
+            net, name=config["precond"], _init_args=tuple(args), _init_kwargs=init, **changes
+        )
+        loss, augment = (
+            wrap(nn.Module(), name="EDMLoss", P_mean=np.float64(-1.2)),
+            wrap(nn.Module(), name="AugmentPipe", p=0.12),
+        )
+        return {
+            "ema": ema,
+            "loss_fn": loss,
+            "augment_pipe": augment,
+            "dataset_kwargs": EasyDict(path="cifar10.zip", max_size=np.int64(5)),
+        }
 
     return types.SimpleNamespace(
-        content=content, marker=marker, EasyDict=EasyDict, Persistent=Persistent, wrap=wrap, path=tmp_path / "x.pkl"
+        content=content,
+        marker=marker,
+        EasyDict=EasyDict,
+        Persistent=Persistent,
+        wrap=wrap,
+        path=tmp_path / "x.pkl",
     )
 
 
 def python(*command, expect=0, ranks=1, env=None, **kwargs):
-    """Run `python command` (under torchrun with several ranks) in the project's root; returns the finished process."""
+    """Run `python command` (under torchrun with several ranks) in the project's root; returns the
+    finished process.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     launcher = [sys.executable] + (torchrun if ranks > 1 else [])
     done = subprocess.run(
@@ -128,7 +160,9 @@ def python(*command, expect=0, ranks=1, env=None, **kwargs):
         timeout=300,
         **kwargs,
     )
-    assert done.returncode == expect, f"{command}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == expect, (
+        f"{command}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 

@@ -1,4 +1,7 @@
-"""evaluate.py that kills itself (SIGKILL) after some passes inside one attack: KILL_IN=<attack> KILL_AFTER=<passes>."""
+"""evaluate.py that kills itself (SIGKILL) in the middle of an attack.
+
+KILL_IN=<attack>: which one. KILL_AFTER=<passes>: after how many passes of the model within it.
+"""
 
 import os
 import signal
@@ -9,24 +12,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
-from common import autoattack  # noqa: E402
+from evaluation import autoattack  # noqa: E402
 
 torch.set_num_threads(1)
-attack = autoattack.attack
+real_attack = autoattack.attack
 
 
-def dying(name, model, *args, **kwargs):
-    left = [int(os.environ["KILL_AFTER"])]
+def dying_attack(name, model, *args, **kwargs):
+    if name != os.environ["KILL_IN"]:
+        return real_attack(name, model, *args, **kwargs)
+    n_passes = 0
 
-    def passed(x):
-        left[0] -= 1
-        if left[0] < 0:
+    def dying_model(x):
+        nonlocal n_passes
+        n_passes += 1
+        if n_passes > int(os.environ["KILL_AFTER"]):
             print(f"killed in {name}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return model(x)
 
-    return attack(name, passed if name == os.environ["KILL_IN"] else model, *args, **kwargs)
+    return real_attack(name, dying_model, *args, **kwargs)
 
 
-autoattack.attack = dying
+autoattack.attack = dying_attack
 evaluate.main(evaluate.parse_args(sys.argv[1:]))

@@ -1,4 +1,6 @@
-"""Run a training script's main under torchrun with one thing changed: `ranks_helper.py SCRIPT {groupnorm,digest} ARGS`."""
+"""Run a training script's main under torchrun with one thing changed: `ranks_helper.py SCRIPT
+{groupnorm,digest} ARGS`.
+"""
 
 import hashlib
 import importlib
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import attacks, dist, models  # noqa: E402
+from common import attacks, models, run  # noqa: E402
 
 
 def without_batch_statistics(model):
@@ -29,7 +31,7 @@ def main():
     torch.set_num_threads(1)
     script = importlib.import_module(name.removesuffix(".py"))
     kept = []
-    build, EMA = models.build, script.EMA
+    build = models.build
     if "STOP_AFTER" in os.environ:  # stands for a process that dies in an attack
         pgd, calls = attacks.pgd, []
 
@@ -43,26 +45,28 @@ def main():
     if change == "groupnorm":
         models.build = lambda *args: without_batch_statistics(build(*args))
     else:
-        head, teardown = script.alignment_head, dist.teardown
+        track = run.Run.track
+        end_processes = script.end_processes
 
-        def keep_ema(model):
-            ema = EMA(model)
-            kept.extend([("model", model), ("ema", ema.model)])
-            return ema
+        def keep(self, **parts):
+            kept.extend((name, part) for name, part in parts.items() if name != "optimizer")
+            track(self, **parts)
 
-        def keep_head(*args):
-            kept.append(("head", head(*args)))
-            return kept[-1][1]
+        def digest_and_end():
+            tensors = {
+                f"{k}.{key}": t for k, module in kept for key, t in module.state_dict().items()
+            }
+            digests = {
+                key: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()
+                for key, t in tensors.items()
+            }
+            Path(os.environ["DIGESTS"], f"digest-{os.environ['RANK']}.json").write_text(
+                json.dumps(digests)
+            )
+            end_processes()
 
-        script.EMA, script.alignment_head = keep_ema, keep_head
-
-        def digest_and_teardown():
-            tensors = {f"{k}.{key}": t for k, module in kept for key, t in module.state_dict().items()}
-            digests = {key: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for key, t in tensors.items()}
-            Path(os.environ["DIGESTS"], f"digest-{os.environ['RANK']}.json").write_text(json.dumps(digests))
-            teardown()
-
-        dist.teardown = digest_and_teardown
+        run.Run.track = keep
+        script.end_processes = digest_and_end
     script.main(script.parse_args())
 
 

@@ -1,128 +1,246 @@
-"""Commands, flags and budgets: what the documentation says is what the scripts take. Alone: python -m pytest tests/test_commands.py"""
+"""Commands and flags: what the documentation and runs/*.sh say is what the scripts take.
+
+Alone: python -m pytest tests/test_commands.py
+"""
 
 import ast
 import importlib
+import os
 import re
 import shlex
-import sys
+import shutil
+import stat
+import subprocess
 
 import pytest
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
-SCRIPTS = ["train_diffusion", "generate_synthetic", "train_at", "train_at_aux", "extract_features", "evaluate", "analyze"]
-DOCUMENTS = [
-    "README.md",
-    "Makefile",
-    *[f"{s}.py" for s in SCRIPTS],
-    *[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("runs/*")) if p.is_file()],
+from common import cli
+
+SCRIPTS = [
+    "train_diffusion",
+    "generate_synthetic",
+    "train_at",
+    "train_at_aux",
+    "extract_features",
+    "evaluate",
+    "analyze",
 ]
+ROOMS = ["teachers", "published", "evaluation", "analysis"]
+SHELL_FILES = sorted(path.name for path in ROOT.glob("runs/*.sh"))
+DOCUMENTS = ["README.md", "Makefile", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
 
-# Of runs/digits_ablations.sh.
-FUNCTIONS = {"alone": "train_at_aux", "aligned": "train_at_aux", "mixed": "train_at", "generated": "generate_synthetic"}
+def python_files(*folders):
+    """Paths of the Python files in these folders of the project; "." for the scripts."""
+    return sorted(path for folder in folders for path in (ROOT / folder).glob("*.py"))
 
 
-def expand(text):
-    """A shell script with its arrays and variables replaced: those of loops by their first value, arguments of functions by numbers."""
-    for name, words in re.findall(r"^ *(\w+)=\((-.*)\)", text, re.M):
-        text = text.replace(f'"${{{name}[@]}}"', words)
-    text = text.replace("${models[@]}", "--model=a=b").replace('"${@:2}"', "").replace("$1", "1").replace("$2", "2")
-    variables = re.findall(r"^ *(\w+)=([\w/.-]+)", text, re.M) + re.findall(r"^ *for (\w+) in ([\w.-]+)", text, re.M)
-    for name, value in variables:
-        text = re.sub(rf"\${name}\b", value, text)
-    return text
+def check_parses(words):
+    """Parse a command line of python or torchrun, a list of words, as its script would.
+
+    Returns the script's name. An error of the parser is SystemExit, with its message on stderr.
+    """
+    if words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        words = ["python", launched.training_script, *launched.training_script_args]
+    if words[1] == "-m":
+        script, argv = words[2], words[3:]
+    else:
+        script, argv = words[1].removesuffix(".py").replace("/", "."), words[2:]
+    if (ROOT / script / "__main__.py").exists():
+        script = f"{script}.__main__"
+    module = importlib.import_module(script)
+    if hasattr(module, "parse_args"):
+        module.parse_args(argv)
+    else:
+        assert not argv, f"{script} takes no flags"
+    return script
 
 
-def commands(text):
-    """(script, argv) of every `python SCRIPT ...` and `torchrun ... SCRIPT ...` in a text, and of runs/digits_ablations.sh's functions."""
-    found = []
-    for line in expand(text).replace("\\\n", " ").splitlines():
-        for part in re.split(r"&&|;|\||&(?= |$)", line.split("  #")[0]):
-            match = re.search(r"(?:python3?|torchrun)\s+(?:\S+\s+)*?(-m (?:runs|common)\.\w+|(?:benchmarks/)?\w+\.py)(?=\s|$|`)(.*)", part)
-            if match:
-                script = match[1].removeprefix("-m ").removesuffix(".py").replace("/", ".")
-                found.append((script, shlex.split(match[2].split("`")[0])))
-            elif match := re.match(r" *(?:do )?(alone|aligned|mixed|generated) [a-z_]\S+ (--.*)", part):
-                found.append((FUNCTIONS[match[1]], shlex.split(match[2])))
-    return found
+# -------------------------------------------------------------------------------- shell files
+
+RECORD = """#!/bin/sh
+printf '%s\\n' "${0##*/}" "$@" > "$(mktemp "$RECORDS/XXXXXXXX")"
+"""
 
 
-def test_the_search_finds_commands():
-    text = "`python train_at.py --beta 3` and\ntorchrun --nproc_per_node 8 evaluate.py \\\n  --n-images 5 & x=$!\n"
-    text += "A=1 python -m runs.report\nmake test"
-    assert commands(text) == [("train_at", ["--beta", "3"]), ("evaluate", ["--n-images", "5"]), ("runs.report", [])]
-    text = 'few=(--val-size 5)\nout=out/a\nfor seed in 3 4; do\n  python train_at.py "${few[@]}" --seed $seed --out-dir $out/b; done'
-    assert commands(text) == [("train_at", ["--val-size", "5", "--seed", "3", "--out-dir", "out/a/b"])]
-    assert commands("  alone at_dra,sigma=1 --sigma 1\nfor a in 3 4; do mixed b=$a --beta $a; done") == [
-        ("train_at_aux", ["--sigma", "1"]),
-        ("train_at", ["--beta", "3"]),
+def run_recorded(shell_file, tmp_path):
+    """Run a shell file where python and torchrun only write down their arguments.
+
+    Returns the command lines, lists of words. It runs in a copy of runs/, so that it can neither
+    find nor leave anything in the project.
+    """
+    shutil.copytree(ROOT / "runs", tmp_path / "runs", dirs_exist_ok=True)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        program = tmp_path / "bin" / name
+        program.write_text(RECORD)
+        program.chmod(stat.S_IRWXU)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.defpath}",
+        "RECORDS": str(tmp_path / "records"),
+    }
+    command = ["bash", str(tmp_path / "runs" / shell_file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [path.read_text().splitlines() for path in (tmp_path / "records").iterdir()]
+
+
+@pytest.mark.parametrize("shell_file", SHELL_FILES)
+def test_every_command_of_a_shell_file_parses(shell_file, tmp_path):
+    commands = run_recorded(shell_file, tmp_path)
+    assert commands
+    directories = []
+    for words in commands:
+        script = check_parses(words)
+        if script.startswith("train_"):
+            directories += [b for a, b in zip(words, words[1:]) if a == "--out-dir"]
+    assert len(directories) == len(set(directories))  # no row trains where another one does
+
+
+def test_a_wrong_command_of_a_shell_file_is_found(tmp_path, capsys):
+    line = "for n in 1 2; do torchrun --nproc_per_node $n train_at.py --beta $n --betta 3; done"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "wrong.sh").write_text(line)
+    commands = run_recorded("wrong.sh", tmp_path)
+    assert sorted(words[2] for words in commands) == ["1", "2"]
+    with pytest.raises(SystemExit):
+        check_parses(commands[0])
+    assert "--betta" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- documents
+
+
+def commands_in(text):
+    """The command lines of python and torchrun in a text, lists of words.
+
+    A command ends with its line (a backslash continues it), a backtick, a comment or a semicolon.
+    Marker lines, <!-- ... -->, are no commands.
+    """
+    text = re.sub("<!--.*-->", "", text)
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        for command in re.findall(r"\b((?:python|torchrun) [^`#;&|]*)", line):
+            if re.search(r"\.py\b|-m [a-z]+", command):
+                commands.append(shlex.split(command))
+    return commands
+
+
+def test_commands_are_found_in_a_text():
+    text = "`python train_at.py --beta 3` and\n    torchrun --nproc_per_node 8 evaluate.py \\\n"
+    text += "  --n-images 5  # a check\nPython is not a command; A=1 python -m runs.report"
+    assert commands_in(text) == [
+        ["python", "train_at.py", "--beta", "3"],
+        ["torchrun", "--nproc_per_node", "8", "evaluate.py", "--n-images", "5"],
+        ["python", "-m", "runs.report"],
     ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_documented_command_parses(document, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])  # whose scripts share modules
-    found = commands((ROOT / document).read_text())
-    if document == "README.md" or document.endswith(".sh") or document.removesuffix(".py") in SCRIPTS:
-        assert found
-    for script, argv in found:
-        if "--synthetic-fraction" in argv and "--synthetic" not in argv:  # the function adds the set
-            argv += ["--synthetic", "set"]
-        importlib.import_module(script).parse_args(argv)
+def test_every_documented_command_parses(document):
+    text = (ROOT / document).read_text()
+    for words in commands_in(text):
+        if words[1:2] != ["-m"] or words[2] not in ("pytest", "pip", "venv"):
+            check_parses(words)
+    for path in re.findall(r"\bruns/\w+\.(?:sh|py)", text):
+        assert (ROOT / path).exists() or "deleted" in text, path
+
+
+@pytest.mark.parametrize("path", python_files(".", *ROOMS, "runs", "benchmarks"), ids=str)
+def test_every_command_of_a_docstring_parses(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    commands = commands_in(docstring)
+    assert commands or path.stem not in SCRIPTS
+    for words in commands:
+        check_parses(words)
+
+
+# -------------------------------------------------------------------------------------- flags
+
+
+def flags_of(script, monkeypatch):
+    """The argparse actions of a script's flags."""
+    parsers = []
+    monkeypatch.setattr(cli.Parser, "print_help", lambda parser: parsers.append(parser))
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    return [action for action in parsers[0]._actions if action.dest != "help"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_flag_and_every_flag_is_read(script, capsys):
-    module = importlib.import_module(script)
-    with pytest.raises(SystemExit) as exit_info:
-        module.parse_args(["--help"])
-    assert exit_info.value.code == 0
-    printed = capsys.readouterr().out
-    source = (ROOT / f"{script}.py").read_text()
-    flags = re.findall(r'add_argument\(\s*"--([\w-]+)"(.*)', source)
+def test_every_flag_is_explained_and_read(script, monkeypatch):
+    paths = [ROOT / f"{script}.py", *python_files("common")]
+    source = "\n".join(path.read_text() for path in paths)
+    flags = flags_of(script, monkeypatch)
     assert len(flags) > 5
-    for flag, rest in flags:
-        name = flag.replace("-", "_")
-        assert f"--{flag}" in printed and "help=" in rest, flag
-        read = re.findall(rf"args\.{name}\b", source)
-        by_name = f'"{name}"' in source.replace(f'"--{flag}"', "")  # settings gathered by getattr
-        assert len(read) > (1 if f"args.{name} = " in source else 0) or by_name, f"--{flag} is never read"
+    for flag in flags:
+        assert flag.help, flag.dest
+        read = rf'args\.{flag.dest}\b(?! = )|"{flag.dest}"'
+        assert re.search(read, source), f"{flag.dest} is never read"
 
 
-def test_flags_do_not_clash_with_torchruns():
-    """torchrun accepts abbreviations, also behind the script's name: `--n 5` would be read as an ambiguous --nnodes."""
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_do_not_clash_with_torchruns(script, monkeypatch):
+    """torchrun takes abbreviations, also behind the script's name: --n would be --nnodes to it."""
     launcher = [option for action in get_args_parser()._actions for option in action.option_strings]
-    for script in SCRIPTS:
-        flags = re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / f"{script}.py").read_text())
-        assert not [f for f in flags if any(option.startswith(f) for option in launcher)], script
+    for flag in flags_of(script, monkeypatch):
+        for option in flag.option_strings:
+            assert not [other for other in launcher if other.startswith(option)], option
 
 
-def test_quickstart_commands_are_those_of_the_readme():
-    """README shows the very lines of runs/quickstart.sh."""
-    readme = (ROOT / "README.md").read_text()
-    for line in (ROOT / "runs" / "quickstart.sh").read_text().splitlines():
-        match = re.match(r"(?:\w+=\S+ )*((?:python|torchrun) .*?)(?: & \w+=\$!)?$", line)
-        if match:
-            assert match[1].replace("$out", "out/quickstart") in readme, match[1]
+# ------------------------------------------------------------------------------------ imports
 
 
-def test_line_budgets():
-    for script in SCRIPTS:
-        assert len((ROOT / f"{script}.py").read_text().splitlines()) <= (505 if script == "train_at_aux" else 400), script
-    assert sum(len(p.read_text().splitlines()) for p in ROOT.glob("common/*.py")) <= 4250
+def imports_of(path):
+    """Names of the modules that a file imports, "common.data" for `from common import data`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_imports_go_one_way():
-    """Scripts import common; common imports no script; dist, ema, checkpoint, runlog and attacks import nothing of ours but cli."""
-    allowed = {"dist": {"cli"}, "cli": set(), "ema": set(), "attacks": set(), "checkpoint": {"cli"}, "runlog": {"cli", "checkpoint"}}
-    for path in ROOT.glob("common/*.py"):
-        imported = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                imported |= {node.module} if node.module != "common" else {f"common.{a.name}" for a in node.names}
-            elif isinstance(node, ast.Import):
-                imported |= {a.name for a in node.names}
-        assert not imported & set(SCRIPTS), path
-        ours = {name.removeprefix("common.").split(".")[0] for name in imported if name.startswith("common")}
-        assert ours <= allowed.get(path.stem, ours), path
+def test_imports_go_down_only():
+    """Scripts import rooms and common, rooms import common, and common none of them."""
+    everything = {*SCRIPTS, *ROOMS, "common", "runs", "benchmarks"}
+    allowed = {"common": {"common"}, ".": {"common", *ROOMS}}
+    allowed |= {room: {"common", room} for room in ROOMS}
+    allowed["runs"] = everything - {"benchmarks"}
+    allowed["benchmarks"] = everything - {"runs"}
+    for folder, expected in allowed.items():
+        for path in python_files(folder):
+            imported = {name.split(".")[0] for name in imports_of(path)} & everything
+            assert imported <= expected, f"{path} imports {imported - expected}"
+
+
+# ------------------------------------------------------------------------------------ documents
+
+
+def test_readme_is_one_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    assert len(text.split()) <= 2000
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name.endswith(".md")])
+def test_links_resolve(document):
+    """Files that a page links are there, and so are the headings that a link names."""
+    path = ROOT / document
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)
+            anchors = [
+                re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings
+            ]
+            assert anchor in anchors, link

@@ -1,6 +1,8 @@
-"""The ImageNet command as a whole: JPEGs, workers, two ranks, a DiT teacher, kill -9, resume, evaluation.
+"""The ImageNet command as a whole: JPEGs, workers, two ranks, a DiT teacher, kill -9, resume,
+evaluation.
 
-On the CPU, with a made ImageFolder of 1,000 classes and a DiT of four blocks. Alone: python -m pytest tests/test_imagenet.py
+On the CPU, with a made ImageFolder of 1,000 classes and a DiT of four blocks.
+Alone: python -m pytest tests/test_imagenet.py
 """
 
 import contextlib
@@ -12,19 +14,21 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, assert_equal_states, python, read_log
 from PIL import Image
-from test_teachers import dit_dir  # noqa: F401 - a fixture
 
-from common import checkpoint
+from common import files
 
 
 @pytest.fixture(scope="module")
 def imagenet_dir(tmp_path_factory):
-    """train/ and val/ with one JPEG in each of 1,000 class folders, all of other sizes and colours."""
-    root, rng = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    """train/ and val/ with one JPEG in each of 1,000 class folders, of many sizes and colours."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for k in range(1000):
             folder = root / split / f"n{k:08d}"
@@ -34,39 +38,105 @@ def imagenet_dir(tmp_path_factory):
     return root
 
 
-def test_imagenet_on_two_ranks_killed_resumed_evaluated(imagenet_dir, dit_dir, tmp_path):  # noqa: F811
-    argv = ["train_at_aux.py", "--dataset", "imagenet", "--data-dir", imagenet_dir, "--teacher", dit_dir, "--model", "resnet50"]
-    argv += ["--val-size", "2", "--n-train", "12", "--batch-size", "4", "--epochs", "2", "--eval-n-steps", "1", "--workers", "1"]
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    python(*argv, "--out-dir", straight, ranks=2)
+@pytest.fixture(scope="module")
+def tiny_dit_dir(tmp_path_factory):
+    """The kind of facebook/DiT-XL-2-256, tiny: 4 blocks, 64 pixels, latents of 8 x 8."""
+    torch.manual_seed(0)
+    net = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    for parameter in net.parameters():  # diffusers starts the last layers with zeros
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8] * 4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.18215,
+    )
+    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    path = tmp_path_factory.mktemp("dit")
+    diffusers.DiTPipeline(net, vae, scheduler).save_pretrained(path)
+    return str(path)
 
-    # Three steps, a checkpoint, and SIGKILL to launcher and ranks at once.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([*launcher, *map(str, argv), "--out-dir", str(cut)], cwd=ROOT, env=environment)
+
+@pytest.fixture(scope="module")
+def train_command(imagenet_dir, tiny_dit_dir):
+    """Six steps of two epochs, with a checkpoint after three; --out-dir is to be added."""
+    options = "--val-size 2 --n-train 12 --batch-size 4 --epochs 2 --eval-n-steps 1 --workers 1"
+    return [
+        "train_at_aux.py",
+        *["--dataset", "imagenet", "--data-dir", str(imagenet_dir)],
+        *["--teacher", tiny_dit_dir, "--model", "resnet50", *options.split()],
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(train_command, tmp_path_factory):
+    """The run directory of a training that nothing interrupted."""
+    out_dir = tmp_path_factory.mktemp("runs") / "straight"
+    python(*train_command, "--out-dir", out_dir, ranks=2)
+    return out_dir
+
+
+def kill_all(word):
+    """SIGKILL to every process with this word in its command line."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(word).encode() in process.read_bytes():
+                os.kill(int(process.parent.name), signal.SIGKILL)
+
+
+def test_a_run_killed_and_resumed_is_the_straight_run(straight, train_command, tmp_path):
+    cut = tmp_path / "cut"
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    job = subprocess.Popen(
+        [sys.executable, *launcher, *train_command, "--out-dir", str(cut)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     while not (cut / "last.pt").exists() and job.poll() is None:
         time.sleep(0.02)
-    for process in Path("/proc").glob("[0-9]*/cmdline"):  # the launcher first, then its ranks and their workers
-        with contextlib.suppress(OSError):
-            if str(cut).encode() in process.read_bytes():
-                os.kill(int(process.parent.name), signal.SIGKILL)
+    kill_all(cut)  # the launcher, its ranks and their workers at once
     job.wait()
-    assert checkpoint.load(cut / "last.pt", {})["step"] == 3
+    assert files.load(cut / "last.pt", {})["step"] == 3
     time.sleep(1)  # the ranks are the launcher's children, not ours to wait for
-    python(*argv, "--out-dir", cut, ranks=2)
-    assert_equal_states(checkpoint.load(cut / "last.pt", {}), checkpoint.load(straight / "last.pt", {}))
-    assert read_log(cut) == read_log(straight) and [line["step"] for line in read_log(cut)] == [3, 6]
-    arguments = json.loads((cut / "args.json").read_text())
-    assert (arguments["attack"], arguments["block"], arguments["eps"]) == ("apgd", "transformer_blocks.1", 4 / 255)
 
-    argv = ["--dataset", "imagenet", "--data-dir", imagenet_dir, "--checkpoint", cut / "best.pt", "--attack", "pgd", "--n-steps", "1"]
-    python("evaluate.py", *argv, "--n-restarts", "1", "--n-images", "4", "--batch-size", "2", ranks=2)
-    chosen = [f"n{k:08d}/{k}.JPEG" for k in (7, 999, 0)]
-    (tmp_path / "list.txt").write_text("\n".join(chosen) + "\n")
-    python("evaluate.py", *argv[:-4], "--attack", "clean", "--image-list", tmp_path / "list.txt")
-    assert np.load(cut / "results-best-clean-linf-0.01569-listed.npz")["label"].tolist() == [7, 999, 0]
-    (tmp_path / "list.txt").write_text("n00000001/2.JPEG\n")
-    done = python("evaluate.py", *argv[:-4], "--attack", "clean", "--image-list", tmp_path / "list.txt", expect=2)
-    assert "'n00000001/2.JPEG' is not among the images" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    result = json.loads((cut / "results-best-pgd-linf-0.01569-n4.json").read_text())
-    assert result["n"] == 4 and result["dataset"] == "imagenet" and 0 <= result["robust"] <= result["clean"] <= 1
+    python(*train_command, "--out-dir", cut, ranks=2)
+    assert_equal_states(files.load(cut / "last.pt", {}), files.load(straight / "last.pt", {}))
+    assert read_log(cut) == read_log(straight)
+    assert [line["step"] for line in read_log(cut)] == [3, 6]
+    arguments = json.loads((cut / "args.json").read_text())
+    assert arguments["attack"] == "apgd"
+    assert arguments["block"] == "transformer_blocks.1"
+    assert arguments["eps"] == 4 / 255
+
+
+def test_evaluation(straight, imagenet_dir, tmp_path):
+    argv = ["evaluate.py", "--dataset", "imagenet", "--data-dir", imagenet_dir]
+    argv += ["--checkpoint", straight / "best.pt"]
+
+    options = "--attack pgd --n-steps 1 --n-restarts 1 --n-images 4 --batch-size 2"
+    python(*argv, *options.split(), ranks=2)
+    result = json.loads((straight / "results-best-pgd-linf-0.01569-n4.json").read_text())
+    assert result["n"] == 4 and result["dataset"] == "imagenet"
+    assert 0 <= result["robust"] <= result["clean"] <= 1
+
+    image_list = tmp_path / "list.txt"
+    argv += ["--attack", "clean", "--image-list", image_list]
+    image_list.write_text("n00000007/7.JPEG\nn00000999/999.JPEG\nn00000000/0.JPEG\n")
+    python(*argv)
+    per_image = np.load(straight / "results-best-clean-linf-0.01569-listed.npz")
+    assert per_image["label"].tolist() == [7, 999, 0]
+
+    image_list.write_text("n00000001/2.JPEG\n")
+    (line,) = python(*argv, expect=2).stderr.splitlines()
+    assert "'n00000001/2.JPEG' is not among the images" in line

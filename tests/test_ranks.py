@@ -1,7 +1,8 @@
 """Two gloo processes do what one does. Alone: python -m pytest tests/test_ranks.py
 
-Training equals one process at the same global batch on a network without batch statistics (ranks_helper.py swaps
-BatchNorm for GroupNorm); with BatchNorm, the ranks end bit-equal. Generation, extraction and evaluation are byte-equal.
+Training equals one process at the same global batch on a network without batch statistics
+(ranks_helper.py swaps BatchNorm for GroupNorm); with BatchNorm, the ranks end bit-equal.
+Generation, extraction and evaluation are byte-equal.
 """
 
 import json
@@ -11,9 +12,9 @@ import pytest
 import torch
 from conftest import assert_equal_states, python, read_log
 
-from common import checkpoint, cli, dist
+from common import UserError, files, run
 
-SHORT = ["--epochs", "2", "--batch-size", "100", "--n-steps", "2", "--eval-every", "1", "--eval-n-steps", "2", "--lr", "0.05"]
+SHORT = "--epochs 2 --batch-size 100 --n-steps 2 --eval-every 1 --eval-n-steps 2 --lr 0.05".split()
 
 
 @pytest.mark.parametrize("script", ["train_at.py", "train_at_aux.py"])
@@ -24,9 +25,20 @@ def test_training_on_two_ranks_equals_one(script, tmp_path, diffusion_dir, synth
     states = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        parts = ["--accumulate", "2"] if ranks == 2 and script == "train_at_aux.py" else []  # gradients meet in the last part alone
-        python("tests/ranks_helper.py", script, "groupnorm", *argv, *parts, "--out-dir", out, ranks=ranks)
-        states.append(checkpoint.load(out / "last.pt", {}))
+        parts = (
+            ["--accumulate", "2"] if ranks == 2 and script == "train_at_aux.py" else []
+        )  # gradients meet in the last part alone
+        python(
+            "tests/ranks_helper.py",
+            script,
+            "groupnorm",
+            *argv,
+            *parts,
+            "--out-dir",
+            out,
+            ranks=ranks,
+        )
+        states.append(files.load(out / "last.pt", {}))
     for key, value in states[0]["model"].items():
         assert torch.allclose(value, states[1]["model"][key], atol=1e-5), key
     for one, two in zip(*(read_log(tmp_path / str(r)) for r in (1, 2))):
@@ -34,10 +46,19 @@ def test_training_on_two_ranks_equals_one(script, tmp_path, diffusion_dir, synth
 
 
 def test_ranks_end_bit_equal_and_rank_0_alone_writes(tmp_path, diffusion_dir):
-    """The real command, BatchNorm and all; each rank leaves a digest of its model, average and head."""
+    """The real command, BatchNorm and all; each rank leaves a digest of its model, average and
+    head.
+    """
     out = tmp_path / "run"
     argv = [*SHORT, "--teacher", diffusion_dir, "--block", "mid_block", "--out-dir", out]
-    python("tests/ranks_helper.py", "train_at_aux.py", "digest", *argv, ranks=2, env={"DIGESTS": str(tmp_path)})
+    python(
+        "tests/ranks_helper.py",
+        "train_at_aux.py",
+        "digest",
+        *argv,
+        ranks=2,
+        env={"DIGESTS": str(tmp_path)},
+    )
     digests = [json.loads((tmp_path / f"digest-{rank}.json").read_text()) for rank in (0, 1)]
     assert digests[0] == digests[1] and len(digests[0]) > 50
     assert any("running_mean" in key for key in digests[0])
@@ -45,41 +66,72 @@ def test_ranks_end_bit_equal_and_rank_0_alone_writes(tmp_path, diffusion_dir):
     assert [line["step"] for line in read_log(out)] == [8, 16]
 
 
+# train_at.py, with an attack in the second epoch that fails.
+STOPS = """
+import sys
+sys.path.insert(0, ".")
+sys.argv = sys.argv[1:]
+import train_at
+from common import attacks
+real = attacks.pgd
+calls = []
+def pgd(*args, **kwargs):
+    calls.append(1)
+    return real(*args, **kwargs) if len(calls) < 12 else 1 / 0
+attacks.pgd = pgd
+train_at.main(train_at.parse_args(sys.argv[1:]))
+"""
+
+
 def test_resume_under_two_ranks(tmp_path):
-    """Cut after its first epoch and started again under two ranks: the weights and the log of two ranks without a cut."""
+    """Cut after its first epoch and started again under two ranks: the weights and the log of two
+    ranks without a cut.
+    """
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     python("train_at.py", *SHORT, "--out-dir", straight, ranks=2)
-    kept = "import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; import train_at; from common import dist, attacks, cli"
-    stop = "real, calls = attacks.pgd, []; attacks.pgd = lambda *a, **k: (calls.append(1), real(*a, **k) if len(calls) < 12 else 1 / 0)[1]"
-    (tmp_path / "stop.py").write_text(f"{kept}\n{stop}\ntrain_at.main(train_at.parse_args(sys.argv[1:]))\n")
+    (tmp_path / "stop.py").write_text(STOPS)
     done = python(tmp_path / "stop.py", "train_at.py", *SHORT, "--out-dir", cut, ranks=2, expect=1)
-    assert "ZeroDivisionError" in done.stderr and checkpoint.load(cut / "last.pt", {})["step"] == 8
+    assert "ZeroDivisionError" in done.stderr and files.load(cut / "last.pt", {})["step"] == 8
     python("train_at.py", *SHORT, "--out-dir", cut, ranks=2)
-    assert_equal_states(checkpoint.load(cut / "last.pt", {}), checkpoint.load(straight / "last.pt", {}))
+    assert_equal_states(files.load(cut / "last.pt", {}), files.load(straight / "last.pt", {}))
     assert read_log(cut) == read_log(straight)
 
 
 def test_an_error_of_another_rank_alone_is_printed(tmp_path):
     program = (
-        "import sys; sys.path.insert(0, '.'); from common import cli, dist\n"
-        "def main(args):\n    rank, _, _ = dist.setup()\n"
-        "    if rank == 1: raise cli.UserError('--flag 3: found by this rank alone')\n    dist.barrier()\n"
-        "cli.run(main, None)\n"
+        "import sys; sys.path.insert(0, '.'); from common import UserError, cli, run\n"
+        "def main(args):\n    rank, _, _ = run.start_processes()\n"
+        "    if rank == 1: raise UserError('--flag 3: found by this rank alone')\n"
+        "    run.barrier()\n"
+        "cli.run_script(main, None)\n"
     )
     (tmp_path / "one.py").write_text(program)
-    assert "[rank 1] one.py: error: --flag 3: found by this rank alone" in python(tmp_path / "one.py", ranks=2, expect=1).stderr
+    assert (
+        "[rank 1] one.py: error: --flag 3: found by this rank alone"
+        in python(tmp_path / "one.py", ranks=2, expect=1).stderr
+    )
 
 
 def test_generation_does_not_depend_on_ranks(tmp_path, diffusion_dir, synthetic_dir):
-    argv = ["--diffusion", diffusion_dir, "--n-images", "64", "--shard-size", "24", "--n-steps", "3", "--batch-size", "16"]
+    argv = [
+        "--diffusion",
+        diffusion_dir,
+        *"--n-images 64 --shard-size 24 --n-steps 3 --batch-size 16".split(),
+    ]
     python("generate_synthetic.py", *argv, "--out-dir", tmp_path / "two", ranks=2)
     for path in sorted((tmp_path / "two").glob("*.npy")) + [tmp_path / "two" / "manifest.json"]:
-        assert path.read_bytes() == (tmp_path.__class__(synthetic_dir) / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (tmp_path.__class__(synthetic_dir) / path.name).read_bytes(), (
+            path.name
+        )
     assert len(list((tmp_path / "two").glob("*.npy"))) == 6
 
 
 def test_extraction_does_not_depend_on_ranks(tmp_path, diffusion_dir):
-    argv = ["--diffusion", diffusion_dir, "--blocks", "mid_block", "up_blocks.0.resnets.0", "--sigmas", "0.1", "0.5", "--batch-size", "64"]
+    argv = [
+        "--diffusion",
+        diffusion_dir,
+        *"--blocks mid_block up_blocks.0.resnets.0 --sigmas 0.1 0.5 --batch-size 64".split(),
+    ]
     for ranks in (1, 2):
         python("extract_features.py", *argv, "--out-dir", tmp_path / str(ranks), ranks=ranks)
     names = sorted(p.name for p in (tmp_path / "1").glob("*.npy"))
@@ -91,7 +143,11 @@ def test_extraction_does_not_depend_on_ranks(tmp_path, diffusion_dir):
 def test_evaluation_does_not_depend_on_ranks(tmp_path):
     python("train_at.py", *SHORT, "--out-dir", tmp_path / "run")
     for ranks in (1, 2):
-        argv = ["--checkpoint", tmp_path / "run" / "best.pt", "--attack", "apgd", "--eps", "0.03", "--n-images", "50", "--batch-size", "30"]
+        argv = [
+            "--checkpoint",
+            tmp_path / "run" / "best.pt",
+            *"--attack apgd --eps 0.03 --n-images 50 --batch-size 30".split(),
+        ]
         argv += ["--sanity-images", "10"]
         python("evaluate.py", *argv, "--out", tmp_path / f"{ranks}.json", ranks=ranks)
     one, two = (np.load(tmp_path / f"{ranks}.npz") for ranks in (1, 2))
@@ -104,5 +160,7 @@ def test_a_process_without_a_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(cli.UserError, match="--nproc_per_node: process 2 of this node has no GPU, torch sees 1"):
-        dist.setup()
+    with pytest.raises(
+        UserError, match="--nproc_per_node: process 2 of this node has no GPU, torch sees 1"
+    ):
+        run.start_processes()

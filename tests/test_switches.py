@@ -1,6 +1,8 @@
-"""What makes training fast or large leaves its losses as they are: precision, compilation, accumulation, fused updates.
+"""What makes training fast or large leaves its losses as they are: precision, compilation,
+accumulation, fused updates.
 
-And what a run may start or go on with: other weights, another number of processes. Alone: python -m pytest tests/test_switches.py
+And what a run may start or go on with: other weights, another number of processes. Alone: python -m
+pytest tests/test_switches.py
 """
 
 import json
@@ -14,7 +16,9 @@ from test_train import GOLDEN, TINY, run_at, run_aux
 import evaluate
 import train_at
 import train_at_aux
-from common import attacks, checkpoint, cli, data, models
+from common import UserError, attacks, files, models
+from published.datasets import DATASETS
+from published.weights import load_classifier
 
 
 def golden(script):
@@ -26,17 +30,33 @@ def losses(path, key="loss"):
 
 
 def test_bf16_keeps_the_golden_losses_and_the_state_in_fp32(tmp_path, diffusion_dir, synthetic_dir):
-    """To 0.005: eight bits of mantissa in the passes; loss, weights, averages and optimiser state stay float32."""
+    """To 0.005: eight bits of mantissa in the passes; loss, weights, averages and optimiser state
+    stay float32.
+    """
     state = run_at(tmp_path / "at", "--precision", "bf16")
-    assert losses(tmp_path / "at") == pytest.approx(golden("train_at"), abs=5e-3) and losses(tmp_path / "at") != golden("train_at")
+    assert losses(tmp_path / "at") == pytest.approx(golden("train_at"), abs=5e-3) and losses(
+        tmp_path / "at"
+    ) != golden("train_at")
     assert all(t.dtype == torch.float32 for t in state["model"].values() if t.is_floating_point())
-    run_aux(tmp_path / "aux", diffusion_dir, "--synthetic", synthetic_dir, "--align", "both", "--precision", "bf16")
+    run_aux(
+        tmp_path / "aux",
+        diffusion_dir,
+        "--synthetic",
+        synthetic_dir,
+        "--align",
+        "both",
+        "--precision",
+        "bf16",
+    )
     assert losses(tmp_path / "aux") == pytest.approx(golden("train_at_aux"), abs=2e-2)
-    assert losses(tmp_path / "aux", "align") == pytest.approx(golden("align"), abs=2e-2)
+    cosines = [1 - loss for loss in losses(tmp_path / "aux", "loss_aux")]
+    assert cosines == pytest.approx(golden("align"), abs=2e-2)
 
 
 def test_bf16_is_for_passes_alone(tmp_path, monkeypatch):
-    """The attack's and the training loss see float32 though logits are bfloat16; validation is float32 throughout."""
+    """The attack's and the training loss see float32 though logits are bfloat16; validation is
+    float32 throughout.
+    """
     seen = {"attack": set(), "loss": set()}
     attack_losses, at_loss = attacks.attack_losses, train_at.at_loss
 
@@ -53,7 +73,10 @@ def test_bf16_is_for_passes_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(attacks, "attack_losses", watch_attack)
     monkeypatch.setattr(train_at, "at_loss", watch_loss)
     run_at(tmp_path / "run", "--precision", "bf16", "--epochs", "1")
-    assert seen["attack"] == {(torch.bfloat16, torch.float32, "kl"), (torch.float32, torch.float32, "margin")}
+    assert seen["attack"] == {
+        (torch.bfloat16, torch.float32, "kl"),
+        (torch.float32, torch.float32, "margin"),
+    }
     assert seen["loss"] == {(torch.bfloat16, torch.bfloat16, torch.float32)}
 
 
@@ -74,24 +97,36 @@ def without_batchnorm(monkeypatch):
 
 @pytest.mark.parametrize("script", ["at", "aux"])
 def test_accumulated_parts_add_up_to_the_batch(script, tmp_path, monkeypatch, diffusion_dir):
-    """Without batch statistics, four parts of a batch give the loss and the weights of the whole, to rounding."""
+    """Without batch statistics, four parts of a batch give the loss and the weights of the whole,
+    to rounding.
+    """
     without_batchnorm(monkeypatch)
     states = []
     for parts in ("1", "4"):
         argv = ["--accumulate", parts, "--epochs", "2"]
-        states.append(run_at(tmp_path / parts, *argv) if script == "at" else run_aux(tmp_path / parts, diffusion_dir, *argv))
+        states.append(
+            run_at(tmp_path / parts, *argv)
+            if script == "at"
+            else run_aux(tmp_path / parts, diffusion_dir, *argv)
+        )
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), abs=1e-4)
     for key, value in states[0]["model"].items():
         assert torch.allclose(value, states[1]["model"][key], atol=1e-4), key
-    with pytest.raises(cli.UserError, match="--batch-size 200: not divisible by 1 processes with --accumulate 3"):
+    with pytest.raises(
+        UserError, match="--batch-size 200: not divisible by 1 processes with --accumulate 3"
+    ):
         run_at(tmp_path / "x", "--accumulate", "3")
 
 
 def test_fused_updates_are_the_same_updates(tmp_path, monkeypatch, request):
-    """On a GPU the optimisers are fused; the fused kernels, where they run on the CPU, give the golden losses to 1e-4."""
+    """On a GPU the optimisers are fused; the fused kernels, where they run on the CPU, give the
+    golden losses to 1e-4.
+    """
     for name in ("SGD", "AdamW"):
         real = getattr(torch.optim, name)
-        monkeypatch.setattr(torch.optim, name, lambda *a, real=real, **k: real(*a, **k | {"fused": True}))
+        monkeypatch.setattr(
+            torch.optim, name, lambda *a, real=real, **k: real(*a, **k | {"fused": True})
+        )
     run_at(tmp_path / "sgd")
     assert losses(tmp_path / "sgd") == pytest.approx(golden("train_at"), abs=1e-4)
     run_at(tmp_path / "fused", "--optimizer", "adamw", "--lr", "0.001", "--epochs", "1")
@@ -100,30 +135,60 @@ def test_fused_updates_are_the_same_updates(tmp_path, monkeypatch, request):
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
+
+
+def assert_settings(args, **expected):
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_the_base_schedule_over_all_its_steps():
-    """39,200 steps of the CIFAR-10 recipe against the base code's order of things, re-implemented with torch's scheduler.
+    """39,200 steps of the CIFAR-10 recipe, against the base code's order of things.
 
-    There: OneCycleLR steps once per epoch of 98 steps; the average copies the model for the first 2.5 % of the steps, then
-    follows it with min(0.995, (1 + d) / (10 + d)).
+    There torch's OneCycleLR steps once per epoch of 98 steps. The average copies the model for the
+    first 2.5 % of the steps, then follows it with min(0.995, (1 + d) / (10 + d)).
     """
     args = train_at.parse_args(["--dataset", "cifar10"])
-    assert (args.epochs, args.batch_size, args.lr, args.beta, args.n_steps, args.ema_decay) == (400, 512, 0.2, 5, 10, 0.995)
-    assert (args.model, args.optimizer, args.weight_decay, args.bn_momentum, args.label_smoothing) == ("wrn-28-10", "sgd", 5e-4, 0.01, 0.1)
-    assert (args.eval_n_steps, args.eval_every, args.val_size, args.attack_bn, args.clip_norm) == (40, 1, 1024, "batch", None)
-    assert (args.eps, args.step_size, args.loss, args.mixup, args.cutmix) == (8 / 255, 2 / 255, "trades", 0, 0)
+    assert_settings(
+        args,
+        model="wrn-28-10",
+        loss="trades",
+        beta=5,
+        label_smoothing=0.1,
+        mixup=0,
+        cutmix=0,
+        eps=8 / 255,
+        step_size=2 / 255,
+        n_steps=10,
+        attack_bn="batch",
+        optimizer="sgd",
+        epochs=400,
+        batch_size=512,
+        lr=0.2,
+        weight_decay=5e-4,
+        clip_norm=None,
+        bn_momentum=0.01,
+        ema_decay=0.995,
+        val_size=1024,
+        eval_every=1,
+        eval_n_steps=40,
+    )
     steps_per_epoch = math.ceil(args.epoch_images / args.batch_size)  # as main has it
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9, nesterov=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=400, pct_start=0.025)
+    optimizer = torch.optim.SGD(
+        [torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9, nesterov=True
+    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.2, total_steps=400, pct_start=0.025
+    )
     step, train_steps = 0, 400 * steps_per_epoch
     assert train_steps == 39_200
     for epoch in range(400):
         group = optimizer.param_groups[0]
         for _ in range(steps_per_epoch):
             lr, momentum = train_at.one_cycle(step // steps_per_epoch, args)
-            assert math.isclose(lr, group["lr"], rel_tol=1e-9, abs_tol=1e-12) and math.isclose(momentum, group["momentum"], rel_tol=1e-9)
+            assert math.isclose(lr, group["lr"], rel_tol=1e-9, abs_tol=1e-12) and math.isclose(
+                momentum, group["momentum"], rel_tol=1e-9
+            )
             since = step - 0.025 * train_steps
             expected = 0.0 if step < 980 else min(0.995, (1 + since) / (10 + since))
             assert train_at.ema_decay_at(step, train_steps, args) == expected
@@ -139,14 +204,35 @@ def test_the_batch_of_the_base_recipe_is_154_real_and_358_synthetic():
 
 
 def test_warmup_and_cosine():
-    """Linear to the peak over the warm-up, half a cosine to the final rate: against the plain formula at every step."""
+    """Linear to the peak over the warm-up, half a cosine to the final rate: against the plain
+    formula at every step.
+    """
     args = train_at.parse_args(["--dataset", "imagenet"])
-    assert (args.optimizer, args.lr, args.final_lr, args.betas, args.weight_decay) == ("adamw", 1e-3, 5e-6, (0.9, 0.95), 0.05)
-    assert (args.loss, args.attack, args.n_steps, args.attack_bn, args.eps) == ("pgd", "apgd", 2, "running", 4 / 255)
-    assert (args.mixup, args.cutmix, args.ema_decay, args.label_smoothing) == (0.8, 1.0, 0.9999, 0.1)
+    assert_settings(
+        args,
+        loss="pgd",
+        attack="apgd",
+        n_steps=2,
+        attack_bn="running",
+        eps=4 / 255,
+        mixup=0.8,
+        cutmix=1.0,
+        label_smoothing=0.1,
+        optimizer="adamw",
+        lr=1e-3,
+        final_lr=5e-6,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        ema_decay=0.9999,
+    )
     rates = [train_at.warmup_cosine(step, 1000, args) for step in range(1000)]
     assert rates[:100] == pytest.approx([1e-3 * (s + 1) / 100 for s in range(100)])
-    assert rates[100:] == pytest.approx([5e-6 + (1e-3 - 5e-6) * (1 + math.cos(math.pi * (s - 100) / 899)) / 2 for s in range(100, 1000)])
+    assert rates[100:] == pytest.approx(
+        [
+            5e-6 + (1e-3 - 5e-6) * (1 + math.cos(math.pi * (s - 100) / 899)) / 2
+            for s in range(100, 1000)
+        ]
+    )
     assert rates[-1] == pytest.approx(5e-6) and max(rates) == rates[99] == rates[100]
     args.warmup_fraction = 0
     assert train_at.warmup_cosine(0, 10, args) == pytest.approx(1e-3)
@@ -154,25 +240,35 @@ def test_warmup_and_cosine():
 
 
 def test_vits_have_a_recipe_of_their_own():
-    vit, wrn = (train_at_aux.parse_args(["--dataset", "cifar10", "--model", name]) for name in ("vit-b-2", "wrn-70-16"))
+    vit, wrn = (
+        train_at_aux.parse_args(["--dataset", "cifar10", "--model", name])
+        for name in ("vit-b-2", "wrn-70-16")
+    )
     assert (vit.optimizer, vit.lr, vit.weight_decay, vit.batch_size) == ("adamw", 1e-3, 0.05, 512)
     assert (wrn.optimizer, wrn.lr) == ("sgd", 0.2)
-    assert train_at.parse_args(["--dataset", "cifar10", "--model", "vit-b-2", "--lr", "0.3"]).lr == 0.3
+    assert (
+        train_at.parse_args(["--dataset", "cifar10", "--model", "vit-b-2", "--lr", "0.3"]).lr == 0.3
+    )
 
 
 def test_adamw_and_a_vit_learn(tmp_path):
-    """ViT-S/2 on digits, its own recipe: the loss falls, the weights stay finite, the checkpoint evaluates."""
-    argv = ["--model", "vit-s-2", "--epochs", "10", "--batch-size", "16", "--n-steps", "1", "--eval-n-steps", "1", "--eval-every", "5"]
-    argv += ["--out-dir", str(tmp_path / "vit"), "--val-size", "20", "--n-train", "16", "--lr", "0.0003"]
+    """ViT-S/2 on digits, its own recipe: the loss falls, the weights stay finite, the checkpoint
+    evaluates.
+    """
+    argv = "--model vit-s-2 --epochs 10 --batch-size 16 --n-steps 1".split()
+    argv += "--eval-n-steps 1 --eval-every 5".split()
+    argv += ["--out-dir", str(tmp_path / "vit"), *"--val-size 20 --n-train 16 --lr 0.0003".split()]
     train_at.main(train_at.parse_args(argv))
     assert losses(tmp_path / "vit")[-1] < losses(tmp_path / "vit")[0] - 0.1
-    model, state = models.load_classifier(str(tmp_path / "vit" / "best.pt"), DIGITS, "cpu")
+    model, state = load_classifier(str(tmp_path / "vit" / "best.pt"), DIGITS, "cpu")
     assert state["model_name"] == "vit-s-2" and model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_apgd_mixing_and_adamw_as_for_imagenet(tmp_path, diffusion_dir):
-    """The ImageNet recipe's parts on digits: CE on mixed images under APGD-2, resumed as if nothing had happened."""
-    argv = ["--loss", "pgd", "--attack", "apgd", "--attack-bn", "running", "--optimizer", "adamw", "--lr", "0.003"]
+    """The ImageNet recipe's parts on digits: CE on mixed images under APGD-2, resumed as if nothing
+    had happened.
+    """
+    argv = "--loss pgd --attack apgd --attack-bn running --optimizer adamw --lr 0.003".split()
     argv += ["--mixup", "0.8", "--cutmix", "1.0"]
     straight = run_aux(tmp_path / "straight", diffusion_dir, *argv)
     assert losses(tmp_path / "straight")[-1] < losses(tmp_path / "straight")[0]
@@ -195,8 +291,11 @@ def test_apgd_mixing_and_adamw_as_for_imagenet(tmp_path, diffusion_dir):
 @pytest.mark.parametrize(
     "argv,words",
     [
-        (["--attack", "apgd"], "goes with --loss pgd"),
-        (["--teacher-label", "true", "--loss", "pgd", "--mixup", "0.8"], "mixed images have no true label"),
+        (["--attack", "apgd"], "give --attack pgd"),
+        (
+            ["--teacher-label", "true", "--loss", "pgd", "--mixup", "0.8"],
+            "mixed images have no true label",
+        ),
         (["--optimizer", "lion"], "--optimizer"),
         (["--precision", "fp16"], "--precision"),
     ],
@@ -208,56 +307,94 @@ def test_combinations_that_mean_nothing(argv, words, capsys):
     assert exit_info.value.code == 2 and words in printed and len(printed.splitlines()) == 1
 
 
-# ------------------------------------------------------------------------------------------------- beginnings and ends
+# ------------------------------------------------------------------------------ beginnings and ends
 
 
 def test_init_starts_from_other_weights(tmp_path, capsys):
-    """A DM-AT file, and this project's best.pt: the first validation already knows the classes; a changed file is noticed."""
-    run_at(tmp_path / "first", "--loss", "standard", "--epochs", "8")
-    best = checkpoint.load(tmp_path / "first" / "best.pt", {})
+    """From a DM-AT file and from best.pt: the first validation already knows the classes."""
+    first = tmp_path / "first"
+    argv = "--loss standard --epochs 8 --batch-size 200 --lr 0.05 --eval-every 1 --eval-n-steps 2"
+    train_at.main(train_at.parse_args([*argv.split(), "--out-dir", str(first)]))
+    best = files.load(first / "best.pt", {})
     foreign = tmp_path / "weights-best.pt"
-    torch.save({"model_state_dict": {f"module.0.{k}": v for k, v in best["weights"].items()}, "epoch": 3}, foreign)
-    starts = {}
-    for name, file in (("own", tmp_path / "first" / "best.pt"), ("foreign", foreign)):
-        starts[name] = run_at(tmp_path / name, "--init", str(file), "--epochs", "1", "--lr", "1e-6", "--warmup-fraction", "0")
-    assert_equal_states(starts["own"]["model"], starts["foreign"]["model"])
-    # After steps too small to learn anything it is still the model it was, BatchNorm's statistics too.
-    started = checkpoint.load(tmp_path / "own" / "best.pt", {})["val_clean_acc"]
-    assert started == pytest.approx(best["val_clean_acc"], abs=0.1) and best["val_clean_acc"] > 0.2
-    results = {}
-    for name, file, more in (("own", tmp_path / "first" / "best.pt", []), ("foreign", foreign, ["--model", "wrn-10-1"])):
-        argv = ["--checkpoint", str(file), *more, "--attack", "clean", "--out", str(tmp_path / f"{name}.json")]
-        evaluate.main(evaluate.parse_args(argv))
-        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
-    assert results["own"]["clean_correct"] == results["foreign"]["clean_correct"] > 150  # of 797, ten classes
+    weights = {f"module.0.{name}": tensor for name, tensor in best["weights"].items()}
+    torch.save({"model_state_dict": weights, "epoch": 3}, foreign)
+    tiny_steps = "--epochs 1 --lr 1e-6 --warmup-fraction 0 --init".split()
+    own_start = run_at(tmp_path / "own", *tiny_steps, str(first / "best.pt"))
+    foreign_start = run_at(tmp_path / "foreign", *tiny_steps, str(foreign))
+    assert_equal_states(own_start["model"], foreign_start["model"])
+    # After steps too small to learn anything it is still the same model, BatchNorm's statistics
+    # included.
+    started = files.load(tmp_path / "own" / "best.pt", {})["val_clean_acc"]
+    assert started == pytest.approx(best["val_clean_acc"], abs=0.1)
+    assert best["val_clean_acc"] > 0.2
+
+    def n_correct(name, *argv):
+        out = tmp_path / f"{name}.json"
+        flags = [*argv, "--attack", "clean", "--out", str(out)]
+        evaluate.main(evaluate.parse_args(["--checkpoint", *flags]))
+        return json.loads(out.read_text())["clean_correct"]
+
+    own = n_correct("own", str(first / "best.pt"))
+    assert own == n_correct("foreign", str(foreign), "--model", "wrn-10-1")
+    assert own > 150  # of 797, ten classes
     assert "note: trained against" not in capsys.readouterr().out
-    with pytest.raises(cli.UserError, match="name the network of its weights with --model"):
+    with pytest.raises(UserError, match="no model is named for its weights"):
         evaluate.main(evaluate.parse_args(["--checkpoint", str(foreign)]))
+
+    # A changed file is noticed.
     best["weights"]["logits.bias"] += 1
-    checkpoint.save(best, tmp_path / "first" / "best.pt")
-    with pytest.raises(cli.UserError, match="holds another run.*init_sha256"):
-        run_at(tmp_path / "own", "--init", str(tmp_path / "first" / "best.pt"), "--epochs", "1", "--lr", "1e-6", "--warmup-fraction", "0")
+    files.save(best, first / "best.pt")
+    with pytest.raises(UserError, match="holds another run.*init_sha256"):
+        run_at(tmp_path / "own", *tiny_steps, str(first / "best.pt"))
 
 
 @pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
 def test_resume_with_another_number_of_processes(ranks, tmp_path, diffusion_dir):
-    """The same global batch on one and on two processes, in turn: the weights of an uninterrupted run, to rounding."""
-    argv = [*TINY, "--teacher", diffusion_dir, "--block", "mid_block", "--batch-size", "100", "--epochs", "3"]
+    """The same global batch on one and on two processes, in turn: the weights of an uninterrupted
+    run, to rounding.
+    """
+    argv = [
+        *TINY,
+        "--teacher",
+        diffusion_dir,
+        *"--block mid_block --batch-size 100 --epochs 3".split(),
+    ]
     straight = tmp_path / "straight"
     python("tests/ranks_helper.py", "train_at_aux.py", "groupnorm", *argv, "--out-dir", straight)
     cut = tmp_path / "cut"
     stop = {"STOP_AFTER": "12"}  # attacks: eight steps, a validation, and some of the second epoch
-    python("tests/ranks_helper.py", "train_at_aux.py", "groupnorm", *argv, "--out-dir", cut, ranks=ranks[0], env=stop, expect=1)
-    assert checkpoint.load(cut / "last.pt", {})["step"] == 8
-    python("tests/ranks_helper.py", "train_at_aux.py", "groupnorm", *argv, "--out-dir", cut, ranks=ranks[1])
-    one, other = (checkpoint.load(path / "last.pt", {}) for path in (straight, cut))
+    python(
+        "tests/ranks_helper.py",
+        "train_at_aux.py",
+        "groupnorm",
+        *argv,
+        "--out-dir",
+        cut,
+        ranks=ranks[0],
+        env=stop,
+        expect=1,
+    )
+    assert files.load(cut / "last.pt", {})["step"] == 8
+    python(
+        "tests/ranks_helper.py",
+        "train_at_aux.py",
+        "groupnorm",
+        *argv,
+        "--out-dir",
+        cut,
+        ranks=ranks[1],
+    )
+    one, other = (files.load(path / "last.pt", {}) for path in (straight, cut))
     assert one["step"] == other["step"] == 24
     for key, value in one["model"].items():
         assert torch.allclose(value, other["model"][key], atol=1e-4), key
 
 
 def test_download_is_asked_for_once(tmp_path, monkeypatch):
-    """--download fetches into --data-dir before anything is read; digits cannot be fetched and says so."""
-    with pytest.raises(cli.UserError, match="--download: digits cannot be fetched"):
+    """--download fetches into --data-dir before anything is read; digits cannot be fetched and says
+    so.
+    """
+    with pytest.raises(UserError, match="--download: digits cannot be fetched"):
         run_at(tmp_path / "run", "--download")
-    assert data.DATASETS["cifar10"].download and data.DATASETS["imagenet"].download is None
+    assert DATASETS["cifar10"].download and DATASETS["imagenet"].download is None

@@ -1,8 +1,10 @@
-"""Runs scripts in forked children, imports done once: one JSON line in per run, one out, {"status": int, "said": dict, "seconds": float}.
+"""Runs scripts in forked children, imports done once: one JSON line in per run, one out, {"status":
+int, "said": dict, "seconds": float}.
 
-{"script": name, "argv": [...], "die_at": null, seconds, or [where, number], "largest": null or bytes}. SIGKILL comes after the seconds, or
-at that moment: half-way through the number-th write, before the number-th fsync, before or after the number-th rename. "largest": no file
-may grow beyond so many bytes. `said`: {where: how many there were}.
+{"script": name, "argv": [...], "die_at": null, seconds, or [where, number], "largest": null or
+bytes}. SIGKILL comes after the seconds, or at that moment: half-way through the number-th write,
+before the number-th fsync, before or after the number-th rename. "largest": no file may grow beyond
+so many bytes. `said`: {where: how many there were}.
 """
 
 import collections
@@ -22,7 +24,7 @@ import sklearn.datasets  # noqa: E402, F401
 import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 
-from common import checkpoint, cli  # noqa: E402
+from common import cli, files  # noqa: E402
 
 torch.set_num_threads(1)
 SCRIPTS = ("train_diffusion", "train_at_aux", "generate_synthetic", "extract_features", "evaluate")
@@ -36,8 +38,12 @@ class Moments:
         self.n, self.die_at = collections.Counter(), die_at
         fsync, replace = os.fsync, os.replace
         os.fsync = lambda handle: (self.pass_("before an fsync"), fsync(handle))[1]
-        os.replace = lambda a, b: (self.pass_("before a rename"), replace(a, b), self.pass_("after a rename"))[1]
-        checkpoint.open = self.open
+        os.replace = lambda a, b: (
+            self.pass_("before a rename"),
+            replace(a, b),
+            self.pass_("after a rename"),
+        )[1]
+        files.open = self.open
 
     def pass_(self, where):
         self.n[where] += 1
@@ -85,13 +91,15 @@ def child(job, report):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest"], job["largest"]))
     if isinstance(die_at, float):
-        threading.Thread(target=lambda: (time.sleep(die_at), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
+        threading.Thread(
+            target=lambda: (time.sleep(die_at), os.kill(os.getpid(), signal.SIGKILL)), daemon=True
+        ).start()
     moments = Moments(die_at)
     sys.argv = [job["script"] + ".py", *job["argv"]]
     module = modules[job["script"]]
     status = 0
     try:
-        cli.run(module.main, module.parse_args(job["argv"]))
+        cli.run_script(module.main, module.parse_args(job["argv"]))
     except SystemExit as end:
         status = end.code
     os.write(report, json.dumps(moments.n).encode())
@@ -112,5 +120,9 @@ for line in sys.stdin:
     status = os.waitpid(pid, 0)[1]
     said = json.loads(os.read(receive, 1000) or "{}")
     os.close(receive)
-    reply = {"status": os.waitstatus_to_exitcode(status), "said": said, "seconds": time.time() - begun}
+    reply = {
+        "status": os.waitstatus_to_exitcode(status),
+        "said": said,
+        "seconds": time.time() - begun,
+    }
     print(json.dumps(reply), flush=True)

@@ -1,0 +1,231 @@
+"""Files: atomic writing, hashes, and reading the files of others as data, never as code.
+
+What a file means to a model, a data set or a run stands in the module of that thing.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from common import UserError
+
+# ------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic(path):
+    """Yield a binary file that becomes `path` when the block ends well.
+
+    A write that fails or is killed leaves `path` as it was. The file's mode follows the umask.
+    Raises UserError where the folder does not exist: one that is gone in mid-run is not made again.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = f"{path}.writing"
+    if not os.path.isdir(folder):
+        raise UserError(f"{path}: there is no directory {folder}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path  # a write to a full disk does not say of which file
+        raise
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def write_json(value, path):
+    """Write a value as indented JSON."""
+    with atomic(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_text(text, path):
+    """Write a text in UTF-8."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def write_npy(array, path):
+    """Write one array."""
+    array = np.ascontiguousarray(array)
+    with atomic(path) as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)  # numpy's own writing hides that a disk is full
+
+
+def write_safetensors(tensors, path, metadata=None):
+    """Write a dict of tensors; metadata: a dict of strings that goes into the file's header."""
+    with atomic(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+
+
+def save(state, path):
+    """Write a dict of tensors, numbers and strings (nested dicts and lists allowed)."""
+    with atomic(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # On a full disk, torch's own clean-up hides the OSError behind a RuntimeError.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def make_once(path, make):
+    """Call make() where `path` is missing; of several processes one does, and the others wait."""
+    if os.path.exists(path):
+        return
+    with open(f"{path}.lock", "w") as lock:
+        with suppress(OSError):  # a file system that cannot lock is used without
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path):
+            make()
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def reading(path, expected):
+    """Turn whatever a library raises over a missing or broken file into one UserError.
+
+    expected: what the file should be, such as "a JSON object". The cause stays chained, for whoever
+    debugs. Libraries raise nearly anything over damaged bytes, so every Exception is taken for
+    one: keep the block down to the library's call.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file, expected {expected}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a directory, expected {expected}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        message = f"{path}: truncated, broken, or not {expected} ({first_line(error)})"
+        raise UserError(message) from error
+
+
+def first_line(error):
+    """The first line of an exception's message, cut to 160 characters; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def read_json(path):
+    """Read a JSON object as a dict. Raises UserError where there is none."""
+    with reading(path, "a JSON object"), open(path, encoding="utf-8-sig") as file:
+        value = json.load(file)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_text(path, expected="a text file"):
+    """Read a text file, with or without a byte-order mark. Raises UserError where there is none."""
+    with reading(path, expected), open(path, encoding="utf-8-sig") as file:
+        return file.read()
+
+
+def load(path, entries, device="cpu"):
+    """Read a dict of tensors, numbers and strings that torch.save wrote.
+
+    entries: dict of name: type, what it must hold at least.
+    Raises UserError where the file is missing or broken, would run code, or lacks an entry.
+    """
+    expected = "a checkpoint file such as best.pt"
+    with reading(path, expected):
+        _refuse_compression(path)
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            # PyTorch explains itself at length. One of its lines names the forbidden thing.
+            lines = [line.strip() for line in str(error).splitlines()]
+            named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+            reason = named[0][:200] if named else ""
+            message = f"{path}: refused, not a plain checkpoint of tensors. {reason}"
+            raise UserError(message.strip()) from error
+    for name, kind in entries.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            message = f"its entry '{name}' is missing or no {kind.__name__}"
+            raise UserError(f"{path}: not a checkpoint of this project, {message}")
+    return state
+
+
+def _refuse_compression(path):
+    """torch.save compresses nothing. A compressed entry could unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > os.path.getsize(path):
+            raise UserError(f"{path}: refused, its entries are compressed or overlap")
+
+
+def read_safetensors(path, device="cpu"):
+    """Read a dict of tensors. Raises UserError where there is none."""
+    with reading(path, "a safetensors file"):
+        return safetensors.torch.load_file(path, str(device))
+
+
+def load_state(thing, state, path):
+    """Load a module's or an optimiser's state dict, of the file `path`, strictly.
+
+    Raises UserError with the first difference.
+    """
+    try:
+        thing.load_state_dict(state)
+        for parameter, entries in getattr(thing, "state", {}).items():  # of an optimiser
+            for entry in entries.values():
+                if entry.dim() and entry.shape != parameter.shape:
+                    raise ValueError(f"a state of {tuple(entry.shape)} for a parameter")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # The first line of PyTorch's message is a title, the second names the first difference.
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = lines[min(1, len(lines) - 1)]
+        message = f"{path}: state does not fit the {type(thing).__name__}: {reason}"
+        raise UserError(message[:300]) from error
+
+
+def open_npy(path, dtype, shape=None):
+    """Memory-map an array read-only.
+
+    Raises UserError where it is missing, broken, or of another dtype or shape. shape: None for
+    any; a None in it stands for any length of that dimension.
+    """
+    with reading(path, "an .npy array"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: is an .npz archive, expected an .npy array")
+    fits = array.dtype == np.dtype(dtype)
+    wanted = ""
+    if shape is not None:
+        lengths = zip(shape, array.shape)
+        fits &= array.ndim == len(shape) and all(s in (None, a) for s, a in lengths)
+        wanted = " (" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+    if not fits:
+        actual = f"found {array.dtype} {array.shape}"
+        raise UserError(f"{path}: {actual}, expected {np.dtype(dtype)}{wanted}")
+    return array
+
+
+def sha256(path):
+    """Hex digest of a file's content. Raises UserError where there is no file."""
+    with reading(path, "a file"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

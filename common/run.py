@@ -1,0 +1,448 @@
+"""A run: its processes, its directory, the state that must survive, its log and its progress bar.
+
+What is trained, and how, stands in the scripts. Nothing here calls a model.
+"""
+
+import copy
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from argparse import ArgumentTypeError
+from contextlib import nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from common import UserError, files
+from common.cli import positive
+
+# ----------------------------------------------------------------------------------- processes
+
+
+def start_processes():
+    """Join torchrun's process group, if torchrun started us. Returns (rank, world_size, device).
+
+    Processes talk over NCCL on GPUs and over gloo on CPUs. Convolutions are true float32, and on a
+    GPU deterministic, from here on.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            message = f"process {local_rank + 1} of this node has no GPU"
+            raise UserError(f"--nproc_per_node: {message}, torch sees {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds to 10 bits of mantissa
+        torch.backends.cudnn.deterministic = True  # or two equal runs differ, and resume with them
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=_timeout_minutes()))
+    return rank, world_size, device
+
+
+def _timeout_minutes():
+    """How long a rank waits for another one; some rightly wait for hours, while one unpacks."""
+    text = os.environ.get("RANK_TIMEOUT_MINUTES", "1440")
+    try:
+        return positive(text)
+    except ArgumentTypeError as error:
+        raise UserError(f"RANK_TIMEOUT_MINUTES: {error}") from error
+
+
+def end_processes():
+    """Leave the process group, if there is one. SIGTERM ends the process again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor):
+    """Sum a tensor over ranks, in place, and return it.
+
+    Accuracies are sums and counts over ranks, never means of means.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wrap(module):
+    """The module with gradients averaged over ranks (DDP); the module itself on one process.
+
+    Buffers are not broadcast: two forward passes come before one backward pass, and a broadcast
+    between them would break autograd.
+    """
+    if not dist.is_initialized():
+        return module
+    with warnings.catch_warnings():
+        # The flag's successor is unknown to older releases of PyTorch.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def no_sync(module, when):
+    """A context in whose backward passes gradients stay on their rank and add up, if `when`."""
+    if when and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()
+
+
+@torch.no_grad()
+def average_batchnorm(model):
+    """Give all ranks the mean of their BatchNorm running statistics, so that their models agree.
+
+    For CPUs: on GPUs the layers are SyncBatchNorm and agree already.
+    """
+    running = ("running_mean", "running_var")
+    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(running)]
+    if not buffers or not dist.is_initialized():
+        return
+    flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+    mean = sum_over_ranks(flat) / dist.get_world_size()
+    parts = mean.split([buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts):
+        buffer.copy_(part.view_as(buffer))
+
+
+# ------------------------------------------------------------------------------ averaged model
+
+
+def make_average(model):
+    """A frozen copy of a model, in eval mode, for update_average to move."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """Parameters: average <- decay * average + (1 - decay) * model. Buffers are copied.
+
+    Decay 0 is a plain copy. BatchNorm's statistics are the model's own, never shared storage.
+    """
+    for mine, theirs in zip(average.parameters(), model.parameters()):
+        mine.lerp_(theirs, 1 - decay)
+    for mine, theirs in zip(average.buffers(), model.buffers()):
+        mine.copy_(theirs)
+
+
+# ----------------------------------------------------------------------------------- directory
+
+_locks = {}  # real path of a directory -> file descriptor, locked until this process ends
+
+
+def claim_directory(path, identity, name="args.json", not_compared=(), flag="--out-dir"):
+    """Take a directory for what `identity` describes, on rank 0 alone; the same may take it again.
+
+    identity: a dict, kept as the JSON file `name`, whose entries but for the keys `not_compared`
+    must be the same from then on. flag: the one that errors name. Nothing is ever deleted.
+    Raises UserError where the directory holds something else or another process works there.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{flag} {path}: is a file, expected a directory")
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from error
+    _lock(path, flag)
+    file = os.path.join(path, name)
+    identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+    if os.path.exists(file):
+        other = files.read_json(file)
+        for key in sorted((identity.keys() | other.keys()) - set(not_compared)):
+            if identity.get(key) != other.get(key):
+                difference = f"{key} is {other.get(key)} there, {identity.get(key)} here"
+                if key.endswith("_sha256"):
+                    difference = f"{key}: that input has changed since"
+                message = f"holds another run ({difference}); choose another directory"
+                raise UserError(f"{flag} {path}: {message}")
+        return
+    left_by_a_kill = {entry for entry in os.listdir(path) if entry.endswith(".writing")}
+    if set(os.listdir(path)) - left_by_a_kill - {"env.json"}:
+        raise UserError(f"{flag} {path}: not empty and without {name}; choose another directory")
+    files.write_json(environment(), os.path.join(path, "env.json"))
+    files.write_json(identity, file)
+
+
+def _lock(path, flag):
+    """Keep other processes out. A kill frees the directory."""
+    key = os.path.realpath(path)
+    if key in _locks:
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"{flag} {path}: another process is at work there") from error
+    except OSError:
+        pass  # a file system that cannot lock is used without
+    _locks[key] = handle
+
+
+def environment():
+    """What a number depends on besides the run's arguments: versions, device, commit, command."""
+    packages = ("torchvision", "diffusers", "numpy", "scipy", "scikit-learn")
+    return {
+        "commit": _git("rev-parse", "HEAD").strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "command": sys.argv,
+    }
+
+
+def _git(*command):
+    """What git prints about this project; "" where there is no git or no repository."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=root)
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _cpu_name():
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [line for line in file if line.startswith("model name")]
+    except OSError:  # not Linux
+        lines = []
+    if lines:
+        return lines[0].partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ----------------------------------------------------------------------------------------- run
+
+# Where inputs lie is no part of a run: their content is, by hash.
+NOT_COMPARED = ("out_dir", "download", "workers", "data_dir", "synthetic", "teacher", "init")
+
+
+class Run:
+    """One training run: all that must survive an interruption, its directory and its log.
+
+    step: finished training steps. best: the highest score so far, a list of numbers. seconds: of
+    training, over all restarts. `track` names what else is saved and loaded.
+    """
+
+    def __init__(self, script, args, inputs, rank, device):
+        """Claim args.out_dir. script: its path. inputs: dict of what else the weights depend on.
+
+        Raises UserError where the directory holds another run.
+        """
+        self.out_dir = args.out_dir
+        self.rank = rank
+        self.device = device
+        self.last_path = os.path.join(self.out_dir, "last.pt")
+        self.step = 0
+        self.best = []
+        self.seconds = 0.0
+        self.tracked = {}
+        if rank == 0:
+            name = os.path.basename(script)
+            identity = {"script": name} | dict(sorted(vars(args).items())) | inputs
+            claim_directory(self.out_dir, identity, not_compared=NOT_COMPARED)
+            keep_code(script, self.out_dir)
+        barrier()
+        self._terminated = False
+
+    def track(self, **parts):
+        """Name modules and optimisers whose state is saved and loaded with the run."""
+        self.tracked |= parts
+
+    def load(self, train_steps):
+        """Take up the state of last.pt, if there is one. Raises UserError where it is damaged."""
+        if not os.path.exists(self.last_path):
+            return
+        entries = {"step": int, "best": list, "seconds": float}
+        entries |= dict.fromkeys(self.tracked, dict)
+        state = files.load(self.last_path, entries, self.device)
+        for name, part in self.tracked.items():
+            files.load_state(part, state[name], self.last_path)
+        self.step = state["step"]
+        self.best = state["best"]
+        self.seconds = state["seconds"]
+        numbers = all(type(number) is float for number in [self.seconds, *self.best])
+        if type(self.step) is not int or not 0 <= self.step <= train_steps or not numbers:
+            raise UserError(f"{self.last_path}: damaged, its step, best or seconds cannot be")
+
+    def save(self, **also):
+        """Write last.pt; all ranks call it. also: entries for those who read the file elsewhere."""
+        if self.rank == 0:
+            state = {
+                **also,
+                "step": self.step,
+                "best": self.best,
+                "seconds": self.elapsed(),
+                **{name: part.state_dict() for name, part in self.tracked.items()},
+            }
+            files.save(state, self.last_path)
+        barrier()
+        self._interval = (self.step, time.time())
+
+    def path(self, name):
+        """The path of a file in the run's directory."""
+        return os.path.join(self.out_dir, name)
+
+    def stopped_message(self, train_steps):
+        """What to print of a run that SIGTERM ended."""
+        done = f"stopped by SIGTERM after step {self.step} of {train_steps}"
+        return f"{self.out_dir}: {done}; the same command goes on"
+
+    def start(self, train_steps):
+        """Begin to log, and finish the present step when SIGTERM comes."""
+        self._clock = time.time()
+        self._interval = (self.step, self._clock)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        if self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._log = open_log(self.path("log.jsonl"), self.step)
+            self._board = SummaryWriter(self.out_dir, purge_step=self.step + 1)
+        title = os.path.basename(self.out_dir)
+        self.bar = progress(rank=self.rank, desc=title, initial=self.step, total=train_steps)
+
+    def elapsed(self):
+        """Seconds of training, over all restarts."""
+        return self.seconds + time.time() - self._clock
+
+    def log(self, **metrics):
+        """One line of log.jsonl, and one TensorBoard scalar per metric; on rank 0."""
+        if self.rank:
+            return
+        line = {"step": self.step, **metrics, "seconds": round(self.elapsed(), 1)}
+        self._log.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name != "step":
+                self._board.add_scalar(name, value, self.step)
+
+    def steps_per_second(self):
+        """Since the last checkpoint or the start: validation does not count."""
+        step, clock = self._interval
+        return (self.step - step) / (time.time() - clock)
+
+    def advance(self):
+        """Count a finished step."""
+        self.step += 1
+        self.bar.update()
+
+    def should_stop(self):
+        """Has SIGTERM, a scheduler's notice, come to any rank? All ranks call it."""
+        return bool(sum_over_ranks(torch.tensor(float(self._terminated), device=self.device)))
+
+    def _on_sigterm(self, *_):
+        self._terminated = True
+
+    def check_finite(self, *numbers):
+        """Raises UserError where a number, or one in a tensor, is not finite."""
+        if all(torch.isfinite(torch.as_tensor(number)).all() for number in numbers):
+            return
+        last = f"the last good step, if any, is in {self.last_path}"
+        message = f"step {self.step}: loss, gradient or weights not finite; {last}"
+        raise UserError(f"{message}. Try a lower learning rate")
+
+    def check_weights(self):
+        """Raises UserError where a tracked weight is not finite."""
+        for part in self.tracked.values():
+            if isinstance(part, torch.nn.Module):
+                self.check_finite(*part.state_dict().values())
+
+    def close(self):
+        """End the log and the bar."""
+        self.bar.close()
+        if self.rank == 0:
+            self._log.close()
+            self._board.close()
+
+
+def keep_code(script, out_dir):
+    """Copy the script and `git diff` into the run's directory: what ran may be an edited copy."""
+    with open(script, "rb") as file:
+        code = file.read()
+    copied = os.path.join(out_dir, os.path.basename(script))
+    if not os.path.exists(copied):
+        files.write_text(_git("diff", "HEAD"), os.path.join(out_dir, "git.diff"))
+        with files.atomic(copied) as file:
+            file.write(code)
+        return
+    with open(copied, "rb") as file:
+        if file.read() != code:
+            print(f"note: {script} has changed since this run began with {copied}")
+
+
+def open_log(path, step):
+    """Open log.jsonl for appending. Raises UserError where a line is no object with a step.
+
+    Lines of later steps, work that was lost, are cut off, and so is half a line that a kill left:
+    the log of an interrupted run reads as if it had not been interrupted.
+    """
+    if os.path.exists(path):
+        lines = files.read_text(path, "a log of a run").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        with files.reading(path, "a log of JSON objects, each with a step"):
+            kept = [line for line in whole if int(json.loads(line)["step"]) <= step]
+        files.write_text("".join(kept), path)
+    return open(path, "a", buffering=1)
+
+
+class Meters:
+    """Means of what a run logs, over steps and ranks, since they were last read."""
+
+    def __init__(self):
+        self.sums = {}
+        self.counts = {}
+
+    def update(self, **values):
+        """Count one value of each name; a tensor stays on its device."""
+        for name, value in values.items():
+            value = value.detach() if torch.is_tensor(value) else torch.tensor(value)
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self):
+        """Dict of name: mean over the updates of all ranks. Starts afresh; all ranks call it."""
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        means = {}
+        for name, total in self.sums.items():
+            means[name] = sum_over_ranks(total).item() / (self.counts[name] * world_size)
+        self.sums, self.counts = {}, {}
+        return means
+
+
+def progress(iterable=None, rank=0, **kwargs):
+    """tqdm, with rate and time left; silent on other ranks and where stderr is no terminal."""
+    return tqdm(iterable, disable=True if rank else None, dynamic_ncols=True, **kwargs)
+
+
+def save_images(x, path, columns):
+    """Write a grid of images x (N, C, H, W) in [0, 1], row by row, as a PNG.
+
+    Pixels of small images are enlarged to 4 x 4.
+    """
+    scale = 4 if x.shape[-1] <= 32 else 1
+    grid = make_grid(x.clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
+    grid = grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    with files.atomic(path) as file:
+        save_image(grid, file, format="png")

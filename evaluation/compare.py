@@ -1,0 +1,138 @@
+"""Two models on the same images: McNemar's test and Newcombe's interval of a paired difference.
+
+The intervals of a single accuracy are in common/stats.py.
+"""
+
+import os
+
+import numpy as np
+from scipy.stats import binomtest
+
+from common import UserError, files
+from common.stats import wilson
+
+PER_IMAGE = "a per-image file of evaluate.py"
+LARGEST = 1 << 28  # bytes of a per-image file when unpacked
+KINDS = {  # of NumPy dtypes: i and u are whole numbers, b is bool
+    "index": "iu",
+    "label": "iu",
+    "clean_correct": "b",
+    "robust": "b",
+    "fooled_by": "iu",
+}
+
+
+def mcnemar(only_a, only_b):
+    """p of McNemar's exact test on the images that one of two models alone gets right.
+
+    The hypothesis: they are split evenly between the two. Arguments: numbers of images.
+    """
+    n = only_a + only_b
+    return float(binomtest(only_a, n).pvalue) if n else 1.0
+
+
+def paired_difference(both, only_a, only_b, neither):
+    """(accuracy of A - accuracy of B, [low, high]) with a 95 % interval, from four counts.
+
+    The interval is Newcombe's (1998, method 10): Wilson's limits of the two accuracies, combined
+    with the correlation phi of the two over the images, which is corrected for continuity.
+    """
+    n = both + only_a + only_b + neither
+    a = (both + only_a) / n
+    b = (both + only_b) / n
+    low_a, high_a = wilson(both + only_a, n)
+    low_b, high_b = wilson(both + only_b, n)
+
+    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    surplus = both * neither - only_a * only_b
+    if surplus > 0:
+        surplus = max(surplus - n / 2, 0)
+    phi = surplus / product**0.5 if product else 0.0
+
+    def distance(in_a, in_b):
+        return max(in_a**2 - 2 * phi * in_a * in_b + in_b**2, 0) ** 0.5
+
+    low = a - b - distance(a - low_a, high_b - b)
+    high = a - b + distance(high_a - a, b - low_b)
+    return a - b, [low, high]
+
+
+def read_verdicts(path):
+    """A per-image file as a dict of arrays.
+
+    index, label (int), clean_correct, robust (bool) and fooled_by (int) have one entry per image;
+    attacks holds the attacks' names. Raises UserError where the file is missing or not such a file.
+    """
+    with files.reading(path, PER_IMAGE), open(path, "rb") as file:
+        with np.load(file, allow_pickle=False) as archive:
+            if sum(info.file_size for info in archive.zip.infolist()) > LARGEST:
+                raise ValueError("too large when unpacked")
+            verdicts = {name: np.asarray(archive[name]) for name in (*KINDS, "attacks")}
+    if not _fits(verdicts):
+        raise UserError(f"{path}: its arrays are not those of {PER_IMAGE}")
+    return verdicts
+
+
+def _fits(verdicts):
+    n = verdicts["label"].size
+    for name, kinds in KINDS.items():
+        if verdicts[name].shape != (n,) or verdicts[name].dtype.kind not in kinds:
+            return False
+    if n == 0 or verdicts["attacks"].ndim != 1:
+        return False
+    fooled_by = verdicts["fooled_by"]
+    return fooled_by.min() >= -1 and fooled_by.max() <= len(verdicts["attacks"])
+
+
+def compare(path_a, path_b):
+    """Print two results on the same images side by side. Raises UserError where images differ.
+
+    Four counts of images, the paired difference with its interval, and McNemar's test.
+    """
+    a = read_verdicts(path_a)
+    b = read_verdicts(path_b)
+    for name in ("index", "label"):
+        if not np.array_equal(a[name], b[name]):
+            raise UserError(f"{path_a} and {path_b}: not the same images")
+    _compare_results(path_a, path_b)
+
+    print(f"A: {path_a}")
+    print(f"B: {path_b}")
+    print(f"{len(a['label'])} images")
+    _print_pair("clean", a["clean_correct"], b["clean_correct"])
+    if len(a["attacks"]) and len(b["attacks"]):
+        _print_pair("robust", a["robust"], b["robust"])
+
+
+def _compare_results(path_a, path_b):
+    """Warn where the results beside two per-image files, if they are there, differ in a setting."""
+    result_paths = [os.path.splitext(path)[0] + ".json" for path in (path_a, path_b)]
+    if not all(os.path.exists(path) for path in result_paths):
+        return
+    a, b = [files.read_json(path) for path in result_paths]
+    for key in ("dataset", "image_list_sha256"):
+        if a.get(key) != b.get(key):
+            difference = f"{key} is {a.get(key)} and {b.get(key)}"
+            raise UserError(f"{path_a} and {path_b}: not the same images, {difference}")
+    for key in ("attack", "settings", "version", "norm", "eps", "batch_size", "seed"):
+        if a.get(key) != b.get(key):
+            print(f"WARNING: {key} differs: {a.get(key)} and {b.get(key)}")
+    for name, result in (("A", a), ("B", b)):
+        warnings = result.get("warnings")
+        if isinstance(warnings, list):
+            for warning in warnings:
+                print(f"WARNING ({name}): {warning}")
+
+
+def _print_pair(name, a, b):
+    """Compare the verdicts (n,) bool of two models."""
+    both = int((a & b).sum())
+    only_a = int((a & ~b).sum())
+    only_b = int((b & ~a).sum())
+    neither = int((~a & ~b).sum())
+    difference, (low, high) = paired_difference(both, only_a, only_b, neither)
+    counts = f"both {both}, A alone {only_a}, B alone {only_b}, neither {neither}"
+    interval = f"95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
+    p = f"McNemar's exact test p = {mcnemar(only_a, only_b):.3g}"
+    print(f"{name:<7} A {a.mean():.2%}  B {b.mean():.2%}  ({counts})")
+    print(f"        A - B {100 * difference:+.2f} points, {interval}; {p}")

@@ -1,0 +1,289 @@
+"""The files of an evaluation: parts that its processes leave, and one result made of them.
+
+A part is one chunk of images under attack, or one group of sanity checks. The result is a JSON file
+with the numbers, and beside it an .npz file with one verdict per image. Comparing two results is in
+evaluation/compare.py; the attacks are in evaluate.py.
+"""
+
+import os
+import shutil
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from common import UserError, files, run
+from common.stats import wilson
+from evaluation import sanity
+
+# ------------------------------------------------------------------------------------- paths
+
+
+class Part(NamedTuple):
+    """One unit of work, done by one process."""
+
+    kind: str  # "chunk" or "check"
+    name: int | str  # number of the chunk, or name of the group of checks
+    path: str  # of the JSON file that keeps it
+    rows: slice  # of the images
+
+
+def folder_of_parts(path):
+    """The directory of the parts of the result file `path`."""
+    return os.path.splitext(path)[0] + ".parts"
+
+
+def per_image_path(path):
+    """The file of verdicts per image that belongs to the result file `path`."""
+    return os.path.splitext(path)[0] + ".npz"
+
+
+def parts_of(path, request, checks):
+    """All Parts of the result file `path`: chunks first, then the groups of checks by name."""
+    folder = folder_of_parts(path)
+    n = request["n"]
+    batch_size = request["batch_size"]
+    parts = []
+    for number, start in enumerate(range(0, n, batch_size)):
+        rows = slice(start, min(start + batch_size, n))
+        part_path = os.path.join(folder, f"chunk-{number:05d}.json")
+        parts.append(Part("chunk", number, part_path, rows))
+    for name in checks:
+        rows = slice(0, request["sanity_images"])
+        parts.append(Part("check", name, os.path.join(folder, f"sanity-{name}.json"), rows))
+    return parts
+
+
+# ------------------------------------------------------------------------- beginning and end
+
+
+def read_finished(path, request):
+    """The result that `path` holds. Raises UserError where it is not the one requested."""
+    result = files.read_json(path)
+    for key, value in request.items():
+        if result.get(key) != value:
+            difference = f"{key} is {result.get(key)}, not {value}"
+            advice = "move it away or name another file with --out"
+            raise UserError(f"{path}: holds another result ({difference}); {advice}")
+    return result
+
+
+def claim_parts(path, request):
+    """Claim the directory of parts for a request, and see that the result can be written.
+
+    request: dict of all that the parts depend on. Hours of work shall not be lost to a name that
+    cannot be written. Raises UserError where the directory holds parts of another request, or a
+    per-image file whose result is gone would be replaced.
+    """
+    folder = folder_of_parts(path)
+    if os.path.exists(per_image_path(path)) and not os.path.exists(folder):
+        orphan = f"would replace {per_image_path(path)}, whose .json is gone"
+        raise UserError(f"{path}: {orphan}; move it away or name another file with --out")
+    run.claim_directory(folder, request, "request.json", flag="--out")
+    for target in (path, per_image_path(path)):
+        trial = f"{target}.writing"
+        open(trial, "wb").close()
+        os.unlink(trial)
+
+
+def write_result(path, result, per_image):
+    """Write a result and its arrays per image; its parts are deleted."""
+    with files.atomic(per_image_path(path)) as file:
+        np.savez(file, **per_image)
+    files.write_json(result, path)
+    shutil.rmtree(folder_of_parts(path))
+
+
+def remove_parts(path):
+    """Delete the parts of a finished result, which a kill may have left."""
+    folder = folder_of_parts(path)
+    if os.path.exists(os.path.join(folder, "request.json")):
+        shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------ reading parts
+
+
+def read_chunk(path, n, attacks):
+    """What evaluate.attack_chunk left in a file, a dict of these entries.
+
+    fooled_by: list of n verdicts. seconds: list with a number for each attack that is done.
+    zero_gradients: int. warnings: list of texts. attacks: names of all attacks, in their order.
+    Raises UserError where the file is damaged.
+    """
+    chunk = files.read_json(path)
+    fits = (
+        _is_list(chunk.get("fooled_by"), int)
+        and len(chunk["fooled_by"]) == n
+        and set(chunk["fooled_by"]) <= set(range(-1, len(attacks) + 1))
+        and _is_list(chunk.get("seconds"), float)
+        and len(chunk["seconds"]) <= len(attacks)
+        and _is_list(chunk.get("warnings"), str)
+        and isinstance(chunk.get("zero_gradients"), int)
+    )
+    if not fits:
+        raise UserError(f"{path}: damaged, no chunk of {n} images; delete it to attack it again")
+    return chunk
+
+
+def read_check(path, name, n):
+    """What sanity.run_check left in a file. Raises UserError where it is damaged."""
+    check = files.read_json(path)
+    if name in sanity.COMPARED:
+        fooled = check.get("fooled")
+        fits = _is_list(fooled, bool) and len(fooled) == n
+    else:
+        lines = check.get("lines")
+        fits = _is_list(lines, dict) and all(
+            isinstance(line.get(key), kind)
+            for line in lines
+            for key, kind in sanity.OUTCOME.items()
+        )
+    if not fits:
+        raise UserError(f"{path}: damaged, no check of {n} images; delete it to run it again")
+    return check
+
+
+def _is_list(values, kind):
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+# ------------------------------------------------------------------------- one result of all
+
+
+def merge(parts, request, labels, *, checkpoint, randomised, seconds):
+    """(result, arrays per image) of all parts, which all processes have finished.
+
+    request: dict of all that the result depends on, which becomes a part of it. labels: (n,).
+    randomised: whether the model is meant to be. seconds: since this run began.
+    """
+    n = request["n"]
+    attacks = request["attacks"]
+    chunks = []
+    checks = {}
+    for part in parts:
+        if part.kind == "chunk":
+            size = part.rows.stop - part.rows.start
+            chunks.append(read_chunk(part.path, size, attacks))
+        else:
+            checks[part.name] = read_check(part.path, part.name, request["sanity_images"])
+
+    fooled_by = np.concatenate([chunk["fooled_by"] for chunk in chunks]).astype(np.int8)
+    clean_correct = fooled_by >= 0
+    robust = fooled_by == len(attacks)
+    n_clean = int(clean_correct.sum())
+    n_robust = int(robust.sum())
+    n_zero = sum(chunk["zero_gradients"] for chunk in chunks)
+    outcomes = _outcomes(checks, request, fooled_by, n_zero, randomised)
+    failed = [line for line in outcomes if not line["ok"]]
+    warnings = [f"check failed: {line['check']} ({line['found']})" for line in failed]
+    seconds_by_attack = {}
+    for k, name in enumerate(attacks):
+        seconds_by_attack[name] = round(sum(chunk["seconds"][k] for chunk in chunks), 1)
+
+    result = request | {
+        "checkpoint": checkpoint,
+        "clean": n_clean / n,
+        "clean_interval": wilson(n_clean, n),
+        "clean_correct": n_clean,
+        "robust": n_robust / n if attacks else None,
+        "robust_interval": wilson(n_robust, n) if attacks else None,
+        "robust_correct": n_robust if attacks else None,
+        "zero_gradients": n_zero,
+        "sanity": outcomes,
+        "warnings": warnings + _package_warnings(chunks),
+        "seconds": seconds,
+        "seconds_by_attack": seconds_by_attack,
+        "environment": run.environment(),
+    }
+    per_image = {
+        "index": np.arange(n),
+        "label": labels,
+        "clean_correct": clean_correct,
+        "robust": robust,
+        "fooled_by": fooled_by,
+        "attacks": np.array(attacks, str),
+    }
+    return result, per_image
+
+
+def _outcomes(checks, request, fooled_by, n_zero, randomised):
+    """Outcomes of all sanity checks, those that compare with the attack's verdicts included."""
+    n = request["n"]
+    n_checked = request["sanity_images"]
+    attacks = request["attacks"]
+    robust = fooled_by == len(attacks)
+    outcomes = []
+    for name in sanity.CHECKS:
+        if name in checks:
+            outcomes += checks[name]["lines"]
+    if randomised:
+        outcomes = [_expect_randomness(line) for line in outcomes]
+
+    if attacks:
+        check = "hardly any image has a zero gradient"
+        outcomes.append(sanity.outcome(check, n_zero <= 0.01 * n, f"{n_zero} of {n}"))
+    for name, check, allowed in (
+        ("steps", "APGD-CE of 300 steps fools hardly any more", 0.01 * n_checked),
+        ("transfer", "transfer fools no more", 0),
+    ):
+        if name in checks:
+            n_more = int((np.array(checks[name]["fooled"]) & robust[:n_checked]).sum())
+            text = f"{n_more} of {n_checked} that count as robust"
+            if n_more:
+                text += f"; {(robust.sum() - n_more) / n:.2%} robust without them"
+            outcomes.append(sanity.outcome(check, n_more <= allowed, text))
+    if "square" in attacks:
+        n_square = int((fooled_by == attacks.index("square")).sum())
+        check = "Square fools hardly any that gradients did not"
+        few = n_square <= max(1, 0.002 * n)
+        outcomes.append(sanity.outcome(check, few, f"{n_square} of {n}"))
+    return outcomes
+
+
+def _expect_randomness(line):
+    """Of a model that is meant to be randomised, equal logits are what is suspect."""
+    if line["check"] != sanity.DETERMINISTIC:
+        return line
+    return sanity.outcome(sanity.RANDOM, not line["ok"], line["found"])
+
+
+def _package_warnings(chunks):
+    """Lines on what pyautoattack warned of, and in how many chunks."""
+    n_chunks = Counter()
+    for chunk in chunks:
+        kinds = set()
+        for text in chunk["warnings"]:
+            # The package's text has a number in it, which differs from chunk to chunk.
+            kinds.add("points of zero gradient" if "zero gradient" in text else text)
+        n_chunks.update(kinds)
+    return sorted(
+        f"pyautoattack: {kind} (in {count} of {len(chunks)} chunks)"
+        for kind, count in n_chunks.items()
+    )
+
+
+def print_result(result, path):
+    """Print the warnings, accuracies and sanity checks of a result."""
+    n = result["n"]
+    for warning in result["warnings"]:
+        print(f"WARNING: {warning}")
+    _print_accuracy("clean", result["clean"], result["clean_interval"], n)
+    if result["attacks"]:
+        name = f"{result['attack_name']}, {result['norm']} {result['eps']:.4g}"
+        remark = "   WARNING: see above" if result["warnings"] else ""
+        _print_accuracy(name, result["robust"], result["robust_interval"], n, remark)
+    if result["sanity_images"]:
+        print(f"sanity checks on the first {result['sanity_images']} images")
+    else:
+        print("sanity checks (--sanity-images 0)")
+    for line in result["sanity"]:
+        state = "ok" if line["ok"] else "FAILED"
+        print(f"  {state:<7}{line['check']:<48}{line['found']}")
+    print(f"{result['seconds']:.0f} s; {path}", flush=True)
+
+
+def _print_accuracy(name, accuracy, interval, n, remark=""):
+    low, high = interval
+    spread = f"95 % interval {low:.2%} to {high:.2%}"
+    print(f"{name:<40} {accuracy:7.2%}   {spread}   n = {n}{remark}")

@@ -1,0 +1,54 @@
+"""EDM's sampler (Karras et al., arXiv 2206.00364), for any denoiser.
+
+Guidance, and the noise of an image, stand in generate_synthetic.py.
+"""
+
+import torch
+
+
+def sigma_steps(n_steps, sigma_min, sigma_max, rho):
+    """EDM's noise levels, equation 5: n_steps values from sigma_max to sigma_min, then 0.
+
+    Returns float64 (n_steps + 1,). One step alone is taken at sigma_max.
+    """
+    ramp = torch.linspace(0, 1, n_steps, dtype=torch.float64)
+    first = sigma_max ** (1 / rho)
+    last = sigma_min ** (1 / rho)
+    sigmas = (first + ramp * (last - first)) ** rho
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+@torch.no_grad()
+def heun(
+    denoise,
+    noise,
+    sigmas,
+    churn=0.0,
+    churn_range=(0.0, float("inf")),
+    churn_noise=1.0,
+    fresh_noise=None,
+):
+    """EDM's sampler, algorithm 2: images in [-1, 1] but for the network's error, like noise.
+
+    denoise: a function (noisy, sigma as a number) -> denoised, called twice a step and once at the
+    last. noise: standard normal (B, C, H, W). sigmas: from sigma_steps.
+    churn: S_churn, where 0 is deterministic. Above 0, fresh_noise() gives standard normal noise
+    like `noise` at each step whose sigma lies in churn_range, [S_tmin, S_tmax].
+    churn_noise: S_noise, its standard deviation.
+    """
+    sigmas = sigmas.tolist()
+    n_steps = len(sigmas) - 1
+    x = noise * sigmas[0]
+    for sigma, next_sigma in zip(sigmas, sigmas[1:]):
+        if churn > 0 and churn_range[0] <= sigma <= churn_range[1]:
+            raised = sigma * (1 + min(churn / n_steps, 2**0.5 - 1))
+            x = x + (raised**2 - sigma**2) ** 0.5 * churn_noise * fresh_noise()
+            sigma = raised
+        slope = (x - denoise(x, sigma)) / sigma
+        x_next = x + (next_sigma - sigma) * slope
+        if next_sigma > 0:
+            slope_next = (x_next - denoise(x_next, next_sigma)) / next_sigma
+            slope = (slope + slope_next) / 2
+            x_next = x + (next_sigma - sigma) * slope
+        x = x_next
+    return x
