@@ -2,28 +2,25 @@
 
 What is measured stands in the other files of this folder; counted costs are in cost.py.
 
-    python -m benchmarks                  # all rows; half an hour on two CPU cores
+    python -m benchmarks                  # all rows; 45 minutes on two CPU cores
     python -m benchmarks --only wrn-16-4  # the rows whose names contain a word
-    python -m benchmarks --table          # measures nothing: the table of stored results
 
 Every row is a ratio against a reference that runs in turns with ours on the same cores. The
-evaluation's row needs the classifier that `make quickstart` trains.
+evaluation's rows need the classifier that `make quickstart` trains.
 """
 
-from benchmarks import evaluate, loading, measure, sampling, train_step
+from benchmarks import evaluate, measure, train_step
 from common import UserError, cli, files
 
-ROWS = {  # name in benchmarks/results.json: (function, its arguments before the rounds)
-    "training step, digits": (train_step.against_plain, "digits"),
-    "training step, wrn-16-4": (train_step.against_plain, "wrn-16-4"),
-    "training step, wrn-28-10": (train_step.against_plain, "wrn-28-10"),
-    "DRA, digits": (train_step.alignment_cost, "digits"),
-    "DRA, wrn-28-10": (train_step.alignment_cost, "wrn-28-10"),
-    "loading": (loading.batch_time,),
-    "memory": (loading.memory,),
-    "sampling": (sampling.against_diffusers,),
-    "features": (sampling.against_whole_pass,),
-    "evaluation, digits linf": (evaluate.of_quickstart,),
+ROWS = {  # name in benchmarks/results.json: (function, its arguments, the target last)
+    "training step, digits": (train_step.against_plain, "digits", 1.5),
+    "training step, wrn-16-4": (train_step.against_plain, "wrn-16-4", 1.5),
+    "training step, wrn-28-10": (train_step.against_plain, "wrn-28-10", None),
+    "DRA, digits": (train_step.alignment_cost, "digits", 1.25),
+    "DRA, wrn-28-10": (train_step.alignment_cost, "wrn-28-10", 1.1),
+    "loading": (train_step.batch_time, 20),
+    "evaluation, digits linf": (evaluate.against_driver, "linf", 0.15, 1.5),
+    "evaluation, digits l2": (evaluate.against_driver, "l2", 0.5, 1.5),
 }
 
 
@@ -31,7 +28,6 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--rounds", type=cli.count, default=5, help="measurements of each row")
     parser.add_argument("--only", default="", help="a word that the rows' names contain")
-    parser.add_argument("--table", action="store_true", help="only write the table anew")
     return parser.parse_args(argv)
 
 
@@ -39,7 +35,7 @@ def main(args):
     names = [name for name in ROWS if args.only in name]
     if not names:
         raise UserError(f"--only {args.only}: in no row's name; the rows are {'; '.join(ROWS)}")
-    for name in [] if args.table else names:
+    for name in names:
         function, *arguments = ROWS[name]
         measure.record(name, function(*arguments, args.rounds))
     table = measure.table(files.read_json(measure.STORE))

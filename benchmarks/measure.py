@@ -1,7 +1,7 @@
 """What the benchmarks share: measuring in turns, their store, and the tables of docs/costs.md.
 
-What is measured stands in train_step, loading, sampling and evaluate. All of them run from the
-project's root, by `python -m benchmarks`.
+What is measured stands in train_step and evaluate. All of them run from the project's
+root, by `python -m benchmarks`.
 """
 
 import statistics
@@ -41,7 +41,7 @@ def alternate(timers, rounds):
 
 
 def compare(what, against, ours, reference, target=None, unit="as fast"):
-    """A row of the table: the ratio of two lists of seconds (or megabytes), round by round.
+    """A row of the table: the ratio of two lists of seconds, round by round.
 
     unit: "as fast", the reference's over ours, and target is the least ratio wanted; or "the cost",
     ours over the reference's, and target is the largest one.

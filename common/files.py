@@ -193,7 +193,7 @@ def load_state(thing, state, path):
         thing.load_state_dict(state)
         for parameter, entries in getattr(thing, "state", {}).items():  # of an optimiser
             for entry in entries.values():
-                if entry.dim() and entry.shape != parameter.shape:
+                if torch.is_tensor(entry) and entry.dim() and entry.shape != parameter.shape:
                     raise ValueError(f"a state of {tuple(entry.shape)} for a parameter")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         # The first line of PyTorch's message is a title, the second names the first difference.

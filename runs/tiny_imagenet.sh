@@ -47,7 +47,7 @@ row dm_at train_at.py $dm               # 65.19 / 31.30 (DM-AT's README)
 row dm_at_dra train_at_aux.py $dm $dra  # -
 
 # ---- Ablations: PreAct ResNet-18, the 1 M set; no figure of others is known to us. Compare within
-# this part alone. (Beside so small a classifier the teacher is dear: docs/costs.md.)
+# this part alone. (Beside so small a classifier the teacher is dear.)
 # Weight of the alignment term; 0 is DM-AT with the head in place, 1 the reference of the rows below
 for weight in 0 0.3 1 3; do ablation weight-$weight --aux-weight $weight; done
 # Control: everything of DRA, with the target of another image

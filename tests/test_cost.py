@@ -1,22 +1,22 @@
-"""The cost model of docs/costs.md: FLOP by hand, by publication, and of real training steps."""
+"""The cost model of docs/costs.md: FLOP by hand and by publication; the tables."""
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-import train_at
 import train_at_aux
-import train_diffusion
 from benchmarks import cost, measure
-from common import UserError, files, models
+from common import UserError, files
 from evaluation import autoattack
-from published.datasets import DATASETS
-from teachers.unet import EDMUNet
 
 
-def test_a_small_network_counts_as_by_hand():
+def forward_flop(name, dataset):
+    model, x, _ = cost.classifier(name, dataset)
+    return cost.count(lambda: model(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_small_network_counts_as_by_hand(device):
     """Strides, padding, bias and groups: torch's formula is wrong for grouped weights."""
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1),  # 16 x 16 pixels become 8 x 8
@@ -27,100 +27,49 @@ def test_a_small_network_counts_as_by_hand():
         nn.Linear(12, 5),
     )
     macs = [3 * 8 * 9 * 64, 8 * 9 * 64, 2 * 12 * 64, 12 * 5]
-    for device in ("cpu", "meta"):
-        passes = cost.passes_of(network.to(device), torch.rand(1, 3, 16, 16, device=device))
-        assert passes.forward == 2 * sum(macs)
-        assert passes.input_gradient == 2 * sum(macs)
-        assert passes.weight_gradient == 2 * (2 * sum(macs) - macs[0])  # without the images'
+    network.to(device)
+    x = torch.rand(1, 3, 16, 16, device=device)
+    assert cost.count(lambda: network(x)) == 2 * sum(macs)
+    output = network(x).sum()
+    assert cost.count(output.backward) == 2 * (2 * sum(macs) - macs[0])  # without the images'
+    network.requires_grad_(False)
+    output_of_x = network(x.requires_grad_(True)).sum()
+    assert cost.count(lambda: torch.autograd.grad(output_of_x, x)) == 2 * sum(macs)
 
 
 def test_a_wide_resnet_counts_as_by_hand():
     """WRN-28-10: three groups of four blocks of two 3 x 3 convolutions, with 1 x 1 shortcuts."""
-    first = 32 * 32 * 9 * 3 * 16
-    macs = first + 640 * 10
+    macs = 32 * 32 * 9 * 3 * 16 + 640 * 10
     for size, n_in, n_out in ((32, 16, 160), (16, 160, 320), (8, 320, 640)):
         macs += size**2 * (9 * n_in * n_out + 7 * 9 * n_out * n_out + n_in * n_out)
-    passes, num_features = cost.classifier("wrn-28-10", "cifar10")
-    assert num_features == 640
-    assert passes.forward == passes.input_gradient == 2 * macs
-    assert passes.weight_gradient == 2 * (2 * macs - first)
+    assert forward_flop("wrn-28-10", "cifar10") == 2 * macs
 
 
 @pytest.mark.parametrize("name, gmac", [("convnext_tiny", 4.46), ("vit_b_16", 17.56)])
 def test_other_classifiers_count_as_published(name, gmac):
     """By torchvision's documentation, which counts no products of attention."""
-    passes, _ = cost.classifier(name, "imagenet")
-    assert passes.forward / 2e9 == pytest.approx(gmac, rel=0.02)
+    assert forward_flop(name, "imagenet") / 2e9 == pytest.approx(gmac, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    "name, parameters, whole, cut, feature",
-    [
-        ("DDPM++", 55.7e6, 21.2, 8.9, 256),
-        ("ADM", 296e6, 109.7, 45.0, 576),
-        ("DiT-XL/2", None, 118.6, 59.3, 1152),
-    ],
+    "name, dataset, whole, cut",
+    [("DDPM++", "cifar10", 21.2, 8.9), ("DiT-XL/2", "imagenet", 118.6, 59.3)],
 )
-def test_diffusion_networks_count_as_published(name, parameters, whole, cut, feature):
-    """GMAC, and parameters by the papers of EDM and ADM; a cut network costs less than a whole."""
-    flop, num_targets = cost.diffusion_flop(name)
-    assert flop["whole"] / 2e9 == pytest.approx(whole, rel=0.005)
-    assert flop["cut"] / 2e9 == pytest.approx(cut, rel=0.01)
-    assert num_targets == feature
-    if parameters:
-        with torch.device("meta"):
-            net = cost.build_diffusion(name).net
-        assert sum(p.numel() for p in net.parameters()) == pytest.approx(parameters, rel=0.002)
+def test_diffusion_networks_count_as_published(name, dataset, whole, cut):
+    """In GMAC; a teacher's target costs less than a whole pass."""
+    _, _, flop, _ = cost.generation("", name, 1, 1)
+    assert flop[name] / 2e9 == pytest.approx(whole, rel=0.005)
+    _, x, _ = cost.classifier("wrn-28-10", dataset)
+    args = train_at_aux.parse_args(["--dataset", dataset])
+    flop = cost.teacher_flop(name, x, args)
+    assert flop[name] / 2e9 == pytest.approx(cut, rel=0.01)
 
 
-class Counting(TorchDispatchMode):
-    """Counts FLOP by torch's formulae, in torch.autograd.grad too."""
-
-    flop = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(function._overloadpacket)
-        if formula:
-            self.flop += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-@pytest.mark.parametrize(
-    "flags", ["", "--loss pgd", "--loss pgd --attack apgd --attack-bn running --n-steps 2"]
-)
-def test_a_step_costs_what_its_parts_say(flags):
-    """Real steps of train_at.py and train_at_aux.py, and a validation, on small networks."""
-    spec = DATASETS["digits"]
-    args = train_at_aux.parse_args(flags.split())
-    passes, num_features = cost.classifier(args.model, "digits")
-    model = models.build(args.model, spec)
-    x = torch.rand(2, 1, 8, 8)
-    y = torch.tensor([1, 2])
-    start = torch.zeros_like(x)
-    with Counting() as counting:
-        train_at.adversarial_loss(model, model, x, y, start, args)[0].backward()
-    assert counting.flop == 2 * sum(cost.step_flop(args, passes))
-
-    tiny = train_diffusion.parse_args(["--channels", "8", "16"])
-    network = EDMUNet(train_diffusion.build_network(spec, tiny))
-    network.net.eval().requires_grad_(False)
-    teacher = train_at_aux.Teacher(network, args)
-    with Counting() as counting:
-        targets = teacher.targets(x, y, torch.randn_like(x))
-    cut = counting.flop
-    head = train_at_aux.alignment_head(num_features, targets.shape[1], args)
-    with Counting() as counting:
-        loss, _, _, feats = train_at_aux.adversarial_loss(model, model, x, y, start, args)
-        targets = teacher.targets(x, y, torch.randn_like(x))
-        (loss + train_at_aux.alignment_loss(head, feats, targets, args)).backward()
-    head_flop = cost.head_flop(num_features, targets.shape[1], args)
-    assert counting.flop == cut + 2 * (sum(cost.step_flop(args, passes)) + head_flop)
-
-    model.eval().requires_grad_(False)
-    with Counting() as counting:
-        train_at.validate(model, x, y, start, args, rank=0, world_size=1)
-    assert counting.flop == 2 * cost.validation_flop(args, passes)
+def test_ddpm_has_as_many_parameters_as_published():
+    """By EDM's paper, 55.7 million."""
+    with torch.device("meta"):
+        net = cost.build_diffusion("DDPM++").net
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(55.7e6, rel=0.002)
 
 
 class Robust(nn.Module):
@@ -152,28 +101,47 @@ def test_autoattack_makes_the_passes_that_are_counted():
     y = torch.tensor([0])
     for name in ("apgd-ce", "apgd-t", "fab-t", "square"):
         autoattack.attack(name, model, x, y, norm="l2", eps=0.01, seed=0)
-    forwards = cost.autoattack_flop(cost.Passes(1, 0, 0))
-    backwards = cost.autoattack_flop(cost.Passes(0, 1, 0))
-    assert forwards <= model.forwards <= forwards + 50
-    assert model.backwards == backwards
+    passes = model.forwards + model.backwards
+    assert cost.AUTOATTACK_PASSES <= passes <= cost.AUTOATTACK_PASSES + 50
+
+
+def test_a_gradient_of_an_image_costs_as_much_as_a_forward_pass():
+    """As AUTOATTACK_PASSES assumes."""
+    for name, dataset in (("wrn-28-10", "cifar10"), ("convnext_tiny", "imagenet")):
+        model, x, _ = cost.classifier(name, dataset)
+        model.requires_grad_(False)
+        output = model(x.requires_grad_(True)).sum()
+        assert cost.count(output.backward) == forward_flop(name, dataset)
+
+
+@pytest.mark.parametrize(
+    "flags, n_passes",
+    [
+        # Ten steps of the attack, of two passes, and two passes of the loss that cost three.
+        ("--dataset cifar10", 10 * 2 + 2 * 3),
+        # The attack's two steps and its last point, and one pass of the loss.
+        ("--dataset imagenet", 2 * 2 + 1 + 3),
+    ],
+)
+def test_a_step_costs_what_its_passes_cost(flags, n_passes):
+    args = train_at_aux.parse_args(flags.split())
+    _, _, flop, _ = cost.training("", flags)
+    expected = n_passes * forward_flop(args.model, args.dataset)
+    assert flop[args.model] == pytest.approx(expected, rel=0.004)
 
 
 def test_a_row_of_the_recipe_of_cifar10():
-    """TRADES with PGD-10 costs 26 forward passes; DRA adds the cut teacher and the head."""
-    passes, _ = cost.classifier("wrn-28-10", "cifar10")
-    plain = cost.training("", "--dataset cifar10")
-    aligned = cost.training("", "--dataset cifar10", "DDPM++")
-    assert plain.attack + plain.loss == pytest.approx(26 * passes.forward, rel=0.001)
-    flop, _ = cost.diffusion_flop("DDPM++")
-    head = 3 * 2 * (640 * 2048 + 2048**2 + 2048 * 256)
-    assert aligned.diffusion == flop["cut"] + head
-    train = 39_200 * 512 * (plain.attack + plain.loss)
-    validation = 400 * 1024 * (2 * 40 + 2) * passes.forward
-    wide = cost.UTILISATION["wide convolutions"]
-    hours = {kind: cost.PEAK[kind] * wide[kind] * 3600 for kind in cost.PEAK}
-    assert plain.hours("fp32") == pytest.approx((train + validation) / hours["fp32"])
-    bf16 = train / hours["bf16"] + validation / hours["fp32"]
-    assert plain.hours("bf16") == pytest.approx(bf16)
+    """DRA adds the cut teacher to the same 39,200 steps of 512 images."""
+    _, n, flop, _ = cost.training("", "--dataset cifar10")
+    _, n_with_dra, flop_with_dra, _ = cost.training("", "--dataset cifar10", "DDPM++")
+    assert n == n_with_dra == 39_200 * 512
+    assert flop_with_dra["wrn-28-10"] == flop["wrn-28-10"]
+    assert list(flop_with_dra) == ["wrn-28-10", "DDPM++", "VAE"]
+    assert flop_with_dra["VAE"] == 0
+    for precision, peak in cost.PEAK.items():
+        share = cost.WIDE_CONVOLUTIONS[precision]
+        expected = n * flop["wrn-28-10"] / (peak * share) / 3600
+        assert cost.hours(n, flop, precision) == pytest.approx(expected)
 
 
 def test_the_document_holds_what_the_commands_write(tmp_path):
@@ -193,10 +161,19 @@ def test_a_document_without_the_lines_is_named(tmp_path):
         measure.write_between("python -m benchmarks", "", str(tmp_path / "costs.md"))
 
 
-def test_numbers_are_written_in_three_digits():
-    values = {0.01234: "0.0123", 0.1234: "0.123", 9.999: "10.0", 123.4: "123", 12345: "12,300"}
-    for value, text in values.items():
-        assert cost.digits(value) == text
+def test_the_document_holds_the_shares_that_are_assumed():
+    families = {
+        "wide convolutions": cost.WIDE_CONVOLUTIONS,
+        "depthwise convolutions": cost.DEPTHWISE_CONVOLUTIONS,
+        "transformers": cost.TRANSFORMERS,
+        "diffusion U-Nets": cost.DIFFUSION_UNETS,
+    }
+    text = files.read_text(measure.DOCUMENT)
+    for family, share in families.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {family} (")]
+        fp32 = round(100 * share["fp32"])
+        bf16 = round(100 * share["bf16"])
+        assert line.endswith(f"| {fp32} % and {bf16} % |")
 
 
 def test_ratios_are_medians_over_rounds_and_misses_are_named():
