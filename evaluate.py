@@ -30,7 +30,7 @@ The threat model comes from this command line only. A note says where that of th
 Writes results-<checkpoint>-<attack>-<norm>-<eps>.json beside the checkpoint (with -n<n>,
 -seed<seed>, ... where they are given), and an .npz file with one entry per image: index, label,
 clean_correct, robust, fooled_by. Until then, every attack of every chunk is kept in the directory
-.parts, from which the same command goes on. A result that exists is printed again.
+<result>.parts, from which the same command goes on. A result that exists is printed again.
 """
 
 import dataclasses

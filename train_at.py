@@ -70,6 +70,7 @@ RECIPE = dict(
     eval_every=1,
     eval_n_steps=40,
 )
+SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 SYNTHETIC_FRACTION = 0.7  # where there is a synthetic set; DM-AT takes 0.8 above 1 M images
 PRESETS = {
     # Small and short. Clipping, because on 800 images one unlucky step at lr 0.2 costs points.
@@ -171,7 +172,7 @@ def parse_args(argv=None):
     add("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     add("--out-dir", type=cli.path, help="run directory (default: out/<this script>-<dataset>)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of passes in training")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--compile", action=SWITCH, default=False, help="torch.compile the classifier")
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)

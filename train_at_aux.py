@@ -84,6 +84,7 @@ RECIPE = dict(
     head_width=2048,
 )
 TEMPERATURE = 0.1  # of --align-loss contrastive
+SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 SYNTHETIC_FRACTION = 0.7  # where there is a synthetic set; DM-AT takes 0.8 above 1 M images
 PRESETS = {
     # Small and short. Clipping, because on 800 images one unlucky step at lr 0.2 costs points.
@@ -173,13 +174,13 @@ def parse_args(argv=None):
     add("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp, one is drawn a batch")
     add = parser.add_argument_group("alignment with the diffusion model (DRA)").add_argument
     add("--teacher", type=cli.path, help="directory, .pkl or hub:NAME (out/diffusion-<dataset>)")
-    add("--block", help="block of the teacher that gives the target (default: by its family)")
-    add("--sigma", type=cli.positive, help="noise level of the teacher's input, in [-1, 1]")
+    add("--block", help="block of the teacher that gives the target; without it, by its family")
+    add("--sigma", type=cli.positive, help="noise level of the teacher's input, images in [-1, 1]")
     add("--teacher-label", choices=["none", "true"], default="none", help="label the teacher gets")
     add("--aux-weight", type=cli.non_negative, help="weight of the alignment loss")
     add("--align", choices=["adv", "clean", "both"], default="adv", help="images that are aligned")
     add("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="or InfoNCE")
-    add("--center-targets", action=argparse.BooleanOptionalAction, default=True, help="less mean")
+    add("--center-targets", action=SWITCH, default=True, help="subtract the targets' mean")
     add("--shuffle-targets", action="store_true", help="control: a batch's targets at random")
     add("--head-width", type=cli.count, help="hidden width of the MLP head")
     add = parser.add_argument_group("optimisation").add_argument
@@ -202,7 +203,7 @@ def parse_args(argv=None):
     add("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     add("--out-dir", type=cli.path, help="run directory (default: out/<this script>-<dataset>)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of passes in training")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--compile", action=SWITCH, default=False, help="torch.compile the classifier")
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)

@@ -389,7 +389,7 @@ def keep_code(script, out_dir):
         return
     with open(copied, "rb") as file:
         if file.read() != code:
-            print(f"note: {script} has changed since this run began with {copied}")
+            print(f"note: {script} is not the code this run began with, {copied}; see --out-dir")
 
 
 def open_log(path, step):

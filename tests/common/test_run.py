@@ -67,7 +67,7 @@ def test_an_edited_script_leaves_a_trace(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     script.write_text("second\n")
     run.keep_code(str(script), str(out))
-    assert "has changed since this run began" in capsys.readouterr().out
+    assert "is not the code this run began with" in capsys.readouterr().out
     assert (out / "my_script.py").read_text() == "first\n"
     assert (out / "git.diff").exists()
 
