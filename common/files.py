@@ -25,12 +25,15 @@ def atomic(path):
     """Yield a binary file that becomes `path` when the block ends well.
 
     A write that fails or is killed leaves `path` as it was. The file's mode follows the umask.
-    Raises UserError where the folder does not exist: one that is gone in mid-run is not made again.
+    Raises UserError where `path` is a directory, or where its folder does not exist. A folder that
+    is gone in mid-run is not made again.
     """
     folder = os.path.dirname(os.path.abspath(path))
     temporary = f"{path}.writing"
     if not os.path.isdir(folder):
         raise UserError(f"{path}: there is no directory {folder}")
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a directory, expected a file or nothing")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -27,6 +27,15 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
+def test_a_write_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: is a directory"):
+        files.write_json({}, tmp_path / "folder")
+    with pytest.raises(UserError, match="there is no directory"):
+        files.write_json({}, tmp_path / "gone" / "a.json")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     files.save({"step": 1}, tmp_path / "a.pt")
     with pytest.raises(AttributeError):
