@@ -1,5 +1,5 @@
-"""Shared fixtures: one thread, a diffusion model of three steps and a synthetic set of 64 images,
-made once per session.
+"""Shared fixtures: one thread; a diffusion model of three steps, a synthetic set of 64 images and a
+tiny DiT, made once per session.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -54,6 +55,36 @@ def synthetic_dir(tmp_path_factory, diffusion_dir):
         str(path),
     ]
     generate_synthetic.main(generate_synthetic.parse_args(argv))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def dit_dir(tmp_path_factory):
+    """The kind of facebook/DiT-XL-2-256, tiny: 4 blocks, 64 pixels, latents of 8 x 8."""
+    torch.manual_seed(0)
+    net = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    for parameter in net.parameters():  # diffusers starts the last layers with zeros
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8] * 4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.18215,
+    )
+    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    path = tmp_path_factory.mktemp("dit")
+    diffusers.DiTPipeline(net, vae, scheduler).save_pretrained(path)
     return str(path)
 
 

@@ -14,10 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, assert_equal_states, python, read_log
 from PIL import Image
 
@@ -39,43 +37,13 @@ def imagenet_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tiny_dit_dir(tmp_path_factory):
-    """The kind of facebook/DiT-XL-2-256, tiny: 4 blocks, 64 pixels, latents of 8 x 8."""
-    torch.manual_seed(0)
-    net = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=4,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    )
-    for parameter in net.parameters():  # diffusers starts the last layers with zeros
-        torch.nn.init.normal_(parameter, std=0.2)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=[8] * 4,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=0.18215,
-    )
-    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
-    path = tmp_path_factory.mktemp("dit")
-    diffusers.DiTPipeline(net, vae, scheduler).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def train_command(imagenet_dir, tiny_dit_dir):
+def train_command(imagenet_dir, dit_dir):
     """Six steps of two epochs, with a checkpoint after three; --out-dir is to be added."""
     options = "--val-size 2 --n-train 12 --batch-size 4 --epochs 2 --eval-n-steps 1 --workers 1"
     return [
         "train_at_aux.py",
         *["--dataset", "imagenet", "--data-dir", str(imagenet_dir)],
-        *["--teacher", tiny_dit_dir, "--model", "resnet50", *options.split()],
+        *["--teacher", dit_dir, "--model", "resnet50", *options.split()],
     ]
 
 

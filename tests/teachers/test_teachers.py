@@ -59,36 +59,6 @@ def ddpm_dir(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def dit_dir(tmp_path_factory):
-    """facebook/DiT-XL-2-256's kind, tiny: 4 blocks, 64 pixels, 8 x 8 latents."""
-    torch.manual_seed(0)
-    net = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=4,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    )
-    for p in net.parameters():  # diffusers starts the last layers with zeros
-        torch.nn.init.normal_(p, std=0.2)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=[8, 8, 8, 8],
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=0.18215,
-    )
-    scheduler = diffusers.DDIMScheduler(**LINEAR, clip_sample=False)
-    path = tmp_path_factory.mktemp("dit")
-    diffusers.DiTPipeline(net, vae, scheduler).save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture(params=["ddpm", "dit"])
 def model(request):
     """A DDPM and a DiT, one after the other."""
