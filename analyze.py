@@ -505,7 +505,7 @@ def load_teacher(spec, args, device):
     diffusion.check_teaches(f"--teacher {args.teacher}", spec, with_labels=False)
     teacher = {
         "network_sha256": diffusion.sha256,
-        "block": args.block or diffusion.default_block,
+        "block": diffusion.default_block if args.block is None else args.block,
         "sigma": args.sigma or diffusion.default_sigma,
         "n_noise": args.n_noise,
     }

@@ -267,7 +267,7 @@ class Teacher:
 
     def __init__(self, network, args):
         self.network = network
-        self.block = args.block or network.default_block
+        self.block = network.default_block if args.block is None else args.block
         self.sigma = args.sigma or network.default_sigma
         self.with_label = args.teacher_label == "true"
         self.mean = 0

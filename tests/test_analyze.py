@@ -255,9 +255,10 @@ def test_missing_checkpoint(tmp_path):
         run(tmp_path, "--model", f"a={tmp_path}/none.pt")
 
 
-def test_blocks_that_the_teacher_has_not(diffusion_dir, tmp_path):
-    with pytest.raises(UserError, match=f"--teacher {diffusion_dir}: .*'mid'.*mid_block"):
-        run(tmp_path, "--teacher", diffusion_dir, "--block", "mid")
+@pytest.mark.parametrize("block", ["mid", ""])
+def test_blocks_that_the_teacher_has_not(block, diffusion_dir, tmp_path):
+    with pytest.raises(UserError, match=f"--teacher {diffusion_dir}: .*'{block}'.*mid_block"):
+        run(tmp_path, "--teacher", diffusion_dir, "--block", block)
 
 
 @pytest.mark.parametrize(

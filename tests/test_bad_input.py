@@ -218,10 +218,11 @@ def test_flags(script, argv, words, fails, tmp_path):
     assert not (tmp_path / "out").exists()  # found before anything was written
 
 
-def test_blocks_that_the_network_has_not(fails, diffusion_dir):
-    words = ["no block 'mid'", "mid_block, up_blocks.0"]
-    fails("train_at_aux", words, "--teacher", diffusion_dir, "--block", "mid")
-    fails("extract_features", words, "--diffusion", diffusion_dir, "--blocks", "mid")
+@pytest.mark.parametrize("block", ["mid", ""])  # "": an unset shell variable, not the default
+def test_blocks_that_the_network_has_not(block, fails, diffusion_dir):
+    words = [f"no block '{block}'", "mid_block, up_blocks.0"]
+    fails("train_at_aux", words, "--teacher", diffusion_dir, "--block", block)
+    fails("extract_features", words, "--diffusion", diffusion_dir, "--blocks", block)
 
 
 def copy(directory, tmp_path):
