@@ -95,6 +95,7 @@ def parse_args(argv=None):
     add("--sae-seeds", type=cli.count, default=3, help="autoencoders per model")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=cli.count, default=256, help="images per pass")
+    cli.add_precision_flag(add, on_gpu="tf32")
     add("--seed", type=cli.seed, default=0, help="seed of all that is drawn")
     add("--out-dir", type=cli.path, default="out/analysis", help="directory of the results")
     args = parser.parse_args(argv)
@@ -137,18 +138,17 @@ def measure(name, model, fit, test, args, device):
     """
     fit_images, fit_ids, _ = fit
     images, labels = test
-    features = features_of(model, images, np.arange(len(labels)), args, device)
-    fit_features = features_of(model, fit_images, fit_ids, args, device)
-    check_features(name, features, args.sae_k)
-    kernel = metrics.kernel_sums(features)
-
     labels_attacked = labels[: args.n_attacked]
-    clean, adversarial, correct, robust = attack(
-        model, images, labels_attacked, args.eps, args, device
-    )
-    *_, robust_third = attack(model, images, labels_attacked, args.eps / 3, args, device)
-
-    margins, lengths, spectra = margin_gradients(model, images, labels, args, device)
+    with run.autocast(device, args.precision):
+        features = features_of(model, images, np.arange(len(labels)), args, device)
+        fit_features = features_of(model, fit_images, fit_ids, args, device)
+        check_features(name, features, args.sae_k)
+        clean, adversarial, correct, robust = attack(
+            model, images, labels_attacked, args.eps, args, device
+        )
+        *_, robust_third = attack(model, images, labels_attacked, args.eps / 3, args, device)
+        margins, lengths, spectra = margin_gradients(model, images, labels, args, device)
+    kernel = metrics.kernel_sums(features)
     has_gradient = lengths > 0
     if not has_gradient.any():
         raise UserError(f"{name}: the margin's gradient is zero on all images")
@@ -481,8 +481,8 @@ def markdown(result):
 
 def load_images(spec, args):
     """(fit, test) as `measure` takes them."""
-    train, _ = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
-    images, labels = data.load_test(spec, args.data_dir)
+    train, _ = run.read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
+    images, labels = run.read_once(data.load_test, spec, args.data_dir)
     n_train = len(train[1])
     if n_train < MIN_IMAGES:
         few = f"the fits need at least {MIN_IMAGES} training images, there are {n_train}"
@@ -501,7 +501,7 @@ def load_teacher(spec, args, device):
     """(diffusion model, dict of what its features depend on) of --teacher; two None without it."""
     if not args.teacher:
         return None, None
-    diffusion = load.load_diffusion(args.teacher, device)
+    diffusion = load.load_diffusion(args.teacher, device, args.precision)
     diffusion.check_teaches(f"--teacher {args.teacher}", spec, with_labels=False)
     teacher = {
         "network_sha256": diffusion.sha256,
@@ -518,7 +518,7 @@ def load_teacher(spec, args, device):
 
 
 def main(args):
-    rank, world_size, device = run.start_processes()
+    rank, world_size, device = run.start_processes(args.precision)
     spec = DATASETS[args.dataset]
     fit, test = load_images(spec, args)
     diffusion, teacher = load_teacher(spec, args, device)

@@ -88,6 +88,7 @@ def parse_args(argv=None):
     add("--eot", type=cli.count, default=1, help="passes pgd averages, for randomised models")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=cli.count, default=200, help="images per chunk, attacked as one batch")
+    cli.add_precision_flag(add, on_gpu="tf32")
     add("--seed", type=cli.seed, default=0, help="seed of the attacks and of --n-noise")
     add("--sanity-images", type=cli.count0, default=100, help="first images checked, 0 for none")
     add("--compile", action="store_true", help="torch.compile; its rounding may flip a verdict")
@@ -134,7 +135,7 @@ def check_args(parser, argv, args):
     }
     parser.refuse_unused(argv, uses)
     not_exported = ("--model", "--data-dir", "--download", "--transfer-from", "--batch-size")
-    not_exported += ("--sanity-images", "--compile")
+    not_exported += ("--sanity-images", "--precision", "--compile")
     parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
 
     if not args.checkpoint and args.model != "diffusion-classifier":
@@ -298,13 +299,15 @@ class Finite(nn.Module):
     argmax of NaN is class 0: such a model would look robust on the images of that class.
     """
 
-    def __init__(self, model, name):
+    def __init__(self, model, name, precision):
         super().__init__()
         self.model = model
         self.name = name
+        self.precision = precision
 
     def forward(self, x):
-        logits = self.model(x)
+        with run.autocast(x.device, self.precision):
+            logits = self.model(x).float()
         if not logits.isfinite().all():
             raise UserError(f"{self.name}: the model's logits are not finite")
         return logits
@@ -319,10 +322,15 @@ def load_model(args, spec, device):
     The model is frozen and in eval mode.
     """
     name = f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--teacher {args.teacher}"
-    settings = {"mean": args.mean, "std": args.std, "compile": args.compile}
+    settings = {
+        "mean": args.mean,
+        "std": args.std,
+        "precision": args.precision,
+        "compile": args.compile,
+    }
     trained = None
     if args.model in GENERATIVE:
-        network = load_diffusion(args.teacher, device)
+        network = load_diffusion(args.teacher, device, args.precision)
         draws = {
             "n_noise": args.n_noise,
             "fresh_noise": args.fresh_noise,
@@ -341,7 +349,7 @@ def load_model(args, spec, device):
     settings["checkpoint_sha256"] = files.sha256(args.checkpoint) if args.checkpoint else None
     if args.compile:
         model = torch.compile(model, dynamic=True)
-    return Finite(model, name).eval(), settings, trained
+    return Finite(model, name, args.precision).eval(), settings, trained
 
 
 def normalised(spec, mean, std):
@@ -358,7 +366,7 @@ def load_images(args, spec, rank):
     if rank == 0:
         prepare_dataset(spec, args.data_dir, args.download)
     run.barrier()
-    images, labels = data.load_test(spec, args.data_dir)
+    images, labels = run.read_once(data.load_test, spec, args.data_dir)
     if args.image_list:
         images, labels = select_listed(images, labels, args.image_list)
     if args.n_images is not None and args.n_images > len(labels):
@@ -478,7 +486,9 @@ def main(args):
         export_robustbench(args)
         return
 
-    rank, world_size, device = run.start_processes()
+    rank, world_size, device = run.start_processes(args.precision)
+    if args.compile:
+        run.check_compiler(device)
     spec = DATASETS[args.dataset]
     model, settings, trained = load_model(args, spec, device)
     source = None

@@ -55,6 +55,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=cli.count, default=250, help="images per network call")
     add("--out-dir", type=cli.path, help="directory (default: out/features-<dataset>)")
+    cli.add_precision_flag(add)
     add("--seed", type=cli.seed, default=0, help="seed of the noise")
     args = parser.parse_args(argv)
     cli.fill_data_flags(args, DATASETS)
@@ -296,15 +297,16 @@ def gather_objects(value):
     """A list of every rank's small picklable value, on every rank."""
     if not dist.is_initialized():
         return [value]
+    run.barrier()  # probes take their time, and some ranks have more of them
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def main(args):
-    rank, world_size, device = run.start_processes()
+    rank, world_size, device = run.start_processes(args.precision)
     spec = DATASETS[args.dataset]
-    model = load.load_diffusion(args.diffusion, device)
+    model = load.load_diffusion(args.diffusion, device, args.precision)
     model.check_teaches(f"--diffusion {args.diffusion}", spec, with_labels=False)
     blocks = args.blocks or model.blocks
     try:
@@ -316,8 +318,9 @@ def main(args):
     if rank == 0:
         prepare_dataset(spec, args.data_dir, args.download)
     run.barrier()
-    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
-    splits = {"train": train, "val": val, "test": data.load_test(spec, args.data_dir)}
+    train, val = run.read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
+    test = run.read_once(data.load_test, spec, args.data_dir)
+    splits = {"train": train, "val": val, "test": test}
     labels = {split: split_labels for split, (_, split_labels) in splits.items()}
     if args.probe or args.save_head:
         check_classes(labels["train"], spec, args)
@@ -333,6 +336,7 @@ def main(args):
         "label": "none",
         "pooling": "mean over space",
         "ids": "row i is image i of its split",
+        "precision": args.precision,
         "network_sha256": model.sha256,
     }
     if rank == 0:

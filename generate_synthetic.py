@@ -64,6 +64,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=cli.count, default=250, help="images per network call on one process")
     add("--out-dir", type=cli.path, help="directory of the set (default: out/synthetic-<dataset>)")
+    cli.add_precision_flag(add)
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_args(argv)
@@ -214,6 +215,7 @@ def manifest_of(args, spec, model):
         "image_shape": [model.image_size, model.image_size, model.channels],
         "shard_size": args.shard_size,
         "seed": args.seed,
+        "precision": args.precision,
         "network_sha256": model.sha256,
         "held_out": model.val_size,
         "sampler": sampler,
@@ -261,9 +263,10 @@ def make_selection(classifier, args, spec, device, rank, world_size):
         raise UserError(f"--out-dir {args.out_dir}: {message}")
     if "selection" in source.manifest:
         return
-    confidence = confidences(
-        source, classifier, spec.image_size, args.batch_size, device, rank, world_size
-    )
+    with run.autocast(device, args.precision):
+        confidence = confidences(
+            source, classifier, spec.image_size, args.batch_size, device, rank, world_size
+        )
     if rank == 0:
         rows = select(confidence, np.concatenate(source.labels), args.keep_fraction)
         files.write_npy(rows, os.path.join(args.out_dir, "selection.npy"))
@@ -296,9 +299,9 @@ def report(args, spec, train, test, device):
 
 
 def main(args):
-    rank, world_size, device = run.start_processes()
+    rank, world_size, device = run.start_processes(args.precision)
     spec = DATASETS[args.dataset]
-    model = load_diffusion(args.diffusion, device)
+    model = load_diffusion(args.diffusion, device, args.precision)
     model.check_generates(f"--diffusion {args.diffusion}", spec)
     sigma_min, sigma_max = sigma_limits(model, args)
     if rank == 0 and (sigma_min, sigma_max) != (args.sigma_min, args.sigma_max):

@@ -31,11 +31,14 @@ from common import UserError, attacks, cli, data, files, models
 from common.run import (
     Meters,
     Run,
+    autocast,
     average_batchnorm,
     barrier,
+    check_compiler,
     end_processes,
     make_average,
     no_sync,
+    read_once,
     save_images,
     start_processes,
     sum_over_ranks,
@@ -69,6 +72,7 @@ RECIPE = dict(
     ema_decay=0.995,
     eval_every=1,
     eval_n_steps=40,
+    deterministic=False,
 )
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 SYNTHETIC_FRACTION = 0.7  # where there is a synthetic set; DM-AT takes 0.8 above 1 M images
@@ -82,6 +86,7 @@ PRESETS = {
         clip_norm=5.0,
         eval_every=10,
         eval_n_steps=20,
+        deterministic=True,
     ),
     # DM-AT counts an epoch's steps from all training images, held-out ones included: 98 steps of
     # 512 images for CIFAR, 39,200 in all.
@@ -171,8 +176,9 @@ def parse_args(argv=None):
     add("--eval-every", type=cli.count, help="epochs between validations with checkpoint")
     add("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     add("--out-dir", type=cli.path, help="run directory (default: out/<this script>-<dataset>)")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of passes in training")
-    add("--compile", action=SWITCH, default=False, help="torch.compile the classifier")
+    cli.add_precision_flag(add)
+    add("--deterministic", action=SWITCH, help="equal runs are equal to the bit, on a GPU too")
+    add("--compile", action=SWITCH, default=False, help="torch.compile classifier and attack")
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)
@@ -249,35 +255,39 @@ def at_loss(logits, logits_adv, y, args):
     return loss, {"loss_clean": loss_clean, "loss_robust": loss_robust}
 
 
-def adversarial_loss(model, raw_model, x, y, start, args):
+def adversarial_loss(model, twin, x, y, start, args):
     """L_AT of images x: (loss, metrics, x_adv).
 
-    model: what the gradient is taken through (DDP). raw_model: the same network, to be attacked.
+    model: what the gradient is taken through (DDP). twin: its double, to be attacked.
     start: the perturbation that the attack starts from, like x. y, metrics: as in at_loss.
     """
     logits = logits_adv = None
     x_adv = x
-    # The clean pass comes first: with batch statistics, its logits are the attack's reference.
+    attacked = args.loss != "standard"
+    # With running statistics the attack comes first: the clean pass moves them. With those of the
+    # batch it comes second: the clean logits are its reference.
+    if attacked and args.attack_bn == "running":
+        x_adv = attack_in_training(twin, x, y, start, None, args)
     if args.loss != "pgd":
         logits = model(x)
-    if args.loss != "standard":
-        x_adv = attack_in_training(raw_model, x, y, start, logits, args)
+    if attacked and args.attack_bn == "batch":
+        x_adv = attack_in_training(twin, x, y, start, logits, args)
+    if attacked:
         logits_adv = model(x_adv)
     loss, metrics = at_loss(logits, logits_adv, y, args)
     return loss, metrics, x_adv
 
 
-def attack_in_training(raw_model, x, y, start, logits, args):
-    """Adversarial images for L_AT. logits: of the clean pass in train mode, None without one."""
-    settings = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, bn=args.attack_bn)
+def attack_in_training(twin, x, y, start, logits, args):
+    """Adversarial images for L_AT. logits: the reference of KL; None, the twin's own at x."""
+    settings = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, compiled=args.compile)
     if args.attack == "apgd":
-        return attacks.apgd(raw_model, x, y, **settings)
+        return attacks.apgd(twin, x, y, **settings)
     settings["step_size"] = args.step_size
     if args.loss == "pgd":
-        return attacks.pgd(raw_model, x, y, start, loss="ce", **settings)
-    # The reference must come from the attack's own mode: in eval mode, pgd takes it itself.
-    reference = logits.detach() if args.attack_bn == "batch" else None
-    return attacks.pgd(raw_model, x, y, start, loss="kl", reference=reference, **settings)
+        return attacks.pgd(twin, x, y, start, loss="ce", **settings)
+    reference = None if logits is None else logits.detach()
+    return attacks.pgd(twin, x, y, start, loss="kl", reference=reference, **settings)
 
 
 def attack_start(x, step, mine, args):
@@ -301,13 +311,13 @@ def one_cycle(epoch, args):
     """
     low, high = args.momentum
     peak_epoch = args.warmup_fraction * args.epochs - 1
-    if epoch < peak_epoch:
+    if 0 < peak_epoch >= epoch:
         weight = 0.5 * (1 - math.cos(math.pi * epoch / peak_epoch))
         lr = args.lr / 25 + weight * (args.lr - args.lr / 25)
         momentum = high + weight * (low - high)
         return lr, momentum
-    peak_epoch = max(peak_epoch, 0)
-    progress = (epoch - peak_epoch) / max(args.epochs - 1 - peak_epoch, 1)
+    rest = args.epochs - 1 - peak_epoch
+    progress = (epoch - peak_epoch) / rest if rest else 0.0
     weight = 0.5 * (1 - math.cos(math.pi * progress))
     lr = args.lr + weight * (args.lr / 25e4 - args.lr)
     momentum = low + weight * (high - low)
@@ -337,7 +347,7 @@ def set_schedule(optimizer, step, steps_per_epoch, train_steps, args):
 def ema_decay_at(step, train_steps, args):
     """Decay of the average: a plain copy in the warm-up, then min(ema_decay, (1 + d) / (10 + d)).
 
-    d: steps since the warm-up.
+    step: counted from 1, as in the code of DM-AT. d: steps since the warm-up.
     """
     since = step - args.warmup_fraction * train_steps
     if since < 0:
@@ -345,35 +355,33 @@ def ema_decay_at(step, train_steps, args):
     return min(args.ema_decay, (1 + since) / (10 + since))
 
 
-def validate(model, x, y, start, args, rank, world_size):
-    """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, shared out over ranks.
+def validate(model, x, y, start, at_once, args):
+    """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, over all ranks' images.
 
+    x, y, start: this rank's. at_once: images in one pass.
     Both are NaN where a logit is not finite, because argmax would call such an image class 0.
     """
-    n_correct = torch.zeros(2, dtype=torch.float64, device=x.device)
-    n_not_finite = torch.zeros((), dtype=torch.int64, device=x.device)
-    rows = torch.arange(rank, len(y), world_size, device=x.device)
-    at_once = 256 if x.shape[-1] < 32 else 64  # the activations of large networks fill a GPU
-    for part in rows.split(at_once):
+    counts = torch.zeros(3, dtype=torch.float64, device=x.device)  # clean, robust, not finite
+    for x_part, y_part, start_part in zip(x.split(at_once), y.split(at_once), start.split(at_once)):
         x_adv = attacks.pgd(
             model,
-            x[part],
-            y[part],
-            start[part],
+            x_part,
+            y_part,
+            start_part,
             norm=args.norm,
             eps=args.eps,
             step_size=args.step_size,
             n_steps=args.eval_n_steps,
             loss="margin",
         )
-        for i, images in enumerate((x[part], x_adv)):
+        for i, images in enumerate((x_part, x_adv)):
             with torch.no_grad():
                 logits = model(images)
-            n_correct[i] += (logits.argmax(1) == y[part]).sum()
-            n_not_finite += (~logits.isfinite()).sum()
-    if sum_over_ranks(n_not_finite) > 0:
+            counts[i] += (logits.argmax(1) == y_part).sum()
+            counts[2] += (~logits.isfinite()).sum()
+    clean_acc, robust_acc, not_finite = (sum_over_ranks(counts) / args.val_size).tolist()
+    if not_finite:
         return math.nan, math.nan
-    clean_acc, robust_acc = (sum_over_ranks(n_correct) / len(y)).tolist()
     return clean_acc, robust_acc
 
 
@@ -390,6 +398,8 @@ def check(args, spec, world_size):
     if (args.mixup or args.cutmix) and args.batch_size == world_size:
         message = "one image per process has no other to be mixed with"
         raise UserError(f"--batch-size {args.batch_size}: {message}, see --mixup and --cutmix")
+    if args.val_size < world_size:
+        raise UserError(f"--val-size {args.val_size}: fewer images than processes ({world_size})")
     models.check_model(args.model, spec)
 
 
@@ -406,14 +416,13 @@ def hashes(args, train, val, synthetic):
     }
 
 
-def make_optimizer(modules, args, device):
+def make_optimizer(modules, args):
     """The optimiser of the modules' parameters; weight decay spares BatchNorm's."""
     groups = models.parameter_groups(modules, args.weight_decay, biases=args.optimizer == "sgd")
-    fused = device.type == "cuda"
     if args.optimizer == "sgd":
         momentum = args.momentum[1]
-        return torch.optim.SGD(groups, args.lr, momentum=momentum, nesterov=True, fused=fused)
-    return torch.optim.AdamW(groups, args.lr, betas=args.betas, fused=fused)
+        return torch.optim.SGD(groups, args.lr, momentum=momentum, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, args.lr, betas=args.betas, fused=True)
 
 
 def set_batchnorm_momentum(model, momentum):
@@ -447,31 +456,34 @@ def save_examples(run, x, x_adv):
 
 def main(args):
     # Setup: one process per GPU under torchrun, else one process.
-    rank, world_size, device = start_processes()
+    rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = DATASETS[args.dataset]
     check(args, spec, world_size)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    if args.compile:
+        check_compiler(device)
+    mixed = autocast(device, args.precision)
 
     # Data. The run directory is made later, when all that can be wrong with the inputs is found.
     if rank == 0:
         prepare_dataset(spec, args.data_dir, args.download)
         prepare_synthetic(args.synthetic or [], spec)
     barrier()
-    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
+    train, val = read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
     synthetic = None
     if args.synthetic:
         synthetic = open_synthetic(args.synthetic, spec)
         if rank == 0 and synthetic.held_out < args.val_size:
             print("note: the diffusion model of --synthetic may have seen the validation images")
     batches = data.make_batches(spec, train, args, device, rank, world_size, synthetic)
-    x_val = data.to_x(val[0][:], device)
-    y_val = torch.from_numpy(val[1]).to(device)
+    x_val = data.to_x(val[0][batches.mine], device)
+    y_val = torch.from_numpy(val[1][batches.mine]).to(device)
     generator = data.stream(args.seed, "validation", 0, device)
-    val_start = attacks.random_start(x_val.shape, args.norm, args.eps, generator)
+    shape = (args.val_size, *x_val.shape[1:])
+    val_start = attacks.random_start(shape, args.norm, args.eps, generator)[batches.mine]
     steps_per_epoch = math.ceil((args.epoch_images or len(train[1])) / args.batch_size)
     train_steps = args.epochs * steps_per_epoch
 
-    # Model, its average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
+    # Model, its average, its twin (for the attack), optimiser. The loss goes through model (DDP).
     torch.manual_seed(data.seed_of(args.seed, "init"))
     raw_model = models.build(args.model, spec)
     if args.init:
@@ -479,10 +491,9 @@ def main(args):
         if rank == 0 and not fits:
             print(f"note: {args.init} has another number of classes, the last layer starts afresh")
     raw_model.to(device)
-    if world_size > 1 and device.type == "cuda":
-        raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
     ema = make_average(raw_model)
-    optimizer = make_optimizer([raw_model], args, device)
+    twin = attacks.make_twin(raw_model, args.attack_bn, args.precision)
+    optimizer = make_optimizer([raw_model], args)
 
     # Resume.
     inputs = hashes(args, train, val, synthetic) if rank == 0 else {}
@@ -493,8 +504,6 @@ def main(args):
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
         return end_processes()
-    if args.compile:
-        raw_model.compile()
     model = wrap(raw_model)
     # BatchNorm's running statistics begin with the first batch's, unless weights were loaded.
     from_scratch = run.step == 0 and not args.init
@@ -504,7 +513,11 @@ def main(args):
     # Training.
     run.start(train_steps)
     meters = Meters()
+    first_compiled = max(run.step, 1)  # BatchNorm's momentum changes after step 0
+    at_once = 2 * args.batch_size // (world_size * args.accumulate)  # what a step's two passes hold
     while run.step < train_steps:
+        if args.compile and run.step == first_compiled:
+            raw_model.compile()
         set_schedule(optimizer, run.step, steps_per_epoch, train_steps, args)
         x, y = batches(run.step)
         if args.mixup or args.cutmix:
@@ -512,43 +525,51 @@ def main(args):
             x, y = data.mix(x, y, spec.num_classes, args.mixup, args.cutmix, seed)
         start = attack_start(x, run.step, batches.mine, args)
 
+        attacks.update_twin(twin, raw_model)
         optimizer.zero_grad(set_to_none=True)
         for part in range(args.accumulate):
             micro = slice(part, None, args.accumulate)
+            x_micro = x[micro].contiguous(memory_format=torch.channels_last)
+            start_micro = start[micro].contiguous(memory_format=torch.channels_last)
             more = part < args.accumulate - 1
             with no_sync(model, when=more):
-                with autocast:
+                with mixed:
                     loss, metrics, x_adv = adversarial_loss(
-                        model, raw_model, x[micro], y[micro], start[micro], args
+                        model, twin, x_micro, y[micro], start_micro, args
                     )
                 (loss / args.accumulate).backward()
             meters.update(loss=loss, **metrics)
-            examples = x[micro], x_adv  # for samples.png
+            examples = x_micro, x_adv  # for samples.png
 
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters()])
-        run.check_finite(grad_norm)
         if args.clip_norm:
             parameters = raw_model.parameters()
             torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_norm, grad_norm)
         meters.update(grad_norm=grad_norm)
         optimizer.step()
-        if world_size > 1 and device.type == "cpu":
-            average_batchnorm(raw_model)
-        update_average(ema, raw_model, ema_decay_at(run.step, train_steps, args))
         run.advance()
+        update_average(ema, raw_model, ema_decay_at(run.step, train_steps, args))
         if run.step == 1:
             set_batchnorm_momentum(raw_model, args.bn_momentum)
 
         # Validation, with a checkpoint; at SIGTERM a checkpoint alone.
         is_last = run.step == train_steps
         validate_now = is_last or run.step % (args.eval_every * steps_per_epoch) == 0
-        if validate_now:
+        if validate_now or run.ranks_agree():
+            average_batchnorm(raw_model, ema)
+        stop = run.should_stop()
+        if validate_now or stop:
+            n_steps, seconds = run.interval()
             metrics = meters.means()
+            run.check_finite(**metrics)
+        if validate_now:
             metrics["lr"] = optimizer.param_groups[0]["lr"]
-            metrics["images_per_s"] = round(run.steps_per_second() * args.batch_size, 1)
-            clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, args, rank, world_size)
-            run.check_finite(clean_acc, robust_acc)
-            run.check_weights()
+            metrics["images_per_s"] = round(n_steps * args.batch_size / seconds, 1)
+            metrics["data_wait"] = round(batches.waited / seconds, 4)  # share of the time
+            batches.waited = 0.0
+            with mixed:
+                clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, at_once, args)
+            run.check_finite(clean_acc=clean_acc, robust_acc=robust_acc)
             run.log(clean_acc=clean_acc, robust_acc=robust_acc, **metrics)
             run.bar.set_postfix(loss=f"{metrics['loss']:.3f}", robust=f"{robust_acc:.1%}")
             score = [clean_acc, robust_acc]
@@ -558,7 +579,6 @@ def main(args):
                 run.best = score
                 save_best(run, ema, about, clean_acc, robust_acc)
             save_examples(run, *examples)
-        stop = run.should_stop()
         if validate_now or stop:
             run.save(**about)
         if stop:
@@ -569,7 +589,7 @@ def main(args):
         print(run.stopped_message(train_steps))
     elif rank == 0:
         kind = "clean" if args.loss == "standard" else "robust"
-        best = f"best.pt has {run.best[0]:.1%} {kind} accuracy on {len(y_val)} held-out images"
+        best = f"best.pt has {run.best[0]:.1%} {kind} accuracy on {args.val_size} held-out images"
         print(f"{args.out_dir}: {train_steps} steps; {best}")
     end_processes()
 

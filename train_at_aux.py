@@ -41,11 +41,14 @@ from common import UserError, attacks, cli, data, files, models
 from common.run import (
     Meters,
     Run,
+    autocast,
     average_batchnorm,
     barrier,
+    check_compiler,
     end_processes,
     make_average,
     no_sync,
+    read_once,
     save_images,
     start_processes,
     sum_over_ranks,
@@ -80,6 +83,7 @@ RECIPE = dict(
     ema_decay=0.995,
     eval_every=1,
     eval_n_steps=40,
+    deterministic=False,
     aux_weight=1.0,
     head_width=2048,
 )
@@ -96,6 +100,7 @@ PRESETS = {
         clip_norm=5.0,
         eval_every=10,
         eval_n_steps=20,
+        deterministic=True,
         block="up_blocks.0.resnets.0",
         sigma=0.1,
         head_width=256,
@@ -202,8 +207,9 @@ def parse_args(argv=None):
     add("--eval-every", type=cli.count, help="epochs between validations with checkpoint")
     add("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     add("--out-dir", type=cli.path, help="run directory (default: out/<this script>-<dataset>)")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of passes in training")
-    add("--compile", action=SWITCH, default=False, help="torch.compile the classifier")
+    cli.add_precision_flag(add)
+    add("--deterministic", action=SWITCH, help="equal runs are equal to the bit, on a GPU too")
+    add("--compile", action=SWITCH, default=False, help="torch.compile classifier and attack")
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)
@@ -284,17 +290,18 @@ class Teacher:
         (feats,) = self.network.features(x, self.sigma, label, [self.block], noise)
         return feats - self.mean
 
-    def center(self, images, labels, seed):
-        """Set the mean (C,) that targets subtracts: that of the first 10,000 training images."""
+    def center(self, images, labels, seed, rank, world_size):
+        """Set the mean (C,) that targets subtracts, of 10,000 images that ranks share out."""
         total = 0
         n = min(10_000, len(labels))
         for first in range(0, n, 250):
-            rows = slice(first, min(first + 250, n))
+            rows = slice(first + rank, first + 250, world_size)
             x = data.to_x(images[rows], self.network.device)
             y = torch.from_numpy(labels[rows]).to(x.device)
-            noise = self.noise(len(y), data.stream(seed, "teacher-mean", first, x.device))
+            generator = data.stream(seed, "teacher-mean", first, x.device)
+            noise = self.noise(min(250, n - first), generator)[rank::world_size]
             total = total + self.targets(x, y, noise).sum(0)
-        self.mean = total / n
+        self.mean = sum_over_ranks(total) / n
 
 
 def alignment_head(num_features, num_targets, args):
@@ -328,16 +335,17 @@ def contrastive_loss(output, targets):
 def alignment_loss(head, feats, targets, args):
     """The alignment loss, averaged over a list of feats (B, D): of x_adv, x or both."""
     loss_of = cosine_loss if args.align_loss == "cosine" else contrastive_loss
-    losses = [loss_of(head(f), targets) for f in feats]
-    return sum(losses) / len(losses)
+    return torch.stack([loss_of(head(f), targets) for f in feats]).mean()
 
 
 @torch.no_grad()
-def validation_alignment(model, head, x, targets):
-    """Mean cosine on clean held-out images, of model and head in training (not the average)."""
-    with attacks.attack_mode(model, "running"):
-        feats = torch.cat([model(part, with_features=True)[1] for part in x.split(256)])
-    return 1 - cosine_loss(head(feats), targets).item()
+def val_alignment(model, head, x, targets, args):
+    """Mean cosine on all ranks' held-out images, of model and head in training, not the average."""
+    model.eval()
+    feats = [model.forward(part, with_features=True)[1] for part in x.split(256)]  # uncompiled
+    model.train()
+    cosine = 1 - cosine_loss(head(torch.cat(feats)), targets)
+    return (sum_over_ranks(cosine * len(x)) / args.val_size).item()
 
 
 def at_loss(logits, logits_adv, y, args):
@@ -363,41 +371,44 @@ def at_loss(logits, logits_adv, y, args):
     return loss, {"loss_clean": loss_clean, "loss_robust": loss_robust}
 
 
-def adversarial_loss(model, raw_model, x, y, start, args):
+def adversarial_loss(model, twin, x, y, start, args):
     """L_AT of images x: (loss, metrics, x_adv, list of the features (B, D) to align).
 
-    model: what the gradient is taken through (DDP). raw_model: the same network, to be attacked.
+    model: what the gradient is taken through (DDP). twin: its double, to be attacked.
     start: the perturbation that the attack starts from, like x. y, metrics: as in at_loss.
     """
     logits = logits_adv = feats = feats_adv = None
     x_adv = x
-    # The clean pass comes first: with batch statistics, its logits are the attack's reference.
+    attacked = args.loss != "standard"
+    # With running statistics the attack comes first: the clean pass moves them. With those of the
+    # batch it comes second: the clean logits are its reference.
+    if attacked and args.attack_bn == "running":
+        x_adv = attack_in_training(twin, x, y, start, None, args)
     if args.loss != "pgd":
         logits, feats = model(x, with_features=True)
     elif args.align != "adv":
         # A pass for the alignment alone: the classifier stays that of train_at.py.
-        with attacks.frozen_statistics(raw_model):
+        with attacks.frozen_statistics(model):
             _, feats = model(x, with_features=True)
-    if args.loss != "standard":
-        x_adv = attack_in_training(raw_model, x, y, start, logits, args)
+    if attacked and args.attack_bn == "batch":
+        x_adv = attack_in_training(twin, x, y, start, logits, args)
+    if attacked:
         logits_adv, feats_adv = model(x_adv, with_features=True)
     loss, metrics = at_loss(logits, logits_adv, y, args)
-    if args.align == "both":
-        return loss, metrics, x_adv, [feats, feats_adv]
-    return loss, metrics, x_adv, [feats_adv if args.align == "adv" else feats]
+    aligned = {"adv": [feats_adv], "clean": [feats], "both": [feats, feats_adv]}[args.align]
+    return loss, metrics, x_adv, aligned
 
 
-def attack_in_training(raw_model, x, y, start, logits, args):
-    """Adversarial images for L_AT. logits: of the clean pass in train mode, None without one."""
-    settings = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, bn=args.attack_bn)
+def attack_in_training(twin, x, y, start, logits, args):
+    """Adversarial images for L_AT. logits: the reference of KL; None, the twin's own at x."""
+    settings = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, compiled=args.compile)
     if args.attack == "apgd":
-        return attacks.apgd(raw_model, x, y, **settings)
+        return attacks.apgd(twin, x, y, **settings)
     settings["step_size"] = args.step_size
     if args.loss == "pgd":
-        return attacks.pgd(raw_model, x, y, start, loss="ce", **settings)
-    # The reference must come from the attack's own mode: in eval mode, pgd takes it itself.
-    reference = logits.detach() if args.attack_bn == "batch" else None
-    return attacks.pgd(raw_model, x, y, start, loss="kl", reference=reference, **settings)
+        return attacks.pgd(twin, x, y, start, loss="ce", **settings)
+    reference = None if logits is None else logits.detach()
+    return attacks.pgd(twin, x, y, start, loss="kl", reference=reference, **settings)
 
 
 def attack_start(x, step, mine, args):
@@ -421,13 +432,13 @@ def one_cycle(epoch, args):
     """
     low, high = args.momentum
     peak_epoch = args.warmup_fraction * args.epochs - 1
-    if epoch < peak_epoch:
+    if 0 < peak_epoch >= epoch:
         weight = 0.5 * (1 - math.cos(math.pi * epoch / peak_epoch))
         lr = args.lr / 25 + weight * (args.lr - args.lr / 25)
         momentum = high + weight * (low - high)
         return lr, momentum
-    peak_epoch = max(peak_epoch, 0)
-    progress = (epoch - peak_epoch) / max(args.epochs - 1 - peak_epoch, 1)
+    rest = args.epochs - 1 - peak_epoch
+    progress = (epoch - peak_epoch) / rest if rest else 0.0
     weight = 0.5 * (1 - math.cos(math.pi * progress))
     lr = args.lr + weight * (args.lr / 25e4 - args.lr)
     momentum = low + weight * (high - low)
@@ -457,7 +468,7 @@ def set_schedule(optimizer, step, steps_per_epoch, train_steps, args):
 def ema_decay_at(step, train_steps, args):
     """Decay of the average: a plain copy in the warm-up, then min(ema_decay, (1 + d) / (10 + d)).
 
-    d: steps since the warm-up.
+    step: counted from 1, as in the code of DM-AT. d: steps since the warm-up.
     """
     since = step - args.warmup_fraction * train_steps
     if since < 0:
@@ -465,35 +476,33 @@ def ema_decay_at(step, train_steps, args):
     return min(args.ema_decay, (1 + since) / (10 + since))
 
 
-def validate(model, x, y, start, args, rank, world_size):
-    """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, shared out over ranks.
+def validate(model, x, y, start, at_once, args):
+    """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, over all ranks' images.
 
+    x, y, start: this rank's. at_once: images in one pass.
     Both are NaN where a logit is not finite, because argmax would call such an image class 0.
     """
-    n_correct = torch.zeros(2, dtype=torch.float64, device=x.device)
-    n_not_finite = torch.zeros((), dtype=torch.int64, device=x.device)
-    rows = torch.arange(rank, len(y), world_size, device=x.device)
-    at_once = 256 if x.shape[-1] < 32 else 64  # the activations of large networks fill a GPU
-    for part in rows.split(at_once):
+    counts = torch.zeros(3, dtype=torch.float64, device=x.device)  # clean, robust, not finite
+    for x_part, y_part, start_part in zip(x.split(at_once), y.split(at_once), start.split(at_once)):
         x_adv = attacks.pgd(
             model,
-            x[part],
-            y[part],
-            start[part],
+            x_part,
+            y_part,
+            start_part,
             norm=args.norm,
             eps=args.eps,
             step_size=args.step_size,
             n_steps=args.eval_n_steps,
             loss="margin",
         )
-        for i, images in enumerate((x[part], x_adv)):
+        for i, images in enumerate((x_part, x_adv)):
             with torch.no_grad():
                 logits = model(images)
-            n_correct[i] += (logits.argmax(1) == y[part]).sum()
-            n_not_finite += (~logits.isfinite()).sum()
-    if sum_over_ranks(n_not_finite) > 0:
+            counts[i] += (logits.argmax(1) == y_part).sum()
+            counts[2] += (~logits.isfinite()).sum()
+    clean_acc, robust_acc, not_finite = (sum_over_ranks(counts) / args.val_size).tolist()
+    if not_finite:
         return math.nan, math.nan
-    clean_acc, robust_acc = (sum_over_ranks(n_correct) / len(y)).tolist()
     return clean_acc, robust_acc
 
 
@@ -510,6 +519,8 @@ def check(args, spec, world_size):
     if (args.mixup or args.cutmix) and args.batch_size == world_size:
         message = "one image per process has no other to be mixed with"
         raise UserError(f"--batch-size {args.batch_size}: {message}, see --mixup and --cutmix")
+    if args.val_size < world_size:
+        raise UserError(f"--val-size {args.val_size}: fewer images than processes ({world_size})")
     if args.align_loss == "contrastive" and args.batch_size == world_size * args.accumulate:
         raise UserError(f"--batch-size {args.batch_size}: too small, see --align-loss contrastive")
     models.check_model(args.model, spec)
@@ -517,7 +528,7 @@ def check(args, spec, world_size):
 
 def load_teacher(args, spec, device, rank):
     """The Teacher of the command line. Raises UserError where it does not fit the data set."""
-    network = load_diffusion(args.teacher, device)
+    network = load_diffusion(args.teacher, device, args.precision)
     teacher = Teacher(network, args)
     network.check_teaches(f"--teacher {args.teacher}", spec, teacher.with_label)
     network.check_sigmas([teacher.sigma])
@@ -541,14 +552,13 @@ def hashes(args, train, val, synthetic):
     }
 
 
-def make_optimizer(modules, args, device):
+def make_optimizer(modules, args):
     """The optimiser of the modules' parameters; weight decay spares BatchNorm's."""
     groups = models.parameter_groups(modules, args.weight_decay, biases=args.optimizer == "sgd")
-    fused = device.type == "cuda"
     if args.optimizer == "sgd":
         momentum = args.momentum[1]
-        return torch.optim.SGD(groups, args.lr, momentum=momentum, nesterov=True, fused=fused)
-    return torch.optim.AdamW(groups, args.lr, betas=args.betas, fused=fused)
+        return torch.optim.SGD(groups, args.lr, momentum=momentum, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, args.lr, betas=args.betas, fused=True)
 
 
 def set_batchnorm_momentum(model, momentum):
@@ -582,42 +592,44 @@ def save_examples(run, x, x_adv):
 
 def main(args):
     # Setup: one process per GPU under torchrun, else one process.
-    rank, world_size, device = start_processes()
+    rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = DATASETS[args.dataset]
     check(args, spec, world_size)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    if args.compile:
+        check_compiler(device)
+    mixed = autocast(device, args.precision)
 
     # Data. The run directory is made later, when all that can be wrong with the inputs is found.
     if rank == 0:
         prepare_dataset(spec, args.data_dir, args.download)
         prepare_synthetic(args.synthetic or [], spec)
     barrier()
-    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
+    train, val = read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
     synthetic = None
     if args.synthetic:
         synthetic = open_synthetic(args.synthetic, spec)
         if rank == 0 and synthetic.held_out < args.val_size:
             print("note: the diffusion model of --synthetic may have seen the validation images")
     batches = data.make_batches(spec, train, args, device, rank, world_size, synthetic)
-    x_val = data.to_x(val[0][:], device)
-    y_val = torch.from_numpy(val[1]).to(device)
+    x_val = data.to_x(val[0][batches.mine], device)
+    y_val = torch.from_numpy(val[1][batches.mine]).to(device)
     generator = data.stream(args.seed, "validation", 0, device)
-    val_start = attacks.random_start(x_val.shape, args.norm, args.eps, generator)
+    shape = (args.val_size, *x_val.shape[1:])
+    val_start = attacks.random_start(shape, args.norm, args.eps, generator)[batches.mine]
     steps_per_epoch = math.ceil((args.epoch_images or len(train[1])) / args.batch_size)
     train_steps = args.epochs * steps_per_epoch
 
     # Teacher. The held-out images keep one draw of noise.
     teacher = load_teacher(args, spec, device, rank)
-    noise = teacher.noise(len(y_val), data.stream(args.seed, "validation-teacher", 0, device))
-    with autocast:
-        if args.center_targets:
-            teacher.center(*train, args.seed)
-        parts = zip(x_val.split(256), y_val.split(256), noise.split(256))
-        val_targets = torch.cat([teacher.targets(*part) for part in parts])
+    if args.center_targets:
+        teacher.center(*train, args.seed, rank, world_size)
+    noise = teacher.noise(args.val_size, data.stream(args.seed, "validation-teacher", 0, device))
+    parts = zip(x_val.split(256), y_val.split(256), noise[batches.mine].split(256))
+    val_targets = torch.cat([teacher.targets(*part) for part in parts])
     if not val_targets.isfinite().all():
         raise UserError(f"--teacher {args.teacher}: features at --sigma are not finite")
 
-    # Model, its average, optimiser. The attack uses raw_model, the loss goes through model (DDP).
+    # Model, its average, its twin (for the attack), optimiser. The loss goes through model (DDP).
     torch.manual_seed(data.seed_of(args.seed, "init"))
     raw_model = models.build(args.model, spec)
     if args.init:
@@ -625,12 +637,11 @@ def main(args):
         if rank == 0 and not fits:
             print(f"note: {args.init} has another number of classes, the last layer starts afresh")
     raw_model.to(device)
-    if world_size > 1 and device.type == "cuda":
-        raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
     ema = make_average(raw_model)
+    twin = attacks.make_twin(raw_model, args.attack_bn, args.precision)
     torch.manual_seed(data.seed_of(args.seed, "head"))
     raw_head = alignment_head(raw_model.num_features, val_targets.shape[1], args).to(device)
-    optimizer = make_optimizer([raw_model, raw_head], args, device)
+    optimizer = make_optimizer([raw_model, raw_head], args)
 
     # Resume.
     inputs = hashes(args, train, val, synthetic) if rank == 0 else {}
@@ -642,8 +653,6 @@ def main(args):
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
         return end_processes()
-    if args.compile:
-        raw_model.compile()
     model = wrap(raw_model)
     head = wrap(raw_head)
     # BatchNorm's running statistics begin with the first batch's, unless weights were loaded.
@@ -654,7 +663,11 @@ def main(args):
     # Training.
     run.start(train_steps)
     meters = Meters()
+    first_compiled = max(run.step, 1)  # BatchNorm's momentum changes after step 0
+    at_once = 2 * args.batch_size // (world_size * args.accumulate)  # what a step's two passes hold
     while run.step < train_steps:
+        if args.compile and run.step == first_compiled:
+            raw_model.compile()
         set_schedule(optimizer, run.step, steps_per_epoch, train_steps, args)
         x, y = batches(run.step)
         if args.mixup or args.cutmix:
@@ -663,52 +676,60 @@ def main(args):
         start = attack_start(x, run.step, batches.mine, args)
         generator = data.stream(args.seed, "teacher", run.step, device)
         noise = teacher.noise(args.batch_size, generator)[batches.mine]
-        shuffle = data.stream(args.seed, "shuffle", run.step)
+        shuffle = data.stream(args.seed, "shuffle", run.step, device)
 
+        attacks.update_twin(twin, raw_model)
         optimizer.zero_grad(set_to_none=True)
         for part in range(args.accumulate):
             micro = slice(part, None, args.accumulate)
+            x_micro = x[micro].contiguous(memory_format=torch.channels_last)
+            start_micro = start[micro].contiguous(memory_format=torch.channels_last)
             more = part < args.accumulate - 1
+            # DRA: the target is the clean image's, whichever image is aligned with it.
+            targets = teacher.targets(x_micro, y[micro], noise[micro])
+            if args.shuffle_targets:
+                targets = targets[torch.randperm(len(targets), generator=shuffle, device=device)]
             with no_sync(model, when=more), no_sync(head, when=more):
-                with autocast:
+                with mixed:
                     loss, metrics, x_adv, feats = adversarial_loss(
-                        model, raw_model, x[micro], y[micro], start[micro], args
+                        model, twin, x_micro, y[micro], start_micro, args
                     )
-                    # DRA: the target is the clean image's, whichever image is aligned with it.
-                    targets = teacher.targets(x[micro], y[micro], noise[micro])
-                    if args.shuffle_targets:
-                        targets = targets[torch.randperm(len(targets), generator=shuffle)]
                     loss_aux = alignment_loss(head, feats, targets, args)
                     loss = loss + args.aux_weight * loss_aux
                 (loss / args.accumulate).backward()
             meters.update(loss=loss, loss_aux=loss_aux, **metrics)
-            examples = x[micro], x_adv  # for samples.png
+            examples = x_micro, x_adv  # for samples.png
 
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters()])
-        run.check_finite(grad_norm)
         if args.clip_norm:
             parameters = raw_model.parameters()
             torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_norm, grad_norm)
         meters.update(grad_norm=grad_norm)
         optimizer.step()
-        if world_size > 1 and device.type == "cpu":
-            average_batchnorm(raw_model)
-        update_average(ema, raw_model, ema_decay_at(run.step, train_steps, args))
         run.advance()
+        update_average(ema, raw_model, ema_decay_at(run.step, train_steps, args))
         if run.step == 1:
             set_batchnorm_momentum(raw_model, args.bn_momentum)
 
         # Validation, with a checkpoint; at SIGTERM a checkpoint alone.
         is_last = run.step == train_steps
         validate_now = is_last or run.step % (args.eval_every * steps_per_epoch) == 0
-        if validate_now:
+        if validate_now or run.ranks_agree():
+            average_batchnorm(raw_model, ema)
+        stop = run.should_stop()
+        if validate_now or stop:
+            n_steps, seconds = run.interval()
             metrics = meters.means()
+            run.check_finite(**metrics)
+        if validate_now:
             metrics["lr"] = optimizer.param_groups[0]["lr"]
-            metrics["images_per_s"] = round(run.steps_per_second() * args.batch_size, 1)
-            clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, args, rank, world_size)
-            metrics["val_align"] = validation_alignment(raw_model, raw_head, x_val, val_targets)
-            run.check_finite(clean_acc, robust_acc)
-            run.check_weights()
+            metrics["images_per_s"] = round(n_steps * args.batch_size / seconds, 1)
+            metrics["data_wait"] = round(batches.waited / seconds, 4)  # share of the time
+            batches.waited = 0.0
+            with mixed:
+                clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, at_once, args)
+                metrics["val_align"] = val_alignment(raw_model, raw_head, x_val, val_targets, args)
+            run.check_finite(clean_acc=clean_acc, robust_acc=robust_acc)
             run.log(clean_acc=clean_acc, robust_acc=robust_acc, **metrics)
             run.bar.set_postfix(loss=f"{metrics['loss']:.3f}", robust=f"{robust_acc:.1%}")
             score = [clean_acc, robust_acc]
@@ -718,7 +739,6 @@ def main(args):
                 run.best = score
                 save_best(run, ema, about, clean_acc, robust_acc)
             save_examples(run, *examples)
-        stop = run.should_stop()
         if validate_now or stop:
             run.save(**about)
         if stop:
@@ -729,7 +749,7 @@ def main(args):
         print(run.stopped_message(train_steps))
     elif rank == 0:
         kind = "clean" if args.loss == "standard" else "robust"
-        best = f"best.pt has {run.best[0]:.1%} {kind} accuracy on {len(y_val)} held-out images"
+        best = f"best.pt has {run.best[0]:.1%} {kind} accuracy on {args.val_size} held-out images"
         print(f"{args.out_dir}: {train_steps} steps; {best}")
     end_processes()
 

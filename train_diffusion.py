@@ -17,6 +17,7 @@ Writes the averaged network to --out-dir as diffusers.UNet2DModel.from_pretraine
 the same command again resumes. The preconditioning stands in common/diffusion.py.
 """
 
+import argparse
 import dataclasses
 import math
 import os
@@ -27,6 +28,7 @@ from common import UserError, cli, data, diffusion, files
 from common.run import (
     Meters,
     Run,
+    autocast,
     barrier,
     end_processes,
     make_average,
@@ -37,6 +39,8 @@ from common.run import (
 )
 from published.datasets import DATASETS, prepare_dataset
 from teachers import sampling
+
+SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
 def parse_args(argv=None):
@@ -59,10 +63,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--eval-every", type=cli.count, default=200, help="steps between validations, checkpoints")
     add("--out-dir", type=cli.path, help="run directory (default: out/diffusion-<dataset>)")
+    cli.add_precision_flag(add)
+    add("--deterministic", action=SWITCH, help="equal runs equal to the bit (on for digits)")
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
     args = parser.parse_args(argv)
     cli.fill_data_flags(args, DATASETS)
     args.out_dir = args.out_dir or f"out/diffusion-{args.dataset}"
+    if args.deterministic is None:
+        args.deterministic = args.dataset == "digits"
     if any(channels % 8 for channels in args.channels):
         expected = "expected multiples of 8 (the groups of GroupNorm)"
         parser.error(f"argument --channels: {args.channels}, {expected}")
@@ -188,9 +196,10 @@ def check(args, spec, world_size):
 
 def main(args):
     # Setup: one process per GPU under torchrun, else one process.
-    rank, world_size, device = start_processes()
+    rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = DATASETS[args.dataset]
     check(args, spec, world_size)
+    mixed = autocast(device, args.precision)
 
     # Data: no crops; mirrored where the classes do not mind. Each rank makes the global batch and
     # takes its rows, so that the noise does not depend on the number of processes.
@@ -208,7 +217,7 @@ def main(args):
     torch.manual_seed(data.seed_of(args.seed, "init"))
     net = build_network(spec, args).to(device, memory_format=torch.channels_last)
     ema = make_average(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
 
     # Resume.
     inputs = {"data_sha256": data.sha256(train, val)} if rank == 0 else {}
@@ -229,27 +238,30 @@ def main(args):
             group["lr"] = lr_at(run.step, args)
         x, y = batches(run.step)
         y, normal, noise = draw(run.step, y, x.shape, spec.num_classes, args)
-        loss = edm_loss(model, 2 * x[mine] - 1, y[mine], normal[mine], noise[mine], args).mean()
+        with mixed:
+            losses = edm_loss(model, 2 * x[mine] - 1, y[mine], normal[mine], noise[mine], args)
+        loss = losses.mean()
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        run.check_finite(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]))
         optimizer.step()
         run.advance()
         update_average(ema, net, ema_decay_at(run.step, args))
         meters.update(loss=loss)
 
         validate_now = run.step % args.eval_every == 0 or run.step == args.train_steps
-        if validate_now:
-            means = meters.means()
-            if rank == 0:
-                val_loss = validate(ema, x_val, y_val, args)
-                run.check_finite(val_loss)
-                run.check_weights()
-                run.log(val_loss=val_loss, lr=lr_at(run.step - 1, args), **means)
-                run.bar.set_postfix(loss=f"{means['loss']:.3f}", val_loss=f"{val_loss:.3f}")
-                save_images(samples(ema, spec, args, device), run.path("samples.png"), columns=10)
         stop = run.should_stop()
+        if validate_now or stop:
+            means = meters.means()
+            run.check_finite(**means)
+        if validate_now and rank == 0:
+            with mixed:
+                val_loss = validate(ema, x_val, y_val, args)
+                images = samples(ema, spec, args, device)
+            run.check_finite(val_loss=val_loss)
+            run.log(val_loss=val_loss, lr=lr_at(run.step - 1, args), **means)
+            run.bar.set_postfix(loss=f"{means['loss']:.3f}", val_loss=f"{val_loss:.3f}")
+            save_images(images, run.path("samples.png"), columns=10)
         if validate_now or stop:
             run.save()
         if stop:

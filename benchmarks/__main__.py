@@ -13,12 +13,15 @@ from benchmarks import evaluate, measure, train_step
 from common import UserError, cli, files
 
 ROWS = {  # name in benchmarks/results.json: (function, its arguments, the target last)
-    "training step, digits": (train_step.against_plain, "digits", 1.5),
-    "training step, wrn-16-4": (train_step.against_plain, "wrn-16-4", 1.5),
-    "training step, wrn-28-10": (train_step.against_plain, "wrn-28-10", None),
+    "training step, digits": (train_step.against_plain, "digits", "fp32", 1.5),
+    "training step, digits in bf16": (train_step.against_plain, "digits", "bf16", 1.5),
+    "training step, wrn-10-2": (train_step.against_plain, "wrn-10-2", "bf16", 1.5),
+    "training step, wrn-16-4": (train_step.against_plain, "wrn-16-4", "bf16", 1.5),
+    "training step, wrn-28-10": (train_step.against_plain, "wrn-28-10", "bf16", None),
     "DRA, digits": (train_step.alignment_cost, "digits", 1.25),
-    "DRA, wrn-28-10": (train_step.alignment_cost, "wrn-28-10", 1.1),
-    "loading": (train_step.batch_time, 20),
+    "DRA, wrn-28-10": (train_step.alignment_cost, "wrn-28-10", 1.08),
+    "waiting, digits": (train_step.loader_wait, "digits", 0.02),
+    "waiting, wrn-10-2": (train_step.loader_wait, "wrn-10-2", 0.02),
     "evaluation, digits linf": (evaluate.against_driver, "linf", 0.15, 1.5),
     "evaluation, digits l2": (evaluate.against_driver, "l2", 0.5, 1.5),
 }

@@ -131,7 +131,9 @@ def build_diffusion(name):
     )
     transformer = DiTTransformer2DModel(out_channels=8)  # by default DiT-XL/2 at 256 pixels
     levels = torch.linspace(0.01, 150, 1000, device="cpu")  # any: they do not change the count
-    return DiT(transformer, vae, levels)
+    network = DiT(transformer, vae, levels)
+    network.to(transformer.device)
+    return network
 
 
 def training(words, flags, teacher=None):
@@ -172,7 +174,7 @@ def generation(words, name, n, n_calls):
         noise = torch.empty(1, *network.noise_shape)
     denoise = count(lambda: network.denoise(noise, 1.0))
     decoder = count(lambda: network.decode(noise))
-    return words, n, {name: n_calls * denoise, "VAE": decoder}, ["fp32"]
+    return words, n, {name: n_calls * denoise, "VAE": decoder}, ["fp32", "bf16"]
 
 
 def autoattack(words, name, dataset, n):

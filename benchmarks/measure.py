@@ -44,7 +44,7 @@ def compare(what, against, ours, reference, target=None, unit="as fast"):
     """A row of the table: the ratio of two lists of seconds, round by round.
 
     unit: "as fast", the reference's over ours, and target is the least ratio wanted; or "the cost",
-    ours over the reference's, and target is the largest one.
+    ours over the reference's, and target is the largest one; "of the step" likewise, as a share.
     """
     if unit == "as fast":
         ratios = [b / a for a, b in zip(ours, reference)]
@@ -66,8 +66,7 @@ def compare(what, against, ours, reference, target=None, unit="as fast"):
 
 def record(name, row):
     """Put a row into benchmarks/results.json, in place of its former self, and print it."""
-    ratio = f"{row['ratio']:.2f} times {row['unit']} ({row['low']:.2f} to {row['high']:.2f})"
-    print(f"{row['what']}: {ratio}, against {row['against']}", flush=True)
+    print(f"{row['what']}: {_ratio(row)} ({_range(row)}), against {row['against']}", flush=True)
     rows = files.read_json(STORE) if STORE.exists() else {}
     rows[name] = {**row, "environment": run.environment()}
     files.write_json(rows, STORE)
@@ -84,8 +83,8 @@ def table(rows):
         cells = [
             row["what"],
             row["against"],
-            f"{row['ratio']:.2f} times {row['unit']}",
-            f"{row['low']:.2f} to {row['high']:.2f}" if row["rounds"] > 1 else "",
+            _ratio(row),
+            _range(row) if row["rounds"] > 1 else "",
             str(row["rounds"]),
             _verdict(row),
         ]
@@ -93,6 +92,17 @@ def table(rows):
         where = row["environment"]
         machines.add(f"{where['device']}, {where['threads']} threads, torch {where['torch']}")
     return "\n".join([*lines, "", f"Machine: {'; '.join(sorted(machines))}."])
+
+
+def _ratio(row):
+    if row["unit"] == "of the step":
+        return f"{row['ratio']:.2%} of the step"
+    return f"{row['ratio']:.2f} times {row['unit']}"
+
+
+def _range(row):
+    form = "{:.2%} to {:.2%}" if row["unit"] == "of the step" else "{:.2f} to {:.2f}"
+    return form.format(row["low"], row["high"])
 
 
 def _verdict(row):

@@ -17,8 +17,8 @@ import train_at_aux
 import train_diffusion
 from benchmarks import cost, reference
 from benchmarks.measure import alternate, compare, timer
-from common import data, models
-from common.run import make_average, update_average
+from common import attacks, data, models
+from common.run import Meters, autocast, make_average, update_average
 from published.datasets import DATASETS
 from published.synthetic import open_synthetic
 from teachers.unet import EDMUNet
@@ -26,6 +26,11 @@ from teachers.unet import EDMUNet
 CPU = torch.device("cpu")
 CASES = {  # name: (flags of train_at.py, words, steps of one measurement)
     "digits": ("--dataset digits", "WRN-10-1, batch 128, PGD-5, digits' size", 10),
+    "wrn-10-2": (
+        "--dataset cifar10 --model wrn-10-2 --batch-size 128 --n-steps 5",
+        "WRN-10-2, batch 128, PGD-5, 32 x 32",
+        2,
+    ),
     "wrn-16-4": (
         "--dataset cifar10 --model wrn-16-4 --batch-size 32",
         "WRN-16-4, batch 32, PGD-10, 32 x 32",
@@ -38,12 +43,12 @@ CASES = {  # name: (flags of train_at.py, words, steps of one measurement)
     ),
 }
 N_IMAGES = 50_000  # real ones, and as many synthetic ones
-N_BATCHES = 50
 
 
-def against_plain(case, target, rounds):
-    """A row: train_at.py's step against plain PyTorch with as many DataLoader workers as cores."""
+def against_plain(case, precision, target, rounds):
+    """A row: train_at.py's step against plain PyTorch in fp32, a DataLoader worker per core."""
     flags, words, n_steps = CASES[case]
+    flags = f"{flags} --precision {precision}"
     args = train_at.parse_args(flags.split())
     spec = DATASETS[args.dataset]
     with tempfile.TemporaryDirectory() as folder:
@@ -52,8 +57,8 @@ def against_plain(case, target, rounds):
             "plain": timer(reference.train_step(plain_batches(args), spec, args), n_steps),
         }
         seconds = alternate(timers, rounds)
-    what = f"a training step: {words}"
-    return compare(what, "plain PyTorch", seconds["ours"], seconds["plain"], target)
+    what = f"a training step in {precision}: {words}"
+    return compare(what, "plain PyTorch, fp32", seconds["ours"], seconds["plain"], target)
 
 
 def alignment_cost(case, target, rounds):
@@ -71,26 +76,20 @@ def alignment_cost(case, target, rounds):
     return compare(what, against, seconds["with"], seconds["without"], target, "the cost")
 
 
-def batch_time(target, rounds):
-    """A row: our batches against torchvision's, image by image in DataLoader workers."""
-    flags = "--dataset cifar10"
-    args = train_at.parse_args(flags.split())
+def loader_wait(case, target, rounds):
+    """A row: the share of train_at.py's step in which it waits for its batch."""
+    flags, words, n_steps = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
-        batches, _ = our_batches(train_at, flags, folder)
-        numbers = itertools.count()
-
-        def plain():
-            # The workers end with the loader. They would run ahead while ours is measured.
-            loader = plain_batches(args)
-            for _ in range(5):
-                next(loader)
-            return timer(lambda: next(loader), N_BATCHES)()
-
-        ours = timer(lambda: batches(next(numbers)), N_BATCHES)
-        seconds = alternate({"ours": ours, "plain": plain}, rounds)
-    what = f"a mixed, augmented batch of {args.batch_size}, 32 x 32"
-    against = f"torchvision, image by image, {os.cpu_count()} workers"
-    return compare(what, against, seconds["ours"], seconds["plain"], target)
+        step = our_step(train_at, flags, folder)
+        steps = timer(step, 5 * n_steps)
+        steps()  # warms up
+        seconds = []
+        waited = []
+        for _ in range(rounds):
+            step.batches.waited = 0.0
+            seconds.append(steps())
+            waited.append(step.batches.waited)
+    return compare(f"waiting for a batch: {words}", "", waited, seconds, target, "of the step")
 
 
 def random_images(spec):
@@ -110,7 +109,7 @@ def plain_batches(args):
     return reference.loader(images, images, spec, args.batch_size, fraction)
 
 
-def our_batches(script, flags, folder):
+def our_batches(script, flags, folder, device=CPU):
     """(batches, arguments) of `script` with these flags; its synthetic set is put into folder."""
     path = os.path.join(folder, f"{script.__name__}.npz")
     args = script.parse_args([*flags.split(), "--synthetic", path])
@@ -118,41 +117,49 @@ def our_batches(script, flags, folder):
     real = random_images(spec)
     np.savez(path, image=real[0], label=real[1])
     synthetic = open_synthetic(args.synthetic, spec)
-    return data.make_batches(spec, real, args, CPU, 0, 1, synthetic), args
+    return data.make_batches(spec, real, args, device, 0, 1, synthetic), args
 
 
-def our_step(script, flags, folder, network=None):
+def our_step(script, flags, folder, network=None, device=CPU):
     """A function that does one training step as `script` does it, train_at or train_at_aux.
 
-    folder: as in our_batches. network: of train_at_aux's teacher.
+    folder: as in our_batches. network: of train_at_aux's teacher. The function has the attributes
+    batches and args.
     """
-    batches, args = our_batches(script, flags, folder)
+    batches, args = our_batches(script, flags, folder, device)
+    mixed = autocast(device, args.precision)
     torch.manual_seed(0)
-    model = models.build(args.model, DATASETS[args.dataset]).train()
+    model = models.build(args.model, DATASETS[args.dataset]).to(device).train()
     ema = make_average(model)
+    twin = attacks.make_twin(model, args.attack_bn, args.precision)
     trained = [model]
     if network:
         teacher = script.Teacher(network, args)
         x, y = batches(0)
-        targets = teacher.targets(x, y, teacher.noise(len(y), torch.Generator()))
-        head = script.alignment_head(model.num_features, targets.shape[1], args)
+        targets = teacher.targets(x, y, teacher.noise(len(y), torch.Generator(device)))
+        head = script.alignment_head(model.num_features, targets.shape[1], args).to(device)
         trained.append(head)
-    optimizer = script.make_optimizer(trained, args, CPU)
+    optimizer = script.make_optimizer(trained, args)
+    if args.compile:
+        model.compile()
+    meters = Meters()
     numbers = itertools.count()
 
     def step():
         number = next(numbers)
         x, y = batches(number)
         start = script.attack_start(x, number, batches.mine, args)
+        start = start.contiguous(memory_format=torch.channels_last)
+        attacks.update_twin(twin, model)
         optimizer.zero_grad(set_to_none=True)
-        outputs = script.adversarial_loss(model, model, x, y, start, args)
-        loss = outputs[0]
         if network:
-            feats = outputs[3]
-            noise = teacher.noise(len(y), data.stream(args.seed, "teacher", number, CPU))
+            noise = teacher.noise(len(y), data.stream(args.seed, "teacher", number, device))
             targets = teacher.targets(x, y, noise)
-            loss_aux = script.alignment_loss(head, feats, targets, args)
-            loss = loss + args.aux_weight * loss_aux
+        with mixed:
+            loss, metrics, _, *feats = script.adversarial_loss(model, twin, x, y, start, args)
+            if network:
+                loss_aux = script.alignment_loss(head, *feats, targets, args)
+                loss = loss + args.aux_weight * loss_aux
         loss.backward()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if args.clip_norm:
@@ -160,7 +167,10 @@ def our_step(script, flags, folder, network=None):
             torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_norm, grad_norm)
         optimizer.step()
         update_average(ema, model, args.ema_decay)
+        meters.update(loss=loss, grad_norm=grad_norm, **metrics)
 
+    step.batches = batches
+    step.args = args
     return step
 
 

@@ -2,40 +2,52 @@
 
 Several restarts, AutoAttack and the check of the threat model stand in evaluation/.
 Images x are (B, C, H, W) in [0, 1]; eps and step_size are in the same units. A model maps images to
-logits (B, K).
+logits (B, K). Attacks take it as it stands, so it should be frozen and in eval mode; of a model in
+training, its twin is attacked (make_twin).
 """
 
-from contextlib import contextmanager, nullcontext
+import copy
+import functools
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# What autocast computes in bf16, by the type of the layer.
+PRODUCTS = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
 
 # -------------------------------------------------------------------------------------- the attacks
 
 
-def pgd(model, x, y, start, *, norm, eps, step_size, n_steps, loss, bn="running", reference=None):
+def pgd(model, x, y, start, *, norm, eps, step_size, n_steps, loss, reference=None, compiled=False):
     """Return the last iterate of PGD: images within eps of x and in [0, 1].
 
     y: (B,) labels; the loss "kl" does not use them.
     start: (B, C, H, W), the perturbation that the attack starts from.
     loss: the objective, see attack_losses.
-    bn: how BatchNorm behaves, see attack_mode.
     reference: logits (B, K) for the loss "kl". None: the model's own logits at x.
+    compiled: run a step as one graph of torch.compile.
     """
     x = x.detach()
-    with attack_mode(model, bn):
-        if loss == "kl" and reference is None:
-            with torch.no_grad():
-                reference = model(x)
-        x_adv = project(x + start, x, norm, eps)
-        for _ in range(n_steps):
-            _, gradient = _losses_and_gradient(model, x_adv, y, loss, reference)
-            x_adv = project(ascend(x_adv, gradient, norm, step_size), x, norm, eps)
-    return x_adv.detach()
+    if loss == "kl" and reference is None:
+        with torch.no_grad():
+            reference = model(x)
+    step = _compiled(pgd_step) if compiled else pgd_step
+    x_adv = project(x + start, x, norm, eps)
+    for _ in range(n_steps):
+        x_adv = step(model, x_adv, x, y, reference, norm, eps, step_size, loss)
+    return x_adv
 
 
-def apgd(model, x, y, *, norm, eps, n_steps, loss="ce", bn="running"):
+def pgd_step(model, x_adv, x, y, reference, norm, eps, step_size, loss):
+    """One step of PGD: the next iterate. The arguments are those of pgd."""
+    _, gradient = losses_and_gradient(model, x_adv, y, loss, reference)
+    return project(ascend(x_adv, gradient, norm, step_size), x, norm, eps)
+
+
+def apgd(model, x, y, *, norm, eps, n_steps, loss="ce", compiled=False):
     """Return each image's iterate of highest loss of Auto-PGD, started at x itself.
 
     Source: Croce & Hein, arXiv 2003.01690. The step size starts at 2 eps. At checkpoints it is
@@ -55,44 +67,44 @@ def apgd(model, x, y, *, norm, eps, n_steps, loss="ce", bn="running"):
     n_raised = torch.zeros(len(x), device=x.device)
     halved = torch.ones(len(x), dtype=torch.bool, device=x.device)  # at the last checkpoint
 
-    with attack_mode(model, bn):
-        losses, gradient = _losses_and_gradient(model, x, y, loss)
-        x_adv = previous = best = x
-        best_gradient = gradient
-        best_losses = checkpoint_losses = losses
-        # As in the authors' code, the first step counts as raised where its loss is above 0.
-        losses_before = torch.zeros_like(losses)
+    gradient_of = _compiled(losses_and_gradient) if compiled else losses_and_gradient
+    losses, gradient = gradient_of(model, x, y, loss)
+    x_adv = previous = best = x
+    best_gradient = gradient
+    best_losses = checkpoint_losses = losses
+    # As in the authors' code, the first step counts as raised where its loss is above 0.
+    losses_before = torch.zeros_like(losses)
 
-        for step in range(1, n_steps + 1):
-            stepped = project(ascend(x_adv, gradient, norm, step_size), x, norm, eps)
-            momentum = 0.75 if step > 1 else 1.0
-            moved = x_adv + momentum * (stepped - x_adv) + (1 - momentum) * (x_adv - previous)
-            previous = x_adv
-            x_adv = project(moved, x, norm, eps)
+    for step in range(1, n_steps + 1):
+        stepped = project(ascend(x_adv, gradient, norm, step_size), x, norm, eps)
+        momentum = 0.75 if step > 1 else 1.0
+        moved = x_adv + momentum * (stepped - x_adv) + (1 - momentum) * (x_adv - previous)
+        previous = x_adv
+        x_adv = project(moved, x, norm, eps)
 
-            if step < n_steps:
-                losses, gradient = _losses_and_gradient(model, x_adv, y, loss)
-            else:
-                with torch.no_grad():
-                    losses = attack_losses(model(x_adv), y, loss)
-            better = losses > best_losses
-            best = _choose(better, x_adv, best)
-            best_gradient = _choose(better, gradient, best_gradient)
-            best_losses = torch.where(better, losses, best_losses)
-            n_raised = n_raised + (losses > losses_before)
-            n_since += 1
-            losses_before = losses
+        if step < n_steps:
+            losses, gradient = gradient_of(model, x_adv, y, loss)
+        else:
+            with torch.no_grad():
+                losses = attack_losses(model(x_adv), y, loss)
+        better = losses > best_losses
+        best = _choose(better, x_adv, best)
+        best_gradient = _choose(better, gradient, best_gradient)
+        best_losses = torch.where(better, losses, best_losses)
+        n_raised = n_raised + (losses > losses_before)
+        n_since += 1
+        losses_before = losses
 
-            if n_since == interval:
-                no_progress = ~halved & (checkpoint_losses >= best_losses)
-                halved = (n_raised <= 0.75 * n_since) | no_progress
-                step_size = _choose(halved, step_size / 2, step_size)
-                x_adv = _choose(halved, best, x_adv)
-                gradient = _choose(halved, best_gradient, gradient)
-                checkpoint_losses = best_losses
-                n_raised = torch.zeros_like(n_raised)
-                n_since = 0
-                interval = max(interval - shrink, shortest_interval)
+        if n_since == interval:
+            no_progress = ~halved & (checkpoint_losses >= best_losses)
+            halved = (n_raised <= 0.75 * n_since) | no_progress
+            step_size = _choose(halved, step_size / 2, step_size)
+            x_adv = _choose(halved, best, x_adv)
+            gradient = _choose(halved, best_gradient, gradient)
+            checkpoint_losses = best_losses
+            n_raised = torch.zeros_like(n_raised)
+            n_since = 0
+            interval = max(interval - shrink, shortest_interval)
     return best
 
 
@@ -144,13 +156,27 @@ def project(x_adv, x, norm, eps):
     return (x + delta * shrink).clamp(0, 1)
 
 
-def _losses_and_gradient(model, x_adv, y, loss, reference=None):
+def losses_and_gradient(model, x_adv, y, loss, reference=None):
     """Return the losses (B,) at x_adv and their gradient with respect to it."""
+
+    def total(images):
+        losses = attack_losses(model(images), y, loss, reference)
+        # A sum and no mean, so that an image's gradient does not depend on the size of its batch.
+        return losses.sum(), losses
+
+    if torch.compiler.is_compiling():  # torch.compile knows this form alone
+        gradient, (_, losses) = torch.func.grad_and_value(total, has_aux=True)(x_adv)
+        return losses, gradient
     x_adv = x_adv.detach().requires_grad_(True)
-    losses = attack_losses(model(x_adv), y, loss, reference)
-    # A sum and no mean, so that an image's gradient does not depend on the size of its batch.
-    (gradient,) = torch.autograd.grad(losses.sum(), x_adv)
+    loss_sum, losses = total(x_adv)
+    (gradient,) = torch.autograd.grad(loss_sum, x_adv)
     return losses.detach(), gradient
+
+
+@functools.cache
+def _compiled(function):
+    """The function as one graph, compiled at its first call for each shape."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _choose(mask, images, others):
@@ -163,33 +189,43 @@ def _l2_norm(images):
     return images.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
-# --------------------------------------------------------------------------- the model in an attack
+# ------------------------------------------------------------------- attacks on a model in training
 
 
-@contextmanager
-def attack_mode(model, bn):
-    """Freeze a model for an attack, and restore it afterwards, also after an exception.
+def make_twin(model, bn, precision):
+    """A frozen double of a classifier, to be attacked while the model itself is in training.
 
-    bn: "batch" is train mode with frozen_statistics (the base recipe). "running" is eval mode.
-    Parameters are frozen, since an attack needs no gradients of weights. Restored are the mode of
-    each module, the statistics setting of each BatchNorm, and requires_grad of each parameter.
+    bn: how its BatchNorm behaves. "batch": by the statistics of the images that it sees, as in
+    training, which leave no trace (the base recipe). "running": by the model's running ones.
+    precision: with "bf16" the weights of its products are cast here, once, and not at every pass;
+    update_twin casts them again. All else is shared with the model and follows it.
     """
-    modules = list(model.modules())
-    parameters = list(model.parameters())
-    training = [module.training for module in modules]
-    trainable = [parameter.requires_grad for parameter in parameters]
-    statistics = frozen_statistics(model) if bn == "batch" else nullcontext()
-    try:
-        model.train(bn == "batch")
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        with statistics:
-            yield
-    finally:
-        for module, flag in zip(modules, training):
-            module.training = flag
-        for parameter, flag in zip(parameters, trainable):
-            parameter.requires_grad_(flag)
+    twin = copy.deepcopy(model)
+    for module, original in zip(twin.modules(), model.modules()):
+        for name, parameter in original.named_parameters(recurse=False):
+            value = parameter.detach()
+            if (
+                precision == "bf16"
+                and isinstance(original, PRODUCTS)
+                and original is not model.logits
+            ):
+                value = value.to(torch.bfloat16)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for name, buffer in original.named_buffers(recurse=False):
+            setattr(module, name, buffer)
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = bn == "running"
+    return twin.train(bn == "batch")
+
+
+@torch.no_grad()
+def update_twin(twin, model):
+    """Cast the model's weights again, after it was trained."""
+    pairs = zip(twin.parameters(), model.parameters())
+    pairs = [(mine, theirs) for mine, theirs in pairs if mine.dtype != theirs.dtype]
+    if pairs:
+        mine, theirs = zip(*pairs)
+        torch._foreach_copy_(mine, theirs)
 
 
 @contextmanager

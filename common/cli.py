@@ -9,6 +9,8 @@ import sys
 import time
 from errno import EACCES, EDQUOT, EFBIG, EIO, ELOOP, ENAMETOOLONG, ENOSPC, EPERM, EROFS, ESTALE
 
+import torch
+
 from common import UserError
 
 # What a full, read-only or forbidden disk raises. Any other OSError is a bug of ours and keeps its
@@ -102,6 +104,13 @@ def add_data_flags(parser, datasets, splits=True, download=True):
         add("--val-size", type=count, help="first training images, held out (default: 200 or 1024)")
         add("--n-train", type=count, help="use the next so many training images (default: all)")
     return group
+
+
+def add_precision_flag(add, on_gpu="bf16"):
+    """Add --precision. add: a group's add_argument. on_gpu: the default where there is a GPU."""
+    default = on_gpu if torch.cuda.is_available() else "fp32"
+    choices = ["fp32", "tf32", "bf16"]
+    add("--precision", choices=choices, default=default, help=f"of networks; {on_gpu} on a GPU")
 
 
 def fill_data_flags(args, datasets):
@@ -200,7 +209,7 @@ def run_script(main, args):
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PROCESS):
             raise
-        limit = "RANK_TIMEOUT_MINUTES (a day without it)"
+        limit = "RANK_TIMEOUT_MINUTES (10 without it)"
         message = f"another process is gone, or did not answer within {limit}"
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error
@@ -208,7 +217,7 @@ def run_script(main, args):
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Mostly rank 0 has found the same and ends all; what this rank alone found must be said.
-        time.sleep(2)
+        time.sleep(5)
         prefix = f"[rank {rank}] "
     script = os.path.basename(sys.argv[0])
     print(f"{prefix}{script}: error: {printable(message)}", file=sys.stderr)

@@ -9,7 +9,9 @@ off leaves the others as they were, and a run that is resumed goes on as if neve
 """
 
 import hashlib
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,6 +151,26 @@ def to_x(images, device="cpu"):
     return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 
+def packed(images, labels, pin):
+    """One buffer of bytes, labels int64 (B,) and behind them images uint8 (B, H, W, C).
+
+    pin: in page-locked memory, from which a GPU copies while the host goes on.
+    """
+    labels = labels.view(torch.uint8)
+    n = len(labels)
+    buffer = torch.empty(n + images.numel(), dtype=torch.uint8, pin_memory=pin)
+    buffer[:n] = labels
+    buffer[n:] = images.flatten()
+    return buffer
+
+
+def unpacked(buffer, shape, device):
+    """(x, y) on `device`, as to_x has them, of what `packed` made of images of this shape."""
+    buffer = buffer.to(device, non_blocking=True)
+    n = 8 * shape[0]  # bytes of the labels
+    return to_x(buffer[n:].view(shape)), buffer[:n].view(torch.int64)
+
+
 def augment(images, spec, generator, batch_size, mine):
     """Crop, mirror and rotate each image at random: uint8 (B, H, W, C) in and out.
 
@@ -156,24 +178,23 @@ def augment(images, spec, generator, batch_size, mine):
     `mine`, a slice, so that a batch does not depend on the number of processes.
     """
     n, height, width, channels = images.shape
-    device = images.device
     padding = spec.crop_padding
     corners = torch.randint(0, 2 * padding + 1, (2, batch_size), generator=generator)
     top, left = corners[:, mine, None]
     mirrored = torch.randint(0, 2 if spec.flip else 1, (batch_size,), generator=generator)
-    mirrored = mirrored[mine].bool().to(device)
+    mirrored = mirrored[mine].bool()
 
     # A view of all windows of `width` pixels in a row. One index copies a row and not a pixel.
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     windows = padded.flatten(2).unfold(2, width * channels, channels)
-    numbers = torch.arange(n, device=device)[:, None]
-    rows = (torch.arange(height) + top).to(device)
-    images = windows[numbers, rows, left.to(device)].view(n, height, width, channels)
+    numbers = torch.arange(n)[:, None]
+    rows = torch.arange(height) + top
+    images = windows[numbers, rows, left].view(n, height, width, channels)
 
     images[mirrored] = images[mirrored].flip(2)
     if spec.rotation:
         angles = 2 * torch.rand(batch_size, generator=generator)[mine] - 1
-        images = rotate(images, (angles * spec.rotation).to(device))
+        images = rotate(images, angles * spec.rotation)
     return images
 
 
@@ -221,6 +242,9 @@ class Batches:
     synthetic_fraction) synthetic images, drawn uniformly with replacement; the others are real
     images, in the order of a new random permutation for each pass. A rank takes every world_size-th
     image, so that the batch does not depend on the number of ranks and each rank sees both kinds.
+
+    A thread makes the batch of the next step while the present one is trained on.
+    waited: seconds that calls have waited for their batch.
     """
 
     def __init__(
@@ -237,21 +261,24 @@ class Batches:
     ):
         images, labels = train
         self.spec = spec
-        self.images = images
+        self.images = images if spec.files else torch.from_numpy(images)
         self.labels = torch.from_numpy(labels)
         self.synthetic = synthetic
         self.batch_size = batch_size
         self.seed = seed
-        self.device = device
+        self.device = torch.device(device)
         # The small number repairs products such as 0.7 * 10, which is below 7 in floating point.
         self.n_synthetic = int(batch_size * synthetic_fraction + 1e-9) if synthetic else 0
         self.n_real = batch_size - self.n_synthetic
         self.mine = slice(rank, None, world_size)
+        self.shape = (batch_size // world_size, spec.image_size, spec.image_size, spec.channels)
         self.data_pass = None  # the number of the last pass, and its order of the images
         self.order = None
-        if not spec.files:
-            self.images = torch.from_numpy(images).to(device)
-            self.labels = self.labels.to(device)
+        self.thread = ThreadPoolExecutor(1)
+        if self.device.type == "cuda":  # or pinning would take memory of GPU 0
+            self.thread.submit(torch.cuda.set_device, self.device)
+        self.next = {}  # {step: its batch, in the making}
+        self.waited = 0.0
 
     def real_rows(self, step):
         """Return the rows of the real images in the global batch of a step, (n_real,)."""
@@ -281,17 +308,28 @@ class Batches:
         return rows[is_real], rows[~is_real]
 
     def __call__(self, step):
+        begin = time.perf_counter()
+        buffer = self._packed(step)
+        self.waited += time.perf_counter() - begin
+        return unpacked(buffer, self.shape, self.device)
+
+    def _packed(self, step):
+        """The batch of a step as `packed` has it; the next one is begun."""
+        batch = self.next.pop(step, None) or self.thread.submit(self._make, step)
+        self.next = {step + 1: self.thread.submit(self._make, step + 1)}
+        return batch.result()
+
+    def _make(self, step):
         rows, drawn = self.my_rows(step)
-        rows = rows.to(self.device)
         images = self.images[rows]
         labels = self.labels[rows]
         if len(drawn):
             synthetic_images, synthetic_labels = self.synthetic.gather(drawn.numpy())
-            images = torch.cat([images, torch.from_numpy(synthetic_images).to(self.device)])
-            labels = torch.cat([labels, torch.from_numpy(synthetic_labels).to(self.device)])
+            images = torch.cat([images, torch.from_numpy(synthetic_images)])
+            labels = torch.cat([labels, torch.from_numpy(synthetic_labels)])
         generator = stream(self.seed, "augment", step)
         images = augment(images, self.spec, generator, self.batch_size, self.mine)
-        return to_x(images, self.device), labels
+        return packed(images, labels, pin=self.device.type == "cuda")
 
 
 def make_batches(spec, train, args, device, rank, world_size, synthetic=None):

@@ -48,13 +48,19 @@ class Diffusion:
         self.label_dropout = label_dropout
         self.blocks = blocks
 
+    def to(self, device):
+        """Move all that the model computes with to a device."""
+        self.device = device
+        for module in self.modules:
+            module.to(device)
+
     def denoise(self, noisy, sigma, y=None):
         """The denoised images or latents D(noisy; sigma, y), like noisy.
 
         noisy: clean + sigma * noise. sigma: number or (B,). y: (B,) int64 labels, None for none.
         Denoised images lie in [-1, 1] but for the network's error.
         """
-        sigma = torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device).expand(len(noisy))
+        sigma = per_image(sigma, noisy)
         if y is None:
             y = torch.full((len(noisy),), self.num_classes, device=noisy.device)
         return self._denoise(noisy, sigma, y)
@@ -149,6 +155,13 @@ class Diffusion:
             raise UserError(f"{name}: {message}")
 
 
+def per_image(sigma, noisy):
+    """A noise level, a number or (B,), as (B,) in the type of noisy images and on their device."""
+    if torch.is_tensor(sigma):
+        return sigma.to(noisy).expand(len(noisy))
+    return torch.full((len(noisy),), sigma, dtype=noisy.dtype, device=noisy.device)
+
+
 # --------------------------------------------------------------------------- EDM's preconditioning
 
 
@@ -158,12 +171,11 @@ def edm_denoise(net, noisy, sigma, labels, sigma_data):
     net: UNet2DModel with class embedding. noisy: (B, C, H, W). sigma: number or (B,).
     labels: (B,) int64, num_classes meaning "none". sigma_data: standard deviation of the data.
     """
-    sigma = torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device).expand(len(noisy))
+    sigma = per_image(sigma, noisy)
     s = sigma.view(-1, 1, 1, 1)
     root = (s**2 + sigma_data**2).sqrt()
     c_skip = (sigma_data / root) ** 2
     c_out = s * sigma_data / root
     scaled = (noisy / root).to(net.dtype)
-    c_noise = (sigma.log() / 4).to(net.dtype)
-    output = net(scaled, c_noise, class_labels=labels, return_dict=False)[0]
+    output = net(scaled, sigma.log() / 4, class_labels=labels, return_dict=False)[0]
     return noisy * c_skip + output.to(noisy.dtype) * c_out

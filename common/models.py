@@ -43,7 +43,10 @@ class _Classifier(nn.Module):
         with_features: return (logits, pooled penultimate features (B, num_features)).
         """
         features = self._features((x - self.mean) / self.std)
-        logits = self.logits(features)
+        # The last layer is never in bf16.
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+            features = features.to(self.logits.weight.dtype)
+            logits = self.logits(features)
         return (logits, features) if with_features else logits
 
 

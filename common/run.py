@@ -7,6 +7,7 @@ import copy
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import signal
@@ -29,13 +30,17 @@ from common.cli import positive
 
 # ----------------------------------------------------------------------------------- processes
 
+_patient = None  # the process group of `barrier`, which waits for a day
 
-def start_processes():
+
+def start_processes(precision, deterministic=True):
     """Join torchrun's process group, if torchrun started us. Returns (rank, world_size, device).
 
-    Processes talk over NCCL on GPUs and over gloo on CPUs. Convolutions are true float32, and on a
-    GPU deterministic, from here on.
+    GPUs talk over NCCL, CPUs over gloo. From here on, what is computed in float32 is rounded to
+    TF32 with the precision "tf32" alone. deterministic: on a GPU, equal runs are equal to the bit;
+    without it, cuDNN takes the kernels that are fastest in a trial.
     """
+    global _patient
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -46,17 +51,41 @@ def start_processes():
             raise UserError(f"--nproc_per_node: {message}, torch sees {torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds to 10 bits of mantissa
-        torch.backends.cudnn.deterministic = True  # or two equal runs differ, and resume with them
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, slow
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=_timeout_minutes()))
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=_timeout_minutes()),
+            device_id=device if on_gpu else None,
+        )
+        _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return rank, world_size, device
 
 
+def autocast(device, precision):
+    """A context in which convolutions and matrix products compute in bf16, where asked for."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_compiler(device):
+    """Raises UserError where torch.compile does not work, mostly for want of a C++ compiler."""
+    number = os.getpid()  # so that no kernel of another process will do
+    try:
+        torch.compile(lambda x: x * number)(torch.ones(8, device=device))
+    except Exception as error:  # torch's, the compiler's and the file system's errors
+        raise UserError(f"--compile: {files.first_line(error)}") from error
+
+
 def _timeout_minutes():
-    """How long a rank waits for another one; some rightly wait for hours, while one unpacks."""
-    text = os.environ.get("RANK_TIMEOUT_MINUTES", "1440")
+    """How long a rank waits for another one inside a step. A barrier has the time of a day."""
+    text = os.environ.get("RANK_TIMEOUT_MINUTES", "10")
     try:
         return positive(text)
     except ArgumentTypeError as error:
@@ -71,9 +100,21 @@ def end_processes():
 
 
 def barrier():
-    """Wait for all ranks."""
+    """Wait for all ranks, for hours if need be: while one unpacks a data set, for example."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_patient)
+
+
+def read_once(load, spec, *args):
+    """load(spec, *args), a data set. Where the images are files, rank 0 alone lists them, for all.
+
+    load: a function of common/data.py. spec: the data set, a common.data.Spec.
+    """
+    if not spec.files or not dist.is_initialized():
+        return load(spec, *args)
+    values = [load(spec, *args) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0, group=_patient)
+    return values[0]
 
 
 def sum_over_ranks(tensor):
@@ -97,7 +138,11 @@ def wrap(module):
     with warnings.catch_warnings():
         # The flag's successor is unknown to older releases of PyTorch.
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        return DistributedDataParallel(
+            module,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 def no_sync(module, when):
@@ -108,13 +153,15 @@ def no_sync(module, when):
 
 
 @torch.no_grad()
-def average_batchnorm(model):
+def average_batchnorm(*models):
     """Give all ranks the mean of their BatchNorm running statistics, so that their models agree.
 
-    For CPUs: on GPUs the layers are SyncBatchNorm and agree already.
+    Between two calls each rank's statistics are those of its own images.
     """
     running = ("running_mean", "running_var")
-    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(running)]
+    buffers = []
+    for model in models:
+        buffers += [buffer for name, buffer in model.named_buffers() if name.endswith(running)]
     if not buffers or not dist.is_initialized():
         return
     flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
@@ -138,10 +185,10 @@ def update_average(average, model, decay):
 
     Decay 0 is a plain copy. BatchNorm's statistics are the model's own, never shared storage.
     """
-    for mine, theirs in zip(average.parameters(), model.parameters()):
-        mine.lerp_(theirs, 1 - decay)
-    for mine, theirs in zip(average.buffers(), model.buffers()):
-        mine.copy_(theirs)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    buffers = list(average.buffers())
+    if buffers:
+        torch._foreach_copy_(buffers, list(model.buffers()))
 
 
 # ----------------------------------------------------------------------------------- directory
@@ -236,6 +283,8 @@ def _cpu_name():
 
 # ----------------------------------------------------------------------------------------- run
 
+AGREE_EVERY = 10  # steps after which ranks ask one another whether to stop
+
 # Where inputs lie is no part of a run: their content is, by hash.
 NOT_COMPARED = ("out_dir", "download", "workers", "data_dir", "synthetic", "teacher", "init")
 
@@ -260,6 +309,7 @@ class Run:
         self.best = []
         self.seconds = 0.0
         self.tracked = {}
+        self.checked = 0  # the last step that check_finite found to be good
         if rank == 0:
             name = os.path.basename(script)
             identity = {"script": name} | dict(sorted(vars(args).items())) | inputs
@@ -281,7 +331,7 @@ class Run:
         state = files.load(self.last_path, entries, self.device)
         for name, part in self.tracked.items():
             files.load_state(part, state[name], self.last_path)
-        self.step = state["step"]
+        self.step = self.checked = state["step"]
         self.best = state["best"]
         self.seconds = state["seconds"]
         numbers = all(type(number) is float for number in [self.seconds, *self.best])
@@ -299,7 +349,7 @@ class Run:
                 **{name: part.state_dict() for name, part in self.tracked.items()},
             }
             files.save(state, self.last_path)
-        barrier()
+        sum_over_ranks(torch.zeros(1))  # all wait for the file, no longer than for a step
         self._interval = (self.step, time.time())
 
     def path(self, name):
@@ -338,36 +388,52 @@ class Run:
             if name != "step":
                 self._board.add_scalar(name, value, self.step)
 
-    def steps_per_second(self):
-        """Since the last checkpoint or the start: validation does not count."""
+    def interval(self):
+        """(steps, seconds) since the last checkpoint or the start: validation does not count."""
         step, clock = self._interval
-        return (self.step - step) / (time.time() - clock)
+        return self.step - step, time.time() - clock
 
     def advance(self):
         """Count a finished step."""
         self.step += 1
         self.bar.update()
 
+    def ranks_agree(self):
+        """Whether this is a step after which ranks agree on what else each has for itself."""
+        return self.step % AGREE_EVERY == 0
+
     def should_stop(self):
-        """Has SIGTERM, a scheduler's notice, come to any rank? All ranks call it."""
-        return bool(sum_over_ranks(torch.tensor(float(self._terminated), device=self.device)))
+        """Has SIGTERM, a scheduler's notice, come to any rank? All ranks call it after each step.
+
+        Several ranks ask one another every AGREE_EVERY steps. The answer comes over the CPU, so
+        that no GPU is waited for.
+        """
+        if not dist.is_initialized():
+            return self._terminated
+        return self.ranks_agree() and bool(sum_over_ranks(torch.tensor(int(self._terminated))))
 
     def _on_sigterm(self, *_):
         self._terminated = True
 
-    def check_finite(self, *numbers):
-        """Raises UserError where a number, or one in a tensor, is not finite."""
-        if all(torch.isfinite(torch.as_tensor(number)).all() for number in numbers):
-            return
-        last = f"the last good step, if any, is in {self.last_path}"
-        message = f"step {self.step}: loss, gradient or weights not finite; {last}"
-        raise UserError(f"{message}. Try a lower learning rate")
+    def check_finite(self, **metrics):
+        """Raises UserError where a metric or a tracked weight is not finite.
 
-    def check_weights(self):
-        """Raises UserError where a tracked weight is not finite."""
+        To be called before anything is written. A step is not checked by itself, because a GPU
+        would be waited for: what went wrong did so after the last call.
+        """
+        finite = all(math.isfinite(value) for value in metrics.values())
         for part in self.tracked.values():
             if isinstance(part, torch.nn.Module):
-                self.check_finite(*part.state_dict().values())
+                tensors = part.state_dict().values()
+                finite = (
+                    finite and torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+                )
+        if not finite:
+            steps = f"steps {self.checked + 1} to {self.step}"
+            last = f"the last good step, if any, is in {self.last_path}"
+            message = f"{steps}: loss, gradient or weights not finite; {last}"
+            raise UserError(f"{message}. Try a lower learning rate")
+        self.checked = self.step
 
     def close(self):
         """End the log and the bar."""
@@ -415,18 +481,20 @@ class Meters:
         self.counts = {}
 
     def update(self, **values):
-        """Count one value of each name; a tensor stays on its device."""
+        """Count one value of each name, tensors without dimension that stay on their device."""
         for name, value in values.items():
-            value = value.detach() if torch.is_tensor(value) else torch.tensor(value)
-            self.sums[name] = self.sums.get(name, 0) + value
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self):
         """Dict of name: mean over the updates of all ranks. Starts afresh; all ranks call it."""
+        if not self.sums:
+            return {}
         world_size = dist.get_world_size() if dist.is_initialized() else 1
+        sums = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
         means = {}
-        for name, total in self.sums.items():
-            means[name] = sum_over_ranks(total).item() / (self.counts[name] * world_size)
+        for name, total in zip(self.sums, sums):
+            means[name] = total / (self.counts[name] * world_size)
         self.sums, self.counts = {}, {}
         return means
 

@@ -28,9 +28,9 @@ row() {
   $launch $2 --dataset cifar100 --out-dir $out/$1 "${@:3}"
   $launch evaluate.py --dataset cifar100 --attack autoattack --checkpoint $out/$1/best.pt
 }
-# The same in bf16 and validated each tenth epoch, with AutoAttack's first two attacks.
+# The same, validated each tenth epoch, with AutoAttack's first two attacks.
 ablation() {
-  $launch $2 --dataset cifar100 --out-dir $out/ablation/$1 --precision bf16 --eval-every 10 "${@:3}"
+  $launch $2 --dataset cifar100 --out-dir $out/ablation/$1 --eval-every 10 "${@:3}"
   $launch evaluate.py --dataset cifar100 --attack apgd --checkpoint $out/ablation/$1/best.pt
 }
 
@@ -59,7 +59,7 @@ row wrn-70-16-dm_at-50m train_at.py $large $dm_50m $share  # 75.22 / 42.67 (DM-A
 row wrn-70-16-dm_at_dra-50m train_at_aux.py $large $dm_50m $share $dra  # -
 
 # ---- ViT-B/2: the recipe is ours; no figure of others is known to us in any row below
-vit="--model vit-b-2 --precision bf16 --eval-every 10"
+vit="--model vit-b-2 --eval-every 10"
 row vit-b-2-at train_at.py $vit
 row vit-b-2-at_dra train_at_aux.py $vit $dra
 row vit-b-2-dm_at train_at.py $vit $dm_1m

@@ -27,7 +27,7 @@ export OMP_NUM_THREADS=4
 out=out/imagenet
 launch="torchrun --nproc_per_node 8"
 imagenet="--dataset imagenet --data-dir data/imagenet"
-train="$imagenet --init torchvision --precision bf16"
+train="$imagenet --init torchvision"
 attack="$imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50"
 
 # One row: a classifier and AutoAttack on it. row NAME SCRIPT FLAG...

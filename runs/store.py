@@ -60,7 +60,10 @@ ABLATIONS = {
 # Where things lie is kept and not compared.
 PATHS = {"out_dir", "download", "workers", "data_dir", "synthetic", "teacher", "init"}
 # Flags that older rows lack, with the value that describes what those runs did.
-ADDED_LATER = {"train_at.py": {}, "train_at_aux.py": {"align_loss": "cosine"}}
+ADDED_LATER = {
+    "train_at.py": {"deterministic": True},
+    "train_at_aux.py": {"align_loss": "cosine", "deterministic": True},
+}
 # What cells of one experiment may differ in.
 VARIED = {
     "aux_weight",

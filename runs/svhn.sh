@@ -23,9 +23,9 @@ row() {
   $launch $2 --dataset svhn --out-dir $out/$1 "${@:3}"
   $launch evaluate.py --dataset svhn --attack autoattack --checkpoint $out/$1/best.pt
 }
-# The same in bf16 and validated each tenth epoch, with AutoAttack's first two attacks.
+# The same, validated each tenth epoch, with AutoAttack's first two attacks.
 ablation() {
-  $launch $2 --dataset svhn --out-dir $out/ablation/$1 --precision bf16 --eval-every 10 "${@:3}"
+  $launch $2 --dataset svhn --out-dir $out/ablation/$1 --eval-every 10 "${@:3}"
   $launch evaluate.py --dataset svhn --attack apgd --checkpoint $out/ablation/$1/best.pt
 }
 

@@ -28,11 +28,11 @@ row() {
   $launch $2 --dataset tiny-imagenet --out-dir $out/$1 "${@:3}"
   $launch evaluate.py --dataset tiny-imagenet --attack autoattack --checkpoint $out/$1/best.pt
 }
-# DM-AT+DRA of a smaller network in bf16, validated each tenth epoch, with AutoAttack's first two
+# DM-AT+DRA of a smaller network, validated each tenth epoch, with AutoAttack's first two
 # attacks. ablation NAME FLAG...
 ablation() {
   $launch train_at_aux.py --dataset tiny-imagenet --out-dir $out/ablation/$1 \
-    --model preact-18 --precision bf16 --eval-every 10 $dm $dra "${@:2}"
+    --model preact-18 --eval-every 10 $dm $dra "${@:2}"
   $launch evaluate.py --dataset tiny-imagenet --attack apgd --checkpoint $out/ablation/$1/best.pt
 }
 

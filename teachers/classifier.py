@@ -203,5 +203,6 @@ class DiffusionHead(_Generative):
             else:
                 features.append(self.features(x, noise))
         mean = torch.stack(features).mean(0)
-        logits = self.logits(mean)
+        with torch.autocast(x.device.type, enabled=False):  # the last layer is never in bf16
+            logits = self.logits(mean)
         return (logits, mean) if with_features else logits

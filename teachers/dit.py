@@ -36,12 +36,16 @@ class DiT(NoisePredictor):
         self.default_sigma = levels[100 * len(levels) // 1000].item()  # t = 100 of 1000
 
     def encode(self, x):
-        latents = [self.vae.encode(2 * part - 1).latent_dist.mode() for part in x.split(AT_ONCE)]
+        latents = []
+        for part in x.split(AT_ONCE):
+            images = (2 * part - 1).to(self.vae.dtype)
+            latents.append(self.vae.encode(images).latent_dist.mode().to(x.dtype))
         return torch.cat(latents) * self.vae.config.scaling_factor
 
     def decode(self, clean):
-        latents = clean / self.vae.config.scaling_factor
-        return torch.cat([self.vae.decode(part).sample for part in latents.split(AT_ONCE)])
+        latents = (clean / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = [self.vae.decode(part).sample for part in latents.split(AT_ONCE)]
+        return torch.cat(images).to(clean.dtype)
 
     def _denoise(self, noisy, sigma, labels):
         x_t, t = self._scaled(noisy, sigma)

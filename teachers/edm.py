@@ -68,7 +68,7 @@ class _ResamplingConv(nn.Conv2d):
 
     def _resample(self, x, padding):
         channels = x.shape[1]
-        weight = self.resample_filter.expand(channels, 1, -1, -1)
+        weight = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
         if self.mode == "up":
             return F.conv_transpose2d(x, 4 * weight, stride=2, padding=padding, groups=channels)
         return F.conv2d(x, weight, stride=2, padding=padding, groups=channels)
@@ -310,6 +310,7 @@ class UNet(nn.Module):
 
     def _embed(self, noise_labels, class_labels):
         """The embedding (B, E) of noise level (B,) and label (B, label_dim)."""
+        dtype = self.map_layer0.weight.dtype
         n = self.noise_channels // 2
         i = torch.arange(n, dtype=noise_labels.dtype, device=noise_labels.device)
         frequencies = (1 / 10000) ** (i / (n if self.adm else n - 1))
@@ -317,12 +318,12 @@ class UNet(nn.Module):
             frequencies = 2 * math.pi * self.map_noise.freqs
         angles = noise_labels.outer(frequencies)
         if self.adm:
-            emb = torch.cat([angles.cos(), angles.sin()], 1)
+            emb = torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
             emb = self.map_layer1(F.silu(self.map_layer0(emb)))
             if self.map_label is not None:
                 emb = emb + self.map_label(class_labels)
             return F.silu(emb)
-        emb = torch.cat([angles.sin(), angles.cos()], 1)
+        emb = torch.cat([angles.sin(), angles.cos()], 1).to(dtype)
         if self.map_label is not None:
             emb = emb + self.map_label(class_labels * self.label_dim**0.5)
         emb = F.silu(self.map_layer0(emb))
@@ -338,8 +339,8 @@ class Precond(nn.Module):
     kind: a name of PRECONDS, the row of EDM's table 1. model: F. args: the constructor's arguments.
 
     noisy (B, C, H, W): clean images in [-1, 1] + sigma * noise. sigma (B,). class_labels
-    (B, label_dim): one-hot; None is no label, all zeros. Returns (B, C, H, W), in the dtype of the
-    parameters.
+    (B, label_dim): one-hot; None is no label, all zeros. Returns (B, C, H, W). Only F computes in
+    the parameters' dtype where that is bfloat16.
     """
 
     def __init__(self, kind, model, args):
@@ -358,11 +359,13 @@ class Precond(nn.Module):
             self.register_buffer("u", iddpm_levels(args["M"], args["C_1"], args["C_2"]))
 
     def forward(self, noisy, sigma, class_labels=None):
-        noisy = noisy.to(self.model.map_layer0.weight.dtype)
+        dtype = self.model.map_layer0.weight.dtype
+        noisy = noisy.to(torch.promote_types(noisy.dtype, dtype))
         if class_labels is None:
             class_labels = noisy.new_zeros(len(noisy), self.label_dim)
         c_skip, c_out, c_in, c_noise = self._coefficients(sigma.to(noisy))
-        output = self.model(c_in.view(-1, 1, 1, 1) * noisy, c_noise, class_labels.to(noisy))
+        scaled = (c_in.view(-1, 1, 1, 1) * noisy).to(dtype)
+        output = self.model(scaled, c_noise, class_labels.to(dtype)).to(noisy.dtype)
         output = output[:, : self.img_channels]  # iDDPM's network also gives variances
         return c_skip.view(-1, 1, 1, 1) * noisy + c_out.view(-1, 1, 1, 1) * output
 

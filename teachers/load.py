@@ -30,9 +30,11 @@ PATTERNS = (
 MAX_STEPS = 100_000  # of a DDPM; published ones have 1,000
 
 
-def load_diffusion(name, device):
+def load_diffusion(name, device, precision="fp32"):
     """The diffusion model (common.diffusion.Diffusion), frozen, on `device`.
 
+    precision: with "bf16" its networks are in bfloat16, with others in float32. What it takes and
+    gives is float32 in any case.
     name: a directory, an NVlabs .pkl file, or a hub repository written hub:OWNER/NAME.
     It has two attributes more: name, and sha256, a hex digest of the content of all files read.
     Raises UserError where it is missing, broken, or holds another kind of network.
@@ -45,10 +47,18 @@ def load_diffusion(name, device):
         model = _open_directory(path)
         model.sha256 = _directory_sha256(path)
     for module in model.modules:
-        module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    model.device = torch.device(device)
+        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        if precision == "bf16":
+            cast_parameters(module)
+    model.to(torch.device(device))
     model.name = name
     return model
+
+
+def cast_parameters(module):
+    """Cast a network to bfloat16, but not its buffers, such as frequencies and noise levels."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _from_hub(name):

@@ -46,10 +46,13 @@ class NoisePredictor(Diffusion):
         self.levels = levels
         self.sigma_range = (levels[0].item(), levels[-1].item())
 
+    def to(self, device):
+        super().to(device)
+        self.levels = self.levels.to(device)
+
     def _scaled(self, noisy, sigma):
         """(x_t, t) of noisy images, t (B,) int64."""
-        levels = self.levels.to(noisy.device)
-        t = (levels.log() - sigma.double().log()[:, None]).abs().argmin(1)
+        t = (self.levels.log() - sigma.double().log()[:, None]).abs().argmin(1)
         x_t = noisy / (1 + sigma**2).sqrt().view(-1, 1, 1, 1)
         return x_t, t
 

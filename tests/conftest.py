@@ -197,7 +197,7 @@ def python(*command, expect=0, ranks=1, env=None, **kwargs):
     return done
 
 
-def read_log(run_dir, drop=("images_per_s", "seconds")):
+def read_log(run_dir, drop=("images_per_s", "data_wait", "seconds")):
     """The run's log lines, without what is time."""
     lines = (Path(run_dir) / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]

@@ -1,11 +1,14 @@
 """The cost model of docs/costs.md: FLOP by hand and by publication; the tables."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 import train_at_aux
-from benchmarks import cost, measure
+from benchmarks import accuracy, cost, measure
 from common import UserError, files
 from evaluation import autoattack
 
@@ -185,3 +188,20 @@ def test_ratios_are_medians_over_rounds_and_misses_are_named():
     printed = measure.table({"a": {**row, **where}, "b": {**dear, **where}})
     assert "| a | b | 1.00 times as fast | 0.50 to 2.00 | 3 | at least 1.5: **missed** |" in printed
     assert "| a | b | 1.00 times the cost | 0.50 to 2.00 | 3 | at most 1.5: met |" in printed
+
+
+def test_precisions_are_compared_seed_by_seed(tmp_path):
+    """The interval is that of the paired differences: -1, 0 and 1 point."""
+    robust = {"fp32": [0.80, 0.90, 0.70], "bf16": [0.79, 0.90, 0.71]}
+    for precision, values in robust.items():
+        for seed, value in enumerate(values):
+            path = tmp_path / precision / str(seed) / accuracy.RESULT
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"clean": 0.95, "robust": value}))
+    text = accuracy.table(str(tmp_path))
+    assert "| clean | 95.00 | 95.00 | +0.00 (+0.00 to +0.00) |" in text
+    assert "| robust, APGD-CE+T | 80.00 | 80.00 | +0.00 (-2.48 to +2.48) |" in text
+    assert text.endswith("3 seeds, 797 test images.")
+    shutil.rmtree(tmp_path / "bf16" / "2")
+    with pytest.raises(UserError, match="3 runs in fp32 and 2 in bf16"):
+        accuracy.table(str(tmp_path))

@@ -506,7 +506,7 @@ def test_the_resnet_of_autoattacks_example(tmp_path, monkeypatch):
 
 def test_a_compiled_model_is_evaluated(best, tmp_path, monkeypatch):
     """--compile wraps the model."""
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model if dynamic else None)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic=True: model if dynamic else None)
     flags = "--attack pgd --n-images 10 --n-steps 1 --compile"
     result, _ = evaluate_with(best, tmp_path, flags)
     assert result["compile"] is True

@@ -16,6 +16,7 @@ from torch import nn
 import train_at
 import train_at_aux
 from common import attacks, data, models
+from common.run import make_average, update_average
 from published.datasets import DATASETS
 from teachers.load import load_diffusion
 
@@ -113,21 +114,28 @@ def test_pgd_at_loss(in_float64):
     assert parts["loss_clean"] == 0
 
 
-@pytest.mark.parametrize("epochs,warmup", [(400, 0.025), (100, 0.025), (40, 0.3)])
-def test_schedule_is_torchs_one_cycle(epochs, warmup):
-    args = args_of("--epochs", str(epochs), "--lr", "0.2", "--warmup-fraction", str(warmup))
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9, nesterov=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.2, total_steps=epochs, pct_start=warmup
-    )
-    for epoch in range(epochs):
-        group = optimizer.param_groups[0]
-        assert train_at.one_cycle(epoch, args) == pytest.approx(
-            (group["lr"], group["momentum"]), rel=1e-9, abs=1e-12
+@pytest.mark.parametrize("warmup", [0.0, 0.025, 0.3, 1.0])
+def test_schedule_is_torchs_one_cycle(warmup):
+    """For every number of epochs from 1 to 400. Where the peak is the very first epoch, torch
+    divides by zero; ours begins at the peak.
+    """
+    for epochs in range(1, 401):
+        args = args_of("--epochs", str(epochs), "--lr", "0.2", "--warmup-fraction", str(warmup))
+        if warmup * epochs == 1:
+            assert train_at.one_cycle(0, args) == (0.2, 0.85)
+            continue
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.2, total_steps=epochs, pct_start=warmup
         )
-        optimizer.step()
-        if epoch < epochs - 1:
-            scheduler.step()
+        for epoch in range(epochs):
+            group = optimizer.param_groups[0]
+            lr, momentum = train_at.one_cycle(epoch, args)
+            assert math.isclose(lr, group["lr"], rel_tol=1e-9, abs_tol=1e-12), (epochs, epoch)
+            assert math.isclose(momentum, group["momentum"], rel_tol=1e-9), (epochs, epoch)
+            optimizer.step()
+            if epoch < epochs - 1:
+                scheduler.step()
 
 
 def test_schedule_has_the_base_recipes_landmarks():
@@ -148,12 +156,27 @@ def test_schedule_of_few_epochs_is_finite_and_below_the_peak(epochs):
         assert 0 < lr <= 0.2 and 0.85 <= momentum <= 0.95
 
 
-def test_ema_decay_copies_then_warms_up():
+def test_the_average_is_dm_ats():
+    """A plain average in float64, by DM-AT's rule, whose steps count from 1: a copy
+    before the warm-up is over, then weights (1 + d) / (10 + d) up to the decay.
+    """
     args = args_of("--ema-decay", "0.995")
-    decays = [train_at.ema_decay_at(step, 39_200, args) for step in range(39_200)]
-    assert set(decays[:980]) == {0.0}  # 2.5 % of the steps
-    assert decays[980:983] == [1 / 10, 2 / 11, 3 / 12]
+    decays = [train_at.ema_decay_at(step, 39_200, args) for step in range(1, 39_201)]
+    assert set(decays[:979]) == {0.0}  # steps 1 to 979 of 2.5 %
+    assert decays[979:982] == [1 / 10, 2 / 11, 3 / 12]
     assert decays[-1] == 0.995 and decays == sorted(decays)
+    model = nn.Linear(1, 1, bias=False).double()
+    ema = make_average(model)
+    plain = 0.0
+    for step in range(1, 41):
+        weight = math.sin(step)
+        since = step - 0.025 * 400
+        decay = min(0.995, (1 + since) / (10 + since)) if since >= 0 else 0.0
+        plain = decay * plain + (1 - decay) * weight
+        with torch.no_grad():
+            model.weight.fill_(weight)
+        update_average(ema, model, train_at.ema_decay_at(step, 400, args))
+        assert math.isclose(ema.weight.item(), plain, rel_tol=1e-12)
 
 
 def test_parameter_groups_cover_everything_once_and_spare_batchnorm():
@@ -238,7 +261,7 @@ def test_target_mean_is_that_of_the_training_images(diffusion_dir):
     teacher = teacher_of(diffusion_dir, "--sigma", "0.01")
     noise = torch.zeros(600, 1, 8, 8)
     noiseless = teacher.network.features(data.to_x(images), 0.01, None, ["mid_block"], noise)[0]
-    teacher.center(images, labels, seed=0)
+    teacher.center(images, labels, seed=0, rank=0, world_size=1)
     assert torch.allclose(teacher.mean, noiseless.mean(0), rtol=0.02, atol=1e-3)
 
 
@@ -253,6 +276,44 @@ def test_head_is_a_three_layer_silu_mlp():
     ]
 
 
+def test_trades_with_running_statistics_attacks_first(in_float64):
+    """Against plain code in TRADES' order: the attack in eval mode, then the two passes of the loss
+    in train mode. The other order would attack statistics that its own batch has moved.
+    """
+    torch.manual_seed(0)
+    ours = models.build("wrn-10-1", DATASETS["digits"]).double().train()
+    plain = copy.deepcopy(ours)
+    x, y = torch.rand(32, 1, 8, 8).double(), torch.arange(32) % 10
+    start = attacks.random_start(x.shape, "linf", 0.15, torch.Generator().manual_seed(0))
+    args = args_of("--attack-bn", "running", "--n-steps", "3")
+    twin = attacks.make_twin(ours, "running", "fp32")
+    loss, _, x_adv = train_at.adversarial_loss(ours, twin, x, y, start, args)
+    loss.backward()
+
+    plain.eval()
+    target = plain(x).softmax(1).detach()
+    x_plain = (x + start).clamp(0, 1)
+    for _ in range(3):
+        x_plain.requires_grad_(True)
+        distance = F.kl_div(plain(x_plain).log_softmax(1), target, reduction="sum")
+        (gradient,) = torch.autograd.grad(distance, x_plain)
+        stepped = x_plain.detach() + args.step_size * gradient.sign()
+        x_plain = torch.min(torch.max(stepped, x - 0.15), x + 0.15).clamp(0, 1)
+    plain.train()
+    logits, logits_adv = plain(x), plain(x_plain)
+    log_p, log_p_adv = logits.log_softmax(1), logits_adv.log_softmax(1)
+    expected = F.cross_entropy(logits, y, label_smoothing=0.1)
+    expected = expected + 5 * (log_p.exp() * (log_p - log_p_adv)).sum(1).mean()
+    expected.backward()
+
+    assert torch.equal(x_adv, x_plain)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for mine, theirs in zip(ours.parameters(), plain.parameters()):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-12)
+    for mine, theirs in zip(ours.buffers(), plain.buffers()):
+        assert torch.allclose(mine, theirs)
+
+
 def test_the_shared_clean_pass_is_exact():
     """One clean pass for both the attack's reference and the loss gives the gradients of plain code
     with a pass for each.
@@ -264,8 +325,9 @@ def test_the_shared_clean_pass_is_exact():
     start = attacks.random_start(x.shape, "linf", 0.15, torch.Generator().manual_seed(0))
 
     logits = ours(x)
-    attack = dict(norm="linf", eps=0.15, step_size=0.05, n_steps=3, loss="kl", bn="batch")
-    x_adv = attacks.pgd(ours, x, y, start, reference=logits.detach(), **attack)
+    attack = dict(norm="linf", eps=0.15, step_size=0.05, n_steps=3, loss="kl")
+    twin = attacks.make_twin(ours, "batch", "fp32")
+    x_adv = attacks.pgd(twin, x, y, start, reference=logits.detach(), **attack)
     train_at.at_loss(logits, ours(x_adv), y, args_of())[0].backward()
 
     norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -66,6 +66,33 @@ def test_ranks_end_bit_equal_and_rank_0_alone_writes(tmp_path, diffusion_dir):
     assert [line["step"] for line in read_log(out)] == [8, 16]
 
 
+AVERAGES = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, ".")
+import torch
+from common import run
+rank, world_size, device = run.start_processes("fp32")
+models = [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2)]
+for model in models:
+    model.running_mean += rank
+    model.running_var *= 1 + 2 * rank
+run.average_batchnorm(*models)
+for model in models:
+    assert (model.running_mean == 0.5).all() and (model.running_var == 2).all()
+    assert (model.weight == 1).all() and model.num_batches_tracked == 0
+in_files, in_memory = SimpleNamespace(files=True), SimpleNamespace(files=False)
+assert run.read_once(lambda spec, split: (split, rank), in_files, "train") == ("train", 0)
+assert run.read_once(lambda spec, split: (split, rank), in_memory, "train") == ("train", rank)
+run.end_processes()
+"""
+
+
+def test_ranks_share_statistics_and_listed_files(tmp_path):
+    (tmp_path / "averages.py").write_text(AVERAGES)
+    python(tmp_path / "averages.py", ranks=2)
+
+
 # train_at.py, with an attack in the second epoch that fails.
 STOPS = """
 import sys
@@ -100,7 +127,7 @@ def test_resume_under_two_ranks(tmp_path):
 def test_an_error_of_another_rank_alone_is_printed(tmp_path):
     program = (
         "import sys; sys.path.insert(0, '.'); from common import UserError, cli, run\n"
-        "def main(args):\n    rank, _, _ = run.start_processes()\n"
+        "def main(args):\n    rank, _, _ = run.start_processes('fp32')\n"
         "    if rank == 1: raise UserError('--flag 3: found by this rank alone')\n"
         "    run.barrier()\n"
         "cli.run_script(main, None)\n"
@@ -163,4 +190,4 @@ def test_a_process_without_a_gpu_is_one_line(monkeypatch):
     with pytest.raises(
         UserError, match="--nproc_per_node: process 2 of this node has no GPU, torch sees 1"
     ):
-        run.start_processes()
+        run.start_processes("fp32")

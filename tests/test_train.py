@@ -23,7 +23,10 @@ import train_at_aux
 import train_diffusion
 from common import UserError, attacks, files
 
-TINY = "--epochs 4 --batch-size 200 --n-steps 2 --eval-every 1 --eval-n-steps 2 --lr 0.05".split()
+TINY = (
+    "--epochs 4 --warmup-fraction 0.25 --batch-size 200 --n-steps 2"
+    " --eval-every 1 --eval-n-steps 2 --lr 0.05"
+).split()
 GOLDEN = ROOT / "tests" / "golden.json"
 
 
@@ -350,8 +353,9 @@ def test_run_directory_explains_itself(plain_run):
     assert args["script"] == "train_at.py" and args["lr"] == 0.05 and args["eps"] == 0.15
     assert json.loads((path / "env.json").read_text())["torch"] == torch.__version__
     line = read_log(path, drop=())[-1]
-    metrics = "loss loss_clean loss_robust grad_norm lr clean_acc robust_acc images_per_s seconds"
-    assert set(line) == {"step", *metrics.split()}
+    metrics = "loss loss_clean loss_robust grad_norm lr clean_acc robust_acc"
+    times = "images_per_s data_wait seconds"
+    assert set(line) == {"step", *metrics.split(), *times.split()}
     assert line["loss"] == pytest.approx(line["loss_clean"] + 5 * line["loss_robust"], rel=1e-5)
     assert state["best"][0] == max(entry["robust_acc"] for entry in read_log(path))
 
@@ -365,7 +369,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return (loss * float("nan") if len(calls) == 7 else loss), parts
 
     monkeypatch.setattr(train_at, "at_loss", failing)
-    with pytest.raises(UserError, match="step 6: loss, gradient or weights not finite"):
+    with pytest.raises(UserError, match="steps 5 to 8: loss, gradient or weights not finite"):
         run_at(tmp_path / "run")
     state = files.load(tmp_path / "run" / "last.pt", {})
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())

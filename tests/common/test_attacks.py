@@ -3,14 +3,16 @@
 Alone: python -m pytest tests/common/test_attacks.py
 """
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DIGITS
 from torch import nn
 
-from common import attacks
+from common import attacks, models
 
 LINF_STEPS = dict(norm="linf", eps=0.1, step_size=0.05)
 
@@ -145,63 +147,119 @@ def test_reaches_the_optimum_of_a_linear_model(norm):
     assert torch.allclose(x_adv - x, 0.2 * direction, atol=1e-6)
 
 
-# --------------------------------------------------------------------------- the model in an attack
+# ------------------------------------------------------------- attacks on a model in training
+
+
+def classifier():
+    """A WRN-10-1 in train mode, whose running statistics differ from any batch's."""
+    torch.manual_seed(0)
+    model = models.build("wrn-10-1", DIGITS).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def digit_batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(9, 1, 8, 8, generator=generator)
+    return x, torch.randint(0, 10, (9,), generator=generator)
 
 
 def flags_of(model):
     training = [module.training for module in model.modules()]
     trainable = [parameter.requires_grad for parameter in model.parameters()]
-    return training, trainable, model[1].track_running_stats
+    return training, trainable, model.batchnorm.track_running_stats
 
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
-@pytest.mark.parametrize("fails", [False, True])
-def test_leaves_no_trace(bn, fails):
-    model = tiny_model()
-    x, y, _ = random_batch()
-    model.train()
-    model[4].eval()  # one layer in another mode than the rest,
-    model[3].bias.requires_grad_(False)  # one parameter frozen,
-    model[6].weight.grad = torch.ones_like(model[6].weight)  # one gradient waiting
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_attack_on_the_twin_leaves_no_trace(bn, precision):
+    model = classifier()
+    model.logits.weight.grad = torch.ones_like(model.logits.weight)  # one gradient waiting
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = flags_of(model)
-    if fails:
-        y = torch.full_like(y, 99)  # an error in the middle of the attack
-    try:
-        attacks.pgd(model, x, y, torch.zeros_like(x), **LINF_STEPS, n_steps=2, loss="ce", bn=bn)
-        assert not fails
-    except (IndexError, RuntimeError):
-        assert fails
+    x, y = digit_batch()
+    twin = attacks.make_twin(model, bn, precision)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        by_pgd = attacks.pgd(twin, x, y, torch.zeros_like(x), **LINF_STEPS, n_steps=2, loss="ce")
+        by_apgd = attacks.apgd(twin, x, y, norm="linf", eps=0.1, n_steps=3)
+    assert not torch.equal(by_pgd, x) and not torch.equal(by_apgd, x)
     assert flags_of(model) == flags
     for name, value in model.state_dict().items():
         assert torch.equal(before[name], value)
     assert [parameter.grad is not None for parameter in model.parameters()].count(True) == 1
-    assert torch.equal(model[6].weight.grad, torch.ones_like(model[6].weight))
+    assert torch.equal(model.logits.weight.grad, torch.ones_like(model.logits.weight))
+    assert not any(parameter.requires_grad for parameter in twin.parameters())
 
 
-def test_bn_modes_use_the_statistics_they_name():
-    model = tiny_model()
-    x, _, _ = random_batch()
-    with torch.no_grad():
-        expected = {"running": model.eval()(x), "batch": tiny_model().train()(x)}
-        for bn in ("batch", "running"):
-            with attacks.attack_mode(model, bn):
-                assert torch.equal(model(x), expected[bn])
-    assert not torch.allclose(expected["batch"], expected["running"])
+@torch.no_grad()
+def test_a_twin_uses_the_statistics_it_names():
+    x, _ = digit_batch()
+    by_batch = attacks.make_twin(classifier(), "batch", "fp32")(x)
+    by_running = attacks.make_twin(classifier(), "running", "fp32")(x)
+    assert torch.equal(by_batch, classifier().train()(x))
+    assert torch.equal(by_running, classifier().eval()(x))
+    assert not torch.allclose(by_batch, by_running)
 
 
-def test_no_weight_gradients_are_computed():
-    """Parameters are frozen during the attack: the graph holds only the path to the input."""
-    model = tiny_model()
-    x, y, _ = random_batch()
-    trainable = []
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_a_twin_follows_its_model(bn, precision):
+    """After steps of training, which move weights and running statistics, its logits are those of
+    the model under the same autocast, to the bit.
+    """
+    model = classifier()
+    twin = attacks.make_twin(model, bn, precision)
+    x, y = digit_batch()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        attacks.update_twin(twin, model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        found = twin(x)
+        with attacks.frozen_statistics(model):
+            expected = model.train(bn == "batch")(x)
+    assert torch.equal(found, expected)
+    in_bf16 = [name for name, p in twin.named_parameters() if p.dtype == torch.bfloat16]
+    convolutions = [name for name, p in model.named_parameters() if p.ndim == 4]
+    assert in_bf16 == (convolutions if precision == "bf16" else [])
+    if precision == "fp32":  # shared and not copied
+        assert twin.init_conv.weight.data_ptr() == model.init_conv.weight.data_ptr()
 
-    def look(module, inputs, output):
-        trainable.append(any(parameter.requires_grad for parameter in model.parameters()))
 
-    model[6].register_forward_hook(look)
-    attacks.pgd(model, x, y, torch.zeros_like(x), **LINF_STEPS, n_steps=3, loss="kl")
-    assert trainable == [False] * 4  # one clean pass for the reference, three steps
+@pytest.mark.parametrize("norm,loss", [("linf", "kl"), ("linf", "ce"), ("l2", "margin")])
+def test_a_step_is_one_graph_with_the_eager_images(norm, loss, monkeypatch):
+    """torch.compile traces the step without a break (fullgraph), compiles it once, and the images
+    are the eager ones, element by element. The tracer is the real one, its backend runs eagerly.
+    """
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+    monkeypatch.setattr(attacks, "_compiled", functools.cache(compiled))
+    twin = attacks.make_twin(classifier(), "batch", "fp32")
+    x, y = digit_batch()
+    start = attacks.random_start(x.shape, norm, 0.1, torch.Generator().manual_seed(0))
+    settings = dict(norm=norm, eps=0.1, step_size=0.05, n_steps=4, loss=loss)
+    eager = attacks.pgd(twin, x, y, start, **settings)
+    found = attacks.pgd(twin, x, y, start, **settings, compiled=True)
+    assert torch.equal(found, eager) if norm == "linf" else torch.allclose(found, eager, atol=1e-6)
+    assert len(graphs) == 1
+    if loss == "ce":
+        settings = dict(norm=norm, eps=0.1, n_steps=5)
+        by_apgd = attacks.apgd(twin, x, y, **settings, compiled=True)
+        assert torch.equal(by_apgd, attacks.apgd(twin, x, y, **settings))
+        assert len(graphs) == 2
 
 
 # ------------------------------------------------------------------------------- parts of an attack
@@ -259,16 +317,10 @@ def test_apgd_is_the_authors(norm, eps, n_steps):
     assert (losses >= attacks.attack_losses(model(x), y, "ce")).all()
 
 
-def test_apgd_takes_label_probabilities_and_leaves_no_trace():
+def test_apgd_takes_label_probabilities():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(144, 3),
-    ).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    model.eval()
     x = torch.rand(6, 1, 8, 8)
     y = torch.arange(6) % 3
     one_hot = F.one_hot(y, 3).float()
@@ -281,8 +333,3 @@ def test_apgd_takes_label_probabilities_and_leaves_no_trace():
     assert (from_labels - x).abs().max() <= 0.1 + 1e-6
     assert not torch.equal(from_labels, x)
     assert not torch.allclose(from_labels, from_mixed)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-    assert model.training
-    for parameter in model.parameters():
-        assert parameter.requires_grad and parameter.grad is None

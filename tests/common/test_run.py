@@ -4,6 +4,7 @@ Whole runs, their resume and their kills are tested in tests/test_train.py and t
 """
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ def test_meters_average_over_updates_and_start_afresh():
     meters = run.Meters()
     for value in (1.0, 2.0, 6.0):
         meters.update(loss=torch.tensor(value, requires_grad=True))
-    meters.update(grad_norm=4)
+    meters.update(grad_norm=torch.tensor(4))
     assert meters.means() == {"loss": 3.0, "grad_norm": 4.0}
     assert meters.means() == {}
 
@@ -90,9 +91,14 @@ def test_state_is_what_is_tracked(tmp_path):
     second.load(5)
     assert (second.step, second.best) == (1, [0.5]) and second.seconds >= 0
     assert torch.equal(other.weight, model.weight)
-    with pytest.raises(UserError, match="step 1: loss, gradient or weights not finite.*last.pt"):
-        second.check_finite(1.0, torch.tensor([0.0, float("nan")]))
+    second.step = 4
+    with pytest.raises(
+        UserError, match="steps 2 to 4: loss, gradient or weights not finite.*last.pt"
+    ):
+        second.check_finite(loss=1.0, grad_norm=math.nan)
+    second.check_finite(loss=1.0, grad_norm=2.0)
+    second.step = 6
     with torch.no_grad():
         other.weight[0, 0] = float("inf")
-    with pytest.raises(UserError, match="not finite"):
-        second.check_weights()
+    with pytest.raises(UserError, match="steps 5 to 6: .*not finite"):
+        second.check_finite(loss=1.0)

@@ -20,6 +20,7 @@ from torch import nn
 
 from common import UserError, cli, files
 from teachers import edm
+from teachers.load import cast_parameters
 
 
 def inputs(net, dtype=torch.float64):
@@ -725,3 +726,22 @@ def test_command(nvlabs, tmp_path):
     done = python("-m", "teachers.edm", "convert", nvlabs.path, tmp_path / "out")
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
     assert "EDMPrecond around DhariwalUNet" in done.stdout
+
+
+@pytest.mark.parametrize("name", EDM_CONFIGS)
+def test_bf16_rounds_the_network_alone(name):
+    """Noise levels, their codes and the preconditioning stay float32: in bf16 the code of a
+    fourier embedding would be off by whole turns. What is left is the rounding of F's layers.
+    """
+    model = edm.EDMNetwork(random_edm(name, torch.float32))
+    noisy = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    for sigma in (0.05, 1.0, 40.0):
+        expected = model.denoise(noisy * sigma, sigma)
+        in_bf16 = edm.EDMNetwork(random_edm(name, torch.float32))
+        cast_parameters(in_bf16.net)
+        assert {p.dtype for p in in_bf16.net.parameters()} == {torch.bfloat16}
+        assert {b.dtype for b in in_bf16.net.buffers()} <= {torch.float32}
+        found = in_bf16.denoise(noisy * sigma, sigma)
+        assert found.dtype == torch.float32
+        error = (found - expected).norm() / (expected - noisy * sigma).norm()
+        assert error < 0.03

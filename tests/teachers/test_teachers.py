@@ -65,6 +65,28 @@ def model(request):
     return load_diffusion(request.getfixturevalue(f"{request.param}_dir"), "cpu")
 
 
+def test_a_network_in_bf16_gives_nearly_the_same(request):
+    """Features, denoised images, and images through a VAE, all of them float32 as before."""
+    for name in ("ddpm_dir", "dit_dir", "diffusion_dir"):
+        path = request.getfixturevalue(name)
+        exact, rounded = (load_diffusion(path, "cpu", precision) for precision in ("fp32", "bf16"))
+        assert {p.dtype for m in rounded.modules for p in m.parameters()} == {torch.bfloat16}
+        generator = torch.Generator().manual_seed(0)
+        shape = (4, exact.channels, exact.image_size, exact.image_size)
+        x = torch.rand(shape, generator=generator)
+        noise = torch.randn(4, *exact.noise_shape, generator=generator)
+        sigma = exact.default_sigma
+        pairs = []
+        for model in (exact, rounded):
+            with torch.no_grad():
+                (features,) = model.features(x, sigma, None, [model.default_block], noise)
+                denoised = model.denoise(noise, 1.0)
+                pairs.append((features, denoised, model.decode(model.encode(x))))
+        for found, expected in zip(*pairs):
+            assert found.dtype == expected.dtype == torch.float32
+            assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 # ------------------------------------------------------------------------ what the networks compute
 
 

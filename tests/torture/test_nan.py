@@ -1,5 +1,5 @@
-"""NaN and overflow in the middle of training: it stops at that step, names it, and keeps the
-checkpoint of the last good validation.
+"""NaN and overflow in the middle of training: it stops at the next validation, names the steps
+since the last one, and keeps the checkpoint of that one.
 """
 
 import pytest
@@ -43,7 +43,9 @@ def test_a_step_that_is_not_finite_ends_the_run(case, tmp_path, diffusion_dir, m
         return factor * real(*args, **kwargs)
 
     monkeypatch.setattr(module, name, wrong)
-    with pytest.raises(UserError, match="step 2: loss, gradient or weights not finite.*last.pt"):
+    with pytest.raises(
+        UserError, match="steps 3 to 4: loss, gradient or weights not finite.*last.pt"
+    ):
         script.main(script.parse_args(argv))
     monkeypatch.undo()
     assert last.read_bytes() == kept[0]
