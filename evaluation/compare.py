@@ -114,7 +114,8 @@ def _compare_results(path_a, path_b):
         if a.get(key) != b.get(key):
             difference = f"{key} is {a.get(key)} and {b.get(key)}"
             raise UserError(f"{path_a} and {path_b}: not the same images, {difference}")
-    for key in ("attack", "settings", "version", "norm", "eps", "batch_size", "seed"):
+    settings = ("attack", "settings", "version", "norm", "eps", "precision", "batch_size", "seed")
+    for key in settings:
         if a.get(key) != b.get(key):
             print(f"WARNING: {key} differs: {a.get(key)} and {b.get(key)}")
     for name, result in (("A", a), ("B", b)):

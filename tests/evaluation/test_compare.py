@@ -86,6 +86,9 @@ def test_compare_warns_of_other_settings_and_of_warnings(pair, capsys):
     write_result(pair[1], eps=0.1)
     compare.compare(*map(str, pair))
     assert "WARNING: eps differs: 0.15 and 0.1" in capsys.readouterr().out
+    write_result(pair[1], precision="bf16")
+    compare.compare(*map(str, pair))
+    assert "WARNING: precision differs: None and bf16" in capsys.readouterr().out
     write_result(pair[1], warnings=["check failed"])
     compare.compare(*map(str, pair))
     assert "WARNING (B): check failed" in capsys.readouterr().out
