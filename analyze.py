@@ -529,7 +529,7 @@ def main(args):
     settings["image_size"] = spec.image_size
     shared = {
         **settings,
-        "data_sha256": data.sha256((fit[0], fit[2]), test),
+        "data_sha256": run.read_once(lambda spec: data.sha256((fit[0], fit[2]), test), spec),
         "n": len(test[1]),
         "torch": torch.__version__,
         "device": device.type,

@@ -494,6 +494,7 @@ def main(args):
     source = None
     if args.transfer_from:
         source, _ = load_classifier(args.transfer_from, spec, device)
+        source = Finite(source, f"--transfer-from {args.transfer_from}", args.precision).eval()
     images, labels = load_images(args, spec, rank)
 
     results = []

@@ -242,6 +242,7 @@ def save_head(model, labels, spec, args):
     head = {
         "dataset": spec.name,
         "network_sha256": model.sha256,
+        "precision": model.precision,
         "val_accuracy": accuracy,
         **probe,
     }
@@ -274,6 +275,7 @@ def report(accuracies, blocks, args, n):
     result = {
         "blocks": blocks,
         "sigmas": args.sigmas,
+        "precision": args.precision,
         **tables,
         "titles": titles,
         "environment": run.environment(),

@@ -300,7 +300,7 @@ class Teacher:
             y = torch.from_numpy(labels[rows]).to(x.device)
             generator = data.stream(seed, "teacher-mean", first, x.device)
             noise = self.noise(min(250, n - first), generator)[rank::world_size]
-            total = total + self.targets(x, y, noise).sum(0)
+            total = total + self.targets(x, y, noise).sum(0) if len(y) else total
         self.mean = sum_over_ranks(total) / n
 
 

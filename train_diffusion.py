@@ -34,6 +34,7 @@ from common.run import (
     make_average,
     save_images,
     start_processes,
+    sum_over_ranks,
     update_average,
     wrap,
 )
@@ -117,12 +118,16 @@ def draw(step, y, shape, num_classes, args):
 
 
 @torch.no_grad()
-def validate(net, x, y, args):
-    """Mean EDM loss on held-out images x in [0, 1], with fixed noise and their true labels."""
+def validate(net, x, y, mine, args):
+    """Mean EDM loss on held-out images x in [0, 1], with fixed noise and their true labels.
+
+    x, y: this rank's, which are the rows `mine` of all.
+    """
     generator = data.stream(args.seed, "edm-validation", 0, x.device)
-    normal = torch.randn(len(y), generator=generator, device=x.device)
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    return edm_loss(net, 2 * x - 1, y, normal, noise, args).mean().item()
+    normal = torch.randn(args.val_size, generator=generator, device=x.device)
+    noise = torch.randn(args.val_size, *x.shape[1:], generator=generator, device=x.device)
+    losses = edm_loss(net, 2 * x - 1, y, normal[mine], noise[mine], args)
+    return (sum_over_ranks(losses.sum()) / args.val_size).item()
 
 
 def samples(net, spec, args, device):
@@ -185,6 +190,8 @@ def check(args, spec, world_size):
     if args.batch_size % world_size:
         message = f"not divisible by {world_size} processes"
         raise UserError(f"--batch-size {args.batch_size}: {message}")
+    if args.val_size < world_size:
+        raise UserError(f"--val-size {args.val_size}: fewer images than processes ({world_size})")
     if spec.files:
         message = "too large for this script; use a public model (hub:facebook/DiT-XL-2-256)"
         raise UserError(f"--dataset {spec.name}: {message}")
@@ -207,11 +214,11 @@ def main(args):
         prepare_dataset(spec, args.data_dir, args.download)
     barrier()
     train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
-    x_val = data.to_x(val[0], device)
-    y_val = torch.from_numpy(val[1]).to(device)
+    mine = slice(rank, None, world_size)
+    x_val = data.to_x(val[0][mine], device)
+    y_val = torch.from_numpy(val[1][mine]).to(device)
     plain = dataclasses.replace(spec, crop_padding=0, rotation=0.0)
     batches = data.Batches(plain, train, args.batch_size, args.seed, device)
-    mine = slice(rank, None, world_size)
 
     # Network, its average, optimiser.
     torch.manual_seed(data.seed_of(args.seed, "init"))
@@ -254,13 +261,15 @@ def main(args):
         if validate_now or stop:
             means = meters.means()
             run.check_finite(**means)
-        if validate_now and rank == 0:
+        if validate_now:
             with mixed:
-                val_loss = validate(ema, x_val, y_val, args)
-                images = samples(ema, spec, args, device)
+                val_loss = validate(ema, x_val, y_val, mine, args)
             run.check_finite(val_loss=val_loss)
             run.log(val_loss=val_loss, lr=lr_at(run.step - 1, args), **means)
             run.bar.set_postfix(loss=f"{means['loss']:.3f}", val_loss=f"{val_loss:.3f}")
+        if validate_now and rank == 0:
+            with mixed:
+                images = samples(ema, spec, args, device)
             save_images(images, run.path("samples.png"), columns=10)
         if validate_now or stop:
             run.save()

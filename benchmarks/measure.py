@@ -66,7 +66,8 @@ def compare(what, against, ours, reference, target=None, unit="as fast"):
 
 def record(name, row):
     """Put a row into benchmarks/results.json, in place of its former self, and print it."""
-    print(f"{row['what']}: {_ratio(row)} ({_range(row)}), against {row['against']}", flush=True)
+    against = f", against {row['against']}" if row["against"] else ""
+    print(f"{row['what']}: {_ratio(row)} ({_range(row)}){against}", flush=True)
     rows = files.read_json(STORE) if STORE.exists() else {}
     rows[name] = {**row, "environment": run.environment()}
     files.write_json(rows, STORE)

@@ -108,7 +108,10 @@ def add_data_flags(parser, datasets, splits=True, download=True):
 
 def add_precision_flag(add, on_gpu="bf16"):
     """Add --precision. add: a group's add_argument. on_gpu: the default where there is a GPU."""
-    default = on_gpu if torch.cuda.is_available() else "fp32"
+    default = "fp32"
+    # Older GPUs emulate bf16.
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        default = on_gpu
     choices = ["fp32", "tf32", "bf16"]
     add("--precision", choices=choices, default=default, help=f"of networks; {on_gpu} on a GPU")
 

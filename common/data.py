@@ -168,7 +168,7 @@ def unpacked(buffer, shape, device):
     """(x, y) on `device`, as to_x has them, of what `packed` made of images of this shape."""
     buffer = buffer.to(device, non_blocking=True)
     n = 8 * shape[0]  # bytes of the labels
-    return to_x(buffer[n:].view(shape)), buffer[:n].view(torch.int64)
+    return to_x(buffer[n:].view(shape), device), buffer[:n].view(torch.int64)
 
 
 def augment(images, spec, generator, batch_size, mine):
@@ -243,7 +243,8 @@ class Batches:
     images, in the order of a new random permutation for each pass. A rank takes every world_size-th
     image, so that the batch does not depend on the number of ranks and each rank sees both kinds.
 
-    A thread makes the batch of the next step while the present one is trained on.
+    For a GPU, a thread makes the batch of the next step while the present one is trained on. On a
+    CPU it would take a core from the step.
     waited: seconds that calls have waited for their batch.
     """
 
@@ -274,8 +275,10 @@ class Batches:
         self.shape = (batch_size // world_size, spec.image_size, spec.image_size, spec.channels)
         self.data_pass = None  # the number of the last pass, and its order of the images
         self.order = None
-        self.thread = ThreadPoolExecutor(1)
-        if self.device.type == "cuda":  # or pinning would take memory of GPU 0
+        self.thread = None
+        if self.device.type == "cuda":
+            self.thread = ThreadPoolExecutor(1)
+            # Or pinning would take memory of GPU 0.
             self.thread.submit(torch.cuda.set_device, self.device)
         self.next = {}  # {step: its batch, in the making}
         self.waited = 0.0
@@ -314,7 +317,9 @@ class Batches:
         return unpacked(buffer, self.shape, self.device)
 
     def _packed(self, step):
-        """The batch of a step as `packed` has it; the next one is begun."""
+        """The batch of a step as `packed` has it; the next one is begun where there is a thread."""
+        if self.thread is None:
+            return self._make(step)
         batch = self.next.pop(step, None) or self.thread.submit(self._make, step)
         self.next = {step + 1: self.thread.submit(self._make, step + 1)}
         return batch.result()

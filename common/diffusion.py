@@ -32,6 +32,7 @@ class Diffusion:
     """
 
     name = "the diffusion network"  # in messages; teachers.load_diffusion has the path there
+    precision = "fp32"  # of its networks
     val_size = 0  # first training images of its data set that it is known not to have seen
     has_null_label = True  # whether it can be told that there is no label
     sigma_range = (0.0, float("inf"))  # noise levels that it was trained on, where they are known
@@ -176,6 +177,6 @@ def edm_denoise(net, noisy, sigma, labels, sigma_data):
     root = (s**2 + sigma_data**2).sqrt()
     c_skip = (sigma_data / root) ** 2
     c_out = s * sigma_data / root
-    scaled = (noisy / root).to(net.dtype)
+    scaled = (noisy / root).to(next(net.parameters()).dtype)
     output = net(scaled, sigma.log() / 4, class_labels=labels, return_dict=False)[0]
     return noisy * c_skip + output.to(noisy.dtype) * c_out

@@ -25,7 +25,7 @@ class _Classifier(nn.Module):
     """What all classifiers share. A subclass defines two things:
 
     logits: the last layer, a Linear. _features(x): what that layer reads, (B, num_features), of
-    normalised images (B, C, H, W).
+    normalised images (B, C, H, W). In bf16 it should be averaged over space in float32.
     """
 
     def __init__(self, mean, std):
@@ -124,7 +124,7 @@ class WideResNet(_Classifier):
 
     def _features(self, x):
         h = self.layer(self.init_conv(x))
-        return F.silu(self.batchnorm(h)).mean((2, 3))
+        return F.silu(self.batchnorm(h)).mean((2, 3), dtype=self.logits.weight.dtype)
 
 
 class _PreActBlock(nn.Module):
@@ -171,7 +171,7 @@ class PreActResNet18(_Classifier):
     def _features(self, x):
         h = self.layer_1(self.layer_0(self.conv_2d(x)))
         h = self.layer_3(self.layer_2(h))
-        return F.silu(self.batchnorm(h)).mean((2, 3))
+        return F.silu(self.batchnorm(h)).mean((2, 3), dtype=self.logits.weight.dtype)
 
 
 class TorchvisionClassifier(_Classifier):

@@ -33,12 +33,13 @@ from common.cli import positive
 _patient = None  # the process group of `barrier`, which waits for a day
 
 
-def start_processes(precision, deterministic=True):
+def start_processes(precision, deterministic=None):
     """Join torchrun's process group, if torchrun started us. Returns (rank, world_size, device).
 
     GPUs talk over NCCL, CPUs over gloo. From here on, what is computed in float32 is rounded to
-    TF32 with the precision "tf32" alone. deterministic: on a GPU, equal runs are equal to the bit;
-    without it, cuDNN takes the kernels that are fastest in a trial.
+    TF32 with the precision "tf32" alone. deterministic, on a GPU: True, equal runs are equal to the
+    bit, and PyTorch raises an error where it cannot do that; None, it warns there; False, cuDNN
+    takes the kernels that are fastest in a trial.
     """
     global _patient
     rank = int(os.environ.get("RANK", 0))
@@ -53,10 +54,10 @@ def start_processes(precision, deterministic=True):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.benchmark = not deterministic
-        if deterministic:
+        torch.backends.cudnn.benchmark = deterministic is False
+        if deterministic is not False:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True, warn_only=deterministic is None)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, slow
     if world_size > 1:
         on_gpu = device.type == "cuda"
@@ -186,9 +187,9 @@ def update_average(average, model, decay):
     Decay 0 is a plain copy. BatchNorm's statistics are the model's own, never shared storage.
     """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    buffers = list(average.buffers())
-    if buffers:
-        torch._foreach_copy_(buffers, list(model.buffers()))
+    pairs = list(zip(average.buffers(), model.buffers()))
+    for dtype in {mine.dtype for mine, _ in pairs}:  # lists of one type are copied at once
+        torch._foreach_copy_(*zip(*[pair for pair in pairs if pair[0].dtype == dtype]))
 
 
 # ----------------------------------------------------------------------------------- directory
@@ -309,7 +310,7 @@ class Run:
         self.best = []
         self.seconds = 0.0
         self.tracked = {}
-        self.checked = 0  # the last step that check_finite found to be good
+        self.saved = 0  # the step of the last checkpoint
         if rank == 0:
             name = os.path.basename(script)
             identity = {"script": name} | dict(sorted(vars(args).items())) | inputs
@@ -331,7 +332,7 @@ class Run:
         state = files.load(self.last_path, entries, self.device)
         for name, part in self.tracked.items():
             files.load_state(part, state[name], self.last_path)
-        self.step = self.checked = state["step"]
+        self.step = self.saved = state["step"]
         self.best = state["best"]
         self.seconds = state["seconds"]
         numbers = all(type(number) is float for number in [self.seconds, *self.best])
@@ -350,6 +351,7 @@ class Run:
             }
             files.save(state, self.last_path)
         sum_over_ranks(torch.zeros(1))  # all wait for the file, no longer than for a step
+        self.saved = self.step
         self._interval = (self.step, time.time())
 
     def path(self, name):
@@ -419,21 +421,18 @@ class Run:
         """Raises UserError where a metric or a tracked weight is not finite.
 
         To be called before anything is written. A step is not checked by itself, because a GPU
-        would be waited for: what went wrong did so after the last call.
+        would be waited for: what went wrong did so after the last checkpoint.
         """
-        finite = all(math.isfinite(value) for value in metrics.values())
+        finite = [torch.tensor(all(math.isfinite(value) for value in metrics.values()))]
         for part in self.tracked.values():
             if isinstance(part, torch.nn.Module):
-                tensors = part.state_dict().values()
-                finite = (
-                    finite and torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-                )
-        if not finite:
-            steps = f"steps {self.checked + 1} to {self.step}"
-            last = f"the last good step, if any, is in {self.last_path}"
-            message = f"{steps}: loss, gradient or weights not finite; {last}"
-            raise UserError(f"{message}. Try a lower learning rate")
-        self.checked = self.step
+                finite += [tensor.isfinite().all() for tensor in part.state_dict().values()]
+        if torch.stack([flag.to(self.device) for flag in finite]).all():
+            return
+        steps = f"steps {self.saved + 1} to {self.step}"
+        last = f"the last good step, if any, is in {self.last_path}"
+        message = f"{steps}: loss, gradient or weights not finite; {last}"
+        raise UserError(f"{message}. Try a lower learning rate")
 
     def close(self):
         """End the log and the bar."""

@@ -25,6 +25,7 @@ MAX_CALL = 2000  # images in one network call
 HEAD = {  # entries of a head's file, as extract_features.py writes it
     "dataset": str,
     "network_sha256": str,
+    "precision": str,
     "block": str,
     "sigma": float,
     "val_accuracy": float,
@@ -59,6 +60,9 @@ def _load_head(path, diffusion, spec, n_noise, fresh_noise, seed):
         raise UserError(f"{path}: a head for {head['dataset']}, expected one for {spec.name}")
     if head["network_sha256"] != diffusion.sha256:
         raise UserError(f"{path}: a head on another diffusion network")
+    if head["precision"] != diffusion.precision:
+        expected = f"the network is in {diffusion.precision}, see --precision"
+        raise UserError(f"{path}: a head on features in {head['precision']}; {expected}")
     diffusion.check_blocks([head["block"]])
     diffusion.check_sigmas([head["sigma"]])
     settings = {key: head[key] for key in ("block", "sigma", "weight", "bias")}

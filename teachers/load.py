@@ -51,6 +51,7 @@ def load_diffusion(name, device, precision="fp32"):
         if precision == "bf16":
             cast_parameters(module)
     model.to(torch.device(device))
+    model.precision = precision
     model.name = name
     return model
 

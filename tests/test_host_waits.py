@@ -122,6 +122,16 @@ def test_what_waits_is_seen(function):
     assert found.names
 
 
+def test_a_batch_arrives_whole_on_its_device():
+    images = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).view(2, 4, 4, 3)
+    labels = torch.tensor([7, -1])
+    buffer = data.packed(images, labels, pin=False)
+    x, y = data.unpacked(buffer, images.shape, "cpu")
+    assert torch.equal(y, labels)
+    assert torch.equal((255 * x).round().to(torch.uint8).permute(0, 2, 3, 1), images)
+    assert {part.device.type for part in data.unpacked(buffer, images.shape, "meta")} == {"meta"}
+
+
 def test_a_wait_in_a_step_is_seen(waits, monkeypatch, tmp_path, diffusion_dir):
     found, _ = waits
     real = train_at_aux.cosine_loss

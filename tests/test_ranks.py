@@ -93,6 +93,48 @@ def test_ranks_share_statistics_and_listed_files(tmp_path):
     python(tmp_path / "averages.py", ranks=2)
 
 
+PATIENCE = """
+import sys, time
+sys.path.insert(0, ".")
+import torch
+from types import SimpleNamespace
+from common import cli, run
+def main(args):
+    rank, world_size, device = run.start_processes("fp32")
+    def load(spec):
+        time.sleep(4)
+        return "listed"
+    assert run.read_once(load, SimpleNamespace(files=True)) == "listed"
+    time.sleep(4 * rank)
+    run.barrier()
+    print("both waits are over", flush=True)
+    time.sleep(8 * rank)
+    run.sum_over_ranks(torch.zeros(1))
+cli.run_script(main, None)
+"""
+
+
+def test_a_step_waits_for_minutes_and_a_barrier_for_longer(tmp_path):
+    """With a time-out of 3 seconds in a step."""
+    (tmp_path / "patience.py").write_text(PATIENCE)
+    env = {"RANK_TIMEOUT_MINUTES": "0.05"}
+    done = python(tmp_path / "patience.py", ranks=2, expect=1, env=env)
+    assert done.stdout.count("both waits are over") == 2
+    assert "error: another process is gone, or did not answer within" in done.stderr
+
+
+def test_diffusion_training_on_two_ranks_equals_one(tmp_path):
+    """To rounding, which Adam enlarges where a gradient is nearly zero."""
+    argv = "--train-steps 8 --eval-every 4 --channels 8 16 --batch-size 32".split()
+    for ranks in (1, 2):
+        python("train_diffusion.py", *argv, "--out-dir", tmp_path / str(ranks), ranks=ranks)
+    one, two = (files.load(tmp_path / str(ranks) / "last.pt", {}) for ranks in (1, 2))
+    for key, value in one["ema"].items():
+        assert torch.allclose(value, two["ema"][key], atol=3e-4), key
+    for line, other in zip(*(read_log(tmp_path / str(ranks)) for ranks in (1, 2))):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
 # train_at.py, with an attack in the second epoch that fails.
 STOPS = """
 import sys

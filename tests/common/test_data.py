@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -197,6 +198,26 @@ def test_a_batch_is_a_function_of_the_step():
         x, y = jumping(step)
         assert torch.equal(x, in_order[step][0])
         assert torch.equal(y, in_order[step][1])
+
+
+def test_a_thread_makes_the_next_batch():
+    """As for a GPU: the same batches in any order of steps, and a fault is raised at its step."""
+    expected = make_batches()
+    batches = make_batches()
+    batches.thread = ThreadPoolExecutor(1)
+    for step in (0, 1, 2, 30, 31, 3):
+        for found, wanted in zip(batches(step), expected(step)):
+            assert torch.equal(found, wanted)
+        assert list(batches.next) == [step + 1]
+    assert batches.waited > 0
+
+    def broken(step):
+        raise UserError("truncated")
+
+    batches._make = broken
+    batches(4)  # was made before
+    with pytest.raises(UserError, match="truncated"):
+        batches(5)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -100,5 +100,5 @@ def test_state_is_what_is_tracked(tmp_path):
     second.step = 6
     with torch.no_grad():
         other.weight[0, 0] = float("inf")
-    with pytest.raises(UserError, match="steps 5 to 6: .*not finite"):
+    with pytest.raises(UserError, match="steps 2 to 6: .*not finite"):
         second.check_finite(loss=1.0)

@@ -203,6 +203,7 @@ def test_heads_of_other_networks_are_refused(network, tmp_path):
     head = {
         "dataset": "digits",
         "network_sha256": network.sha256,
+        "precision": "fp32",
         "block": "mid_block",
         "sigma": 0.1,
         "val_accuracy": 0.5,
@@ -218,6 +219,7 @@ def test_heads_of_other_networks_are_refused(network, tmp_path):
     assert torch.equal(load()(x), torch.zeros(2, 10))
     for change, match in (
         ({"network_sha256": "x"}, "on another diffusion network"),
+        ({"precision": "bf16"}, "a head on features in bf16; the network is in fp32, see --precis"),
         ({"dataset": "cifar10"}, "a head for cifar10, expected one for digits"),
         ({"block": "nowhere"}, "no block 'nowhere'"),
         ({"weight": 3}, "'weight' is missing or no Tensor"),
