@@ -1,11 +1,12 @@
 """What runs cost: FLOP, counted on tensors without data, and H100-hours estimated from them.
 
-    python -m benchmarks.cost   # writes the counted table of docs/costs.md anew
+    python -m benchmarks.cost                      # writes the counted table of docs/costs.md anew
+    python -m benchmarks.cost --gpu out/gpu.json   # with the shares that `make gpu` measured
 
 FLOP are 2 x MAC of convolutions and matrix products, by torch's formulae. All else (normalisation,
 activations, optimiser, decoding of images, communication) is left to the utilisation: hours are
-FLOP / (peak x the share of the peak that is assumed). Validation and DRA's head, less than 0.1 % of
-a step, are not counted. What is measured stands in the other benchmarks.
+FLOP / (peak x the share of the peak that is assumed, or measured). Validation and DRA's head, less
+than 0.1 % of a step, are not counted. What is measured stands in the other benchmarks.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 import train_at
 import train_at_aux
 from benchmarks import measure
-from common import cli, models
+from common import UserError, cli, files, models
 from published.datasets import DATASETS
 from teachers import edm
 from teachers.dit import DiT
@@ -26,18 +27,20 @@ from teachers.edm import EDMNetwork
 # One H100 SXM, dense, by NVIDIA's data sheet; fp32 without tensor cores.
 PEAK = {"fp32": 67e12, "bf16": 989e12}
 # Shares of the peak, by family of networks: ASSUMPTIONS. Their grounds stand in docs/costs.md.
-WIDE_CONVOLUTIONS = {"fp32": 0.6, "bf16": 0.3}
-DEPTHWISE_CONVOLUTIONS = {"fp32": 0.3, "bf16": 0.08}
-TRANSFORMERS = {"fp32": 0.5, "bf16": 0.2}
-DIFFUSION_UNETS = {"fp32": 0.5, "bf16": 0.1}
-UTILISATION = {
-    "wrn-28-10": WIDE_CONVOLUTIONS,
-    "wrn-70-16": WIDE_CONVOLUTIONS,
-    "convnext_tiny": DEPTHWISE_CONVOLUTIONS,
-    "vit_b_16": TRANSFORMERS,
-    "DDPM++": DIFFUSION_UNETS,
-    "DiT-XL/2": TRANSFORMERS,
-    "VAE": DIFFUSION_UNETS,  # DiT's encoder and decoder, whose layers are a U-Net's
+SHARES = {
+    "wide convolutions": {"fp32": 0.6, "bf16": 0.3},
+    "depthwise convolutions": {"fp32": 0.3, "bf16": 0.08},
+    "transformers": {"fp32": 0.5, "bf16": 0.2},
+    "diffusion U-Nets": {"fp32": 0.5, "bf16": 0.1},
+}
+FAMILIES = {
+    "wrn-28-10": "wide convolutions",
+    "wrn-70-16": "wide convolutions",
+    "convnext_tiny": "depthwise convolutions",
+    "vit_b_16": "transformers",
+    "DDPM++": "diffusion U-Nets",
+    "DiT-XL/2": "transformers",
+    "VAE": "diffusion U-Nets",  # DiT's encoder and decoder, whose layers are a U-Net's
 }
 IMAGENET_SIZE = 1_281_167  # training images; for the other data sets --epoch-images is preset
 # Of AutoAttack standard, for an image. A gradient of the image costs as much as a forward pass.
@@ -183,16 +186,28 @@ def autoattack(words, name, dataset, n):
     return words, n, {name: AUTOATTACK_PASSES * count(lambda: model(x))}, ["fp32"]
 
 
-def hours(n, flop, precision):
-    """Hours of one H100 for n images of {network: FLOP per image}, by the assumed utilisation."""
+def hours(n, flop, precision, shares):
+    """Hours of one H100 for n images of {network: FLOP per image}. shares: like SHARES."""
     seconds = 0
     for name, flop_per_image in flop.items():
-        rate = PEAK[precision] * UTILISATION[name][precision]
+        rate = PEAK[precision] * shares[FAMILIES[name]][precision]
         seconds += n * flop_per_image / rate
     return seconds / 3600
 
 
-def table():
+def measured_shares(path):
+    """SHARES with those of a result of benchmarks/gpu.py in place of the assumed ones."""
+    found = files.read_json(path)
+    if found.get("toy") is not False or not isinstance(found.get("utilisation"), dict):
+        raise UserError(f"{path}: no result of `make gpu` on a GPU")
+    shares = {}
+    for family, assumed in SHARES.items():
+        measured = found["utilisation"].get(family, {})
+        shares[family] = {name: measured.get(name, share) for name, share in assumed.items()}
+    return shares
+
+
+def table(shares=SHARES):
     """The counted table of docs/costs.md, as Markdown."""
     lines = [
         "| | GFLOP per image | EFLOP | H100-hours, fp32 | bf16 |",
@@ -202,14 +217,23 @@ def table():
         parts = [f"{name} {value / 1e9:,.0f}" for name, value in flop.items() if value]
         cells = [words, ", ".join(parts), f"{n * sum(flop.values()) / 1e18:.2f}"]
         for precision in PEAK:
-            cells.append(f"{hours(n, flop, precision):.1f}" if precision in precisions else "")
+            cells.append(
+                f"{hours(n, flop, precision, shares):.1f}" if precision in precisions else ""
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--gpu", type=cli.path, help="result of `make gpu`, whose shares count")
+    return parser.parse_args(argv)
+
+
 def main(args):
-    measure.write_between("python -m benchmarks.cost", table())
+    shares = measured_shares(args.gpu) if args.gpu else SHARES
+    measure.write_between("python -m benchmarks.cost", table(shares))
 
 
 if __name__ == "__main__":
-    cli.run_script(main, cli.Parser(__doc__).parse_args())
+    cli.run_script(main, parse_args())

@@ -39,12 +39,6 @@ from teachers.load import cast_parameters
 
 PEAK = cost.PEAK | {"tf32": 494.7e12}  # of the same card by the same data sheet
 TOLERANCE = {"fp32": 1e-3, "tf32": 5e-3, "bf16": 1e-2}  # of a loss, relative to the CPU's in fp32
-FAMILIES = {  # of the networks that are measured, in the words of docs/costs.md
-    "wrn-28-10": "wide convolutions",
-    "convnext_tiny": "depthwise convolutions",
-    "DiT-XL/2": "transformers",
-    "DDPM++": "diffusion U-Nets",
-}
 NO_GPU = "no GPU"
 SKIP = "SKIP, no time left"
 
@@ -432,11 +426,11 @@ def attempt(part):
 
 def utilisation(records):
     """Measured shares of the peak, {family: {precision: share}}; that of the first record."""
-    found = {family: {} for family in FAMILIES.values()}
+    found = {family: {} for family in cost.SHARES}
     speeds = [*records, *[record.get("teacher", {}) for record in records]]
     for speed in speeds:
-        if speed.get("network") in FAMILIES:
-            shares = found[FAMILIES[speed["network"]]]
+        if speed.get("network") in cost.FAMILIES:
+            shares = found[cost.FAMILIES[speed["network"]]]
             shares.setdefault(speed["precision"], speed["share_of_h100"])
     return found
 
@@ -453,8 +447,7 @@ def main(args):
         raise UserError("no GPU: torch.cuda.is_available() is False")
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    assumed = {family: cost.UTILISATION[network] for network, family in FAMILIES.items()}
-    found = {"toy": args.toy, "parts": {}, "utilisation": {}, "assumed": assumed}
+    found = {"toy": args.toy, "parts": {}, "utilisation": {}, "assumed": cost.SHARES}
     records = found["parts"]
     for name, estimate, part in parts(args):
         skip = end - time.monotonic() < estimate

@@ -142,9 +142,9 @@ def test_a_row_of_the_recipe_of_cifar10():
     assert list(flop_with_dra) == ["wrn-28-10", "DDPM++", "VAE"]
     assert flop_with_dra["VAE"] == 0
     for precision, peak in cost.PEAK.items():
-        share = cost.WIDE_CONVOLUTIONS[precision]
+        share = cost.SHARES["wide convolutions"][precision]
         expected = n * flop["wrn-28-10"] / (peak * share) / 3600
-        assert cost.hours(n, flop, precision) == pytest.approx(expected)
+        assert cost.hours(n, flop, precision, cost.SHARES) == pytest.approx(expected)
 
 
 def test_the_document_holds_what_the_commands_write(tmp_path):
@@ -165,14 +165,8 @@ def test_a_document_without_the_lines_is_named(tmp_path):
 
 
 def test_the_document_holds_the_shares_that_are_assumed():
-    families = {
-        "wide convolutions": cost.WIDE_CONVOLUTIONS,
-        "depthwise convolutions": cost.DEPTHWISE_CONVOLUTIONS,
-        "transformers": cost.TRANSFORMERS,
-        "diffusion U-Nets": cost.DIFFUSION_UNETS,
-    }
     text = files.read_text(measure.DOCUMENT)
-    for family, share in families.items():
+    for family, share in cost.SHARES.items():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {family} (")]
         fp32 = round(100 * share["fp32"])
         bf16 = round(100 * share["bf16"])
@@ -205,3 +199,17 @@ def test_precisions_are_compared_seed_by_seed(tmp_path):
     shutil.rmtree(tmp_path / "bf16" / "2")
     with pytest.raises(UserError, match="3 runs in fp32 and 2 in bf16"):
         accuracy.table(str(tmp_path))
+
+
+def test_shares_that_were_measured_count(tmp_path):
+    path = tmp_path / "gpu.json"
+    found = {"toy": False, "utilisation": {"wide convolutions": {"bf16": 0.15, "tf32": 0.4}}}
+    path.write_text(json.dumps(found))
+    shares = cost.measured_shares(str(path))
+    assert shares["wide convolutions"] == {"fp32": 0.6, "bf16": 0.15}
+    assert shares["transformers"] == cost.SHARES["transformers"]
+    flop = {"wrn-28-10": 1e9}
+    assert cost.hours(1e6, flop, "bf16", shares) == 2 * cost.hours(1e6, flop, "bf16", cost.SHARES)
+    path.write_text(json.dumps(found | {"toy": True}))
+    with pytest.raises(UserError, match="no result of `make gpu` on a GPU"):
+        cost.measured_shares(str(path))

@@ -510,3 +510,21 @@ def test_a_compiled_model_is_evaluated(best, tmp_path, monkeypatch):
     flags = "--attack pgd --n-images 10 --n-steps 1 --compile"
     result, _ = evaluate_with(best, tmp_path, flags)
     assert result["compile"] is True
+
+
+def test_the_precision_is_part_of_a_result(best, tmp_path):
+    """Convolutions are computed in it, and a result of one precision is not another's."""
+    types = set()
+
+    def watch(self, inputs, output):
+        types.add(output.dtype)
+
+    flags = "--attack pgd --n-images 10 --n-steps 1 --precision"
+    handle = torch.nn.modules.module.register_module_forward_hook(watch)
+    try:
+        result, _ = evaluate_with(best, tmp_path, f"{flags} bf16")
+    finally:
+        handle.remove()
+    assert result["precision"] == "bf16" and torch.bfloat16 in types
+    with pytest.raises(UserError, match="precision is bf16, not fp32"):
+        evaluate_with(best, tmp_path, f"{flags} fp32")

@@ -7,6 +7,7 @@ PyTorch itself raise an error where anything waits.
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -59,6 +60,13 @@ def waits(monkeypatch):
         copies.append(1)
         return unpacked(*args)
 
+    init = data.Batches.__init__
+
+    def with_thread(self, *args, **kwargs):  # as for a GPU
+        init(self, *args, **kwargs)
+        self.thread = ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(data.Batches, "__init__", with_thread)
     start, means = Run.start, Meters.means
 
     def watched_start(self, train_steps):

@@ -15,9 +15,13 @@ from conftest import DIGITS, assert_equal_states, python, read_log
 from test_train import GOLDEN, TINY, run_at, run_aux
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import analyze
 import evaluate
+import extract_features
+import generate_synthetic
 import train_at
 import train_at_aux
+import train_diffusion
 from common import UserError, attacks, files, models
 from common.run import autocast
 from published.datasets import DATASETS
@@ -54,6 +58,27 @@ def test_bf16_keeps_the_golden_losses_and_the_state_in_fp32(tmp_path, diffusion_
     assert losses(tmp_path / "aux") == pytest.approx(golden("train_at_aux"), abs=2e-2)
     cosines = [1 - loss for loss in losses(tmp_path / "aux", "loss_aux")]
     assert cosines == pytest.approx(golden("align"), abs=2e-2)
+
+
+def test_the_default_precision_is_that_of_the_device_and_the_task(monkeypatch):
+    def defaults():
+        evaluated = ["--checkpoint", "best.pt"]
+        analyzed = ["--model", "a=best.pt"]
+        return [
+            train_at_aux.parse_args(["--dataset", "imagenet"]).precision,
+            train_diffusion.parse_args([]).precision,
+            generate_synthetic.parse_args([]).precision,
+            extract_features.parse_args([]).precision,
+            evaluate.parse_args(evaluated).precision,
+            analyze.parse_args(analyzed).precision,
+        ]
+
+    assert defaults() == ["fp32"] * 6
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert defaults() == ["bf16"] * 4 + ["tf32"] * 2
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert defaults() == ["fp32"] * 6
 
 
 class Watch(TorchDispatchMode):
