@@ -115,7 +115,8 @@ def _verdict(row):
     else:
         bound = "at most"
         met = row["ratio"] <= row["target"]
-    return f"{bound} {row['target']:g}: {'met' if met else '**missed**'}"
+    form = "{:.0%}" if row["unit"] == "of the step" else "{:g}"
+    return f"{bound} {form.format(row['target'])}: {'met' if met else '**missed**'}"
 
 
 def write_between(name, text, path=DOCUMENT):

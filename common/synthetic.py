@@ -103,6 +103,7 @@ class _Rows:
     def __init__(self, arrays, shard_size):
         self.arrays = arrays
         self.shard_size = shard_size
+        self.offsets = [array.offset for array in arrays]
         self.files = [open(array.filename, "rb", buffering=0) for array in arrays]
 
     def __getitem__(self, rows):
@@ -112,8 +113,8 @@ class _Rows:
         shards, shard_rows = np.divmod(rows[order], self.shard_size)
         places = []
         for shard, row in zip(shards.tolist(), shard_rows.tolist()):
-            places.append((self.files[shard], self.arrays[shard].offset + row * size))
-        if hasattr(os, "posix_fadvise"):  # not on macOS
+            places.append((self.files[shard], self.offsets[shard] + row * size))
+        if size > 8 and hasattr(os, "posix_fadvise"):  # not for labels; not on macOS
             # All rows are asked for before the first is waited for.
             for file, start in places:
                 os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
