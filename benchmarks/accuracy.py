@@ -21,7 +21,8 @@ def accuracies(directory):
     for path in glob.glob(os.path.join(directory, "*", RESULT)):
         result = files.read_json(path)
         seed = os.path.basename(os.path.dirname(path))
-        found[seed] = (100 * result["clean"], 100 * result["robust"])
+        with files.reading(path, "a result of evaluate.py"):
+            found[seed] = (100 * result["clean"], 100 * result["robust"])
     return found
 
 

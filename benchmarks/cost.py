@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 import train_at
 import train_at_aux
 from benchmarks import measure
-from common import UserError, cli, files, models
+from common import cli, files, models
 from published.datasets import DATASETS
 from teachers import edm
 from teachers.dit import DiT
@@ -198,12 +198,15 @@ def hours(n, flop, precision, shares):
 def measured_shares(path):
     """SHARES with those of a result of benchmarks/gpu.py in place of the assumed ones."""
     found = files.read_json(path)
-    if found.get("toy") is not False or not isinstance(found.get("utilisation"), dict):
-        raise UserError(f"{path}: no result of `make gpu` on a GPU")
     shares = {}
-    for family, assumed in SHARES.items():
-        measured = found["utilisation"].get(family, {})
-        shares[family] = {name: measured.get(name, share) for name, share in assumed.items()}
+    with files.reading(path, "a result of `make gpu` on a GPU"):
+        if found["toy"]:
+            raise ValueError("it is of toy size")
+        for family, assumed in SHARES.items():
+            measured = found["utilisation"][family]
+            shares[family] = {name: measured.get(name, share) for name, share in assumed.items()}
+            if not all(0 < share < 10 for share in shares[family].values()):
+                raise ValueError(f"shares of {family}")
     return shares
 
 

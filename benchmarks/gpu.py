@@ -35,7 +35,7 @@ from common import UserError, attacks, cli, files, models, run
 from evaluation import autoattack
 from published.datasets import DATASETS
 from teachers import edm
-from teachers.load import cast_parameters
+from teachers.load import freeze
 
 PEAK = cost.PEAK | {"tf32": 494.7e12}  # of the same card by the same data sheet
 TOLERANCE = {"fp32": 1e-3, "tf32": 5e-3, "bf16": 1e-2}  # of a loss, relative to the CPU's in fp32
@@ -150,14 +150,10 @@ def build_network(args, name):
 
 
 def frozen_network(args, name, device, precision):
-    """build_network's, cast and placed as teachers/load.py does it."""
+    """build_network's, made on the device and ready for use."""
     with torch.device(device):
         network = build_network(args, name)
-    for module in network.modules:
-        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        if precision == "bf16":
-            cast_parameters(module)
-    network.to(device)
+    freeze(network, device, precision)
     return network
 
 

@@ -21,6 +21,7 @@ from common import attacks, data, models
 from common.run import Meters, autocast, make_average, update_average
 from published.datasets import DATASETS
 from published.synthetic import open_synthetic
+from teachers.load import freeze
 from teachers.unet import EDMUNet
 
 CPU = torch.device("cpu")
@@ -64,7 +65,8 @@ def against_plain(case, precision, target, rounds):
 def alignment_cost(case, target, rounds):
     """A row: train_at_aux.py's step against train_at.py's."""
     flags, words, n_steps = CASES[case]
-    network = small_network() if case == "digits" else large_network()
+    network = small_network() if case == "digits" else cost.build_diffusion("DDPM++")
+    freeze(network, CPU)
     with tempfile.TemporaryDirectory() as folder:
         timers = {
             "without": timer(our_step(train_at, flags, folder), n_steps),
@@ -177,13 +179,4 @@ def our_step(script, flags, folder, network=None, device=CPU):
 def small_network():
     """The diffusion network of train_diffusion.py's digits default, with random weights."""
     args = train_diffusion.parse_args([])
-    net = train_diffusion.build_network(DATASETS[args.dataset], args)
-    net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return EDMUNet(net)
-
-
-def large_network():
-    """The DDPM++ of EDM's CIFAR-10, with random weights."""
-    network = cost.build_diffusion("DDPM++")
-    network.net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return network
+    return EDMUNet(train_diffusion.build_network(DATASETS[args.dataset], args))

@@ -144,11 +144,14 @@ def sha256(*parts):
 # ------------------------------------------------------------------------------------- augmentation
 
 
-def to_x(images, device="cpu"):
-    """uint8 (B, H, W, C) to float32 (B, C, H, W) in [0, 1], stored channels-last."""
+def to_x(images, device=None):
+    """uint8 (B, H, W, C) to float32 (B, C, H, W) in [0, 1], stored channels-last.
+
+    device: None leaves a tensor where it is.
+    """
     if not torch.is_tensor(images):
         images = torch.from_numpy(np.ascontiguousarray(images))
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+    return images.to(device=device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 
 def packed(images, labels, pin):
@@ -168,7 +171,7 @@ def unpacked(buffer, shape, device):
     """(x, y) on `device`, as to_x has them, of what `packed` made of images of this shape."""
     buffer = buffer.to(device, non_blocking=True)
     n = 8 * shape[0]  # bytes of the labels
-    return to_x(buffer[n:].view(shape), device), buffer[:n].view(torch.int64)
+    return to_x(buffer[n:].view(shape)), buffer[:n].view(torch.int64)
 
 
 def augment(images, spec, generator, batch_size, mine):

@@ -107,9 +107,9 @@ def barrier():
 
 
 def read_once(load, spec, *args):
-    """load(spec, *args), a data set. Where the images are files, rank 0 alone lists them, for all.
+    """load(spec, *args). Where the images of the data set `spec` are files, rank 0 alone calls it.
 
-    load: a function of common/data.py. spec: the data set, a common.data.Spec.
+    So a million files are listed, or hashed, once for all ranks, which get what it returns.
     """
     if not spec.files or not dist.is_initialized():
         return load(spec, *args)
@@ -194,6 +194,8 @@ def update_average(average, model, decay):
 
 # ----------------------------------------------------------------------------------- directory
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the project
+
 _locks = {}  # real path of a directory -> file descriptor, locked until this process ends
 
 
@@ -257,15 +259,22 @@ def environment():
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        "command": sys.argv,
+        "command": [_script(), *sys.argv[1:]],
     }
+
+
+def _script():
+    """The script's path in the project, wherever the project lies; its name if it is another's."""
+    path = os.path.abspath(sys.argv[0])
+    if path.startswith(ROOT + os.sep):
+        return os.path.relpath(path, ROOT)
+    return os.path.basename(path)
 
 
 def _git(*command):
     """What git prints about this project; "" where there is no git or no repository."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=root)
+        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
     except OSError:
         return ""
     return done.stdout if done.returncode == 0 else ""
@@ -423,11 +432,12 @@ class Run:
         To be called before anything is written. A step is not checked by itself, because a GPU
         would be waited for: what went wrong did so after the last checkpoint.
         """
-        finite = [torch.tensor(all(math.isfinite(value) for value in metrics.values()))]
+        weights = []
         for part in self.tracked.values():
             if isinstance(part, torch.nn.Module):
-                finite += [tensor.isfinite().all() for tensor in part.state_dict().values()]
-        if torch.stack([flag.to(self.device) for flag in finite]).all():
+                weights += part.state_dict().values()
+        finite = torch.stack([tensor.isfinite().all() for tensor in weights])
+        if all(math.isfinite(value) for value in metrics.values()) and finite.all():
             return
         steps = f"steps {self.saved + 1} to {self.step}"
         last = f"the last good step, if any, is in {self.last_path}"

@@ -46,20 +46,23 @@ def load_diffusion(name, device, precision="fp32"):
     else:
         model = _open_directory(path)
         model.sha256 = _directory_sha256(path)
-    for module in model.modules:
-        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        if precision == "bf16":
-            cast_parameters(module)
-    model.to(torch.device(device))
-    model.precision = precision
+    freeze(model, device, precision)
     model.name = name
     return model
 
 
-def cast_parameters(module):
-    """Cast a network to bfloat16, but not its buffers, such as frequencies and noise levels."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+def freeze(model, device, precision="fp32"):
+    """Make a diffusion model ready for use, in place. The arguments are those of load_diffusion.
+
+    Buffers, such as frequencies and noise levels, are never cast to bfloat16.
+    """
+    for module in model.modules:
+        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        if precision == "bf16":
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+    model.to(torch.device(device))
+    model.precision = precision
 
 
 def _from_hub(name):

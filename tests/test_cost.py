@@ -197,19 +197,32 @@ def test_precisions_are_compared_seed_by_seed(tmp_path):
     assert "| robust, APGD-CE+T | 80.00 | 80.00 | +0.00 (-2.48 to +2.48) |" in text
     assert text.endswith("3 seeds, 797 test images.")
     shutil.rmtree(tmp_path / "bf16" / "2")
+    path = tmp_path / "bf16" / "1" / accuracy.RESULT
     with pytest.raises(UserError, match="3 runs in fp32 and 2 in bf16"):
+        accuracy.table(str(tmp_path))
+    path.write_text('{"clean": 1}')
+    with pytest.raises(UserError, match="a result of evaluate.py"):
         accuracy.table(str(tmp_path))
 
 
 def test_shares_that_were_measured_count(tmp_path):
     path = tmp_path / "gpu.json"
-    found = {"toy": False, "utilisation": {"wide convolutions": {"bf16": 0.15, "tf32": 0.4}}}
+    utilisation = {family: {} for family in cost.SHARES}
+    utilisation["wide convolutions"] = {"bf16": 0.15, "tf32": 0.4}
+    found = {"toy": False, "utilisation": utilisation}
     path.write_text(json.dumps(found))
     shares = cost.measured_shares(str(path))
     assert shares["wide convolutions"] == {"fp32": 0.6, "bf16": 0.15}
     assert shares["transformers"] == cost.SHARES["transformers"]
     flop = {"wrn-28-10": 1e9}
     assert cost.hours(1e6, flop, "bf16", shares) == 2 * cost.hours(1e6, flop, "bf16", cost.SHARES)
-    path.write_text(json.dumps(found | {"toy": True}))
-    with pytest.raises(UserError, match="no result of `make gpu` on a GPU"):
-        cost.measured_shares(str(path))
+    for change in (
+        {"toy": True},
+        {"utilisation": {}},
+        {"utilisation": utilisation | {"transformers": 3}},
+        {"utilisation": utilisation | {"transformers": {"bf16": 0}}},
+        {"utilisation": utilisation | {"transformers": {"bf16": "x"}}},
+    ):
+        path.write_text(json.dumps(found | change))
+        with pytest.raises(UserError, match="gpu.json.*a result of `make gpu` on a GPU"):
+            cost.measured_shares(str(path))

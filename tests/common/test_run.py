@@ -49,6 +49,15 @@ def test_a_directory_belongs_to_one_identity(tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["data_dir"] == "here"
 
 
+def test_the_command_does_not_say_where_the_project_lies(monkeypatch):
+    for script, kept in (
+        (f"{run.ROOT}/benchmarks/__main__.py", "benchmarks/__main__.py"),
+        ("/home/somebody/copy.py", "copy.py"),
+    ):
+        monkeypatch.setattr(run.sys, "argv", [script, "--only", "x"])
+        assert run.environment()["command"] == [kept, "--only", "x"]
+
+
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="not empty and without args.json"):

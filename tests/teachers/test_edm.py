@@ -20,7 +20,7 @@ from torch import nn
 
 from common import UserError, cli, files
 from teachers import edm
-from teachers.load import cast_parameters
+from teachers.load import freeze
 
 
 def inputs(net, dtype=torch.float64):
@@ -738,7 +738,7 @@ def test_bf16_rounds_the_network_alone(name):
     for sigma in (0.05, 1.0, 40.0):
         expected = model.denoise(noisy * sigma, sigma)
         in_bf16 = edm.EDMNetwork(random_edm(name, torch.float32))
-        cast_parameters(in_bf16.net)
+        freeze(in_bf16, "cpu", "bf16")
         assert {p.dtype for p in in_bf16.net.parameters()} == {torch.bfloat16}
         assert {b.dtype for b in in_bf16.net.buffers()} <= {torch.float32}
         found = in_bf16.denoise(noisy * sigma, sigma)
