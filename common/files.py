@@ -7,13 +7,16 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
+import re
 import zipfile
 from contextlib import contextmanager, suppress
+from pickle import UnpicklingError
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from common import UserError
 
@@ -122,8 +125,20 @@ def reading(path, expected):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
     except Exception as error:
-        message = f"{path}: truncated, broken, or not {expected} ({first_line(error)})"
+        message = f"{path}: truncated, broken, or not {expected}"
+        if _is_for_users(error):
+            message += f" ({first_line(error)})"
         raise UserError(message) from error
+
+
+def _is_for_users(error):
+    """Whether a library wrote its error's message for who gave it the file.
+
+    A reader that stumbles over shapes or types speaks of its own variables.
+    """
+    kinds = (ValueError, KeyError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
+    internal = re.search("reshape|broadcast|to unpack|buffer is|operands", str(error))
+    return isinstance(error, kinds) and not internal
 
 
 def first_line(error):
@@ -158,7 +173,7 @@ def load(path, entries, device="cpu"):
         _refuse_compression(path)
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:
+        except UnpicklingError as error:
             # PyTorch explains itself at length. One of its lines names the forbidden thing.
             lines = [line.strip() for line in str(error).splitlines()]
             named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]

@@ -73,6 +73,8 @@ def _read_member(path, file, archive, name):
     """The _Member of one array. file: the open file of the archive."""
     title = f"{path}, array '{name}'"
     info = archive.getinfo(f"{name}.npy")
+    if info.flag_bits & 1:
+        raise UserError(f"{title}: is encrypted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{title}: compressed by another method than NumPy's")
     with files.reading(title, "an .npy array"), archive.open(info) as stream:

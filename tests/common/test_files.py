@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -157,3 +158,24 @@ def test_flipped_bytes_of_a_header_are_one_line_or_nothing(tmp_path):
             assert "b.npy" in str(error) and "\n" not in str(error)
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("its header is another one"), True),
+        (zipfile.BadZipFile("File is not a zip file"), True),
+        (ValueError("cannot reshape array of size 3 into shape (2,2)"), False),
+        (ValueError("not enough values to unpack (expected 2, got 1)"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (6)"), False),
+        (TypeError("zeros(): argument 'size' failed to unpack the object"), False),
+        (IndexError("list index out of range"), False),
+        (AttributeError("'int' object has no attribute 'keys'"), False),
+    ],
+)
+def test_a_message_speaks_of_the_file_and_not_of_a_reader_s_insides(error, told):
+    with pytest.raises(UserError) as info, files.reading("x.bin", "a network"):
+        raise error
+    expected = "x.bin: truncated, broken, or not a network"
+    assert str(info.value) == (f"{expected} ({error})" if told else expected)
+    assert info.value.__cause__ is error

@@ -93,10 +93,10 @@ STREAMS = {  # name: (opcodes after the protocol and before the stop, words of t
     "call of an object": (MODULE_DICT + b")R", "cannot be called"),
     "call of a text": (text("print") + b")R", "cannot be called"),
     "call without a tuple": (RECONSTRUCT + b"]R", "cannot be called"),
-    "wrong arguments": (RECONSTRUCT + b")R", "argument"),
+    "wrong arguments": (RECONSTRUCT + b")R", "not a readable"),
     "meta is a number": (RECONSTRUCT + b"K\x01\x85R", "not a readable"),
     "meta of no class": (OF_A_FUNCTION, "not a readable"),
-    "new object of a function": (STORAGE + b")\x81", "argument"),
+    "new object of a function": (STORAGE + b")\x81", "not a readable"),
     "new object of a text": (text("x") + b")\x81", "cannot be called"),
     "new object with arguments": (LINEAR + b"K\x01\x85\x81", "cannot be called"),
     "build on a function": (DEFAULTS_OF_A_FUNCTION, "a state for"),
@@ -257,7 +257,7 @@ def test_deep_modules(nvlabs):
     start = RECONSTRUCT + b"}(" + b"".join(names) + b"}(" + ENTRIES + b"}" + text("a")
     deep = start * 10_000 + b"N" + b"suu\x85R" * 10_000
     nvlabs.path.write_bytes(b"\x80\x04}" + text("ema") + deep + b"s.")
-    refused(nvlabs.path, "recursion")
+    refused(nvlabs.path, "not a readable")
 
 
 def test_damaged_files(nvlabs):
