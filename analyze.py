@@ -42,7 +42,7 @@ import torch
 from analysis import metrics, pictures
 from analysis.metrics import ALL_GROUPS, N_GROUPS, half_samples, mean_interval, ratio_interval
 from common import UserError, attacks, cli, data, files, run, stats
-from published.datasets import DATASETS
+from published.datasets import DATASETS, open_dataset, spec_of
 from published.weights import load_classifier
 from teachers import classifier, load
 
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--block", help="block of the teacher (default: DRA's)")
     add("--sigma", type=cli.positive, help="its noise level (default: DRA's)")
     add("--n-noise", type=cli.count, default=4, help="draws to average over")
-    add = cli.add_data_flags(parser, DATASETS, download=False).add_argument
+    add = cli.add_data_flags(parser, DATASETS).add_argument
     add("--n-images", type=cli.count, default=10_000, help="first test images")
     add("--n-attacked", type=cli.count, default=256, help="the first ones to attack")
     add("--norm", choices=DUAL, default="linf", help="norm of the attack")
@@ -99,7 +99,8 @@ def parse_args(argv=None):
     add("--seed", type=cli.seed, default=0, help="seed of all that is drawn")
     add("--out-dir", type=cli.path, default="out/analysis", help="directory of the results")
     args = parser.parse_args(argv)
-    spec = cli.fill_data_flags(args, DATASETS)
+    parser.check_data_flags(argv, args)
+    spec = spec_of(args)
     if not args.model and not args.teacher:
         parser.error("argument --model: give at least one, or --teacher")
     if len(set(args.model)) < len(args.model):
@@ -122,7 +123,7 @@ def named_checkpoint(text):
     if not letters.isalnum() or not path or name == "teacher":
         expected = "NAME=CHECKPOINT, the name of letters, digits, - and _, and not 'teacher'"
         raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
-    return name, path
+    return name, cli.path(path)
 
 
 # ------------------------------------------------------------------------ what is measured
@@ -163,7 +164,7 @@ def measure(name, model, fit, test, args, device):
         **measure_rank(features),
         "uniformity": half_samples(lambda groups: metrics.uniformity(kernel, groups)),
         "alignment": mean_interval(metrics.squared_distances(clean, adversarial)),
-        **measure_frequencies(spectra, DATASETS[args.dataset].image_size),
+        **measure_frequencies(spectra, spec_of(args).image_size),
         **measure_sparseness(features, fit_features, args, device),
         **measure_dimension(model.logits, features, labels, fit_features),
         "margin": mean_interval(margins),
@@ -519,14 +520,15 @@ def load_teacher(spec, args, device):
 
 def main(args):
     rank, world_size, device = run.start_processes(args.precision)
-    spec = DATASETS[args.dataset]
+    spec = open_dataset(args)
     fit, test = load_images(spec, args)
     diffusion, teacher = load_teacher(spec, args, device)
 
     # What is measured of a model has its files, named by the hash of all that it depends on.
-    not_shared = ("model", "teacher", "block", "sigma", "n_noise", "data_dir", "out_dir")
+    not_shared = ("model", "teacher", "block", "sigma", "n_noise", "out_dir")
+    not_shared += ("data_dir", "cache_dir", "download", "ignore_checksum")
     settings = {key: value for key, value in vars(args).items() if key not in not_shared}
-    settings["image_size"] = spec.image_size
+    settings |= {"image_size": spec.image_size, "classes": spec.classes}
     shared = {
         **settings,
         "data_sha256": run.read_once(lambda spec: data.sha256((fit[0], fit[2]), test), spec),

@@ -44,7 +44,7 @@ from torch import nn
 from common import UserError, attacks, cli, data, files, run
 from evaluation import autoattack, compare, curve, restarts, robustbench, sanity, verdicts
 from evaluation.image_list import select_listed
-from published.datasets import DATASETS, prepare_dataset
+from published.datasets import DATASETS, open_dataset, spec_of
 from published.weights import load_classifier
 from teachers import classifier
 from teachers.load import load_diffusion
@@ -57,6 +57,15 @@ ATTACKS = {  # --attack: (its name in tables, its attacks in the order in which 
     "autoattack": ("AutoAttack standard", ["apgd-ce", "apgd-t", "fab-t", "square"]),
     "rand": ("AutoAttack rand", ["apgd-ce", "apgd-dlr"]),
 }
+PASSES = {  # of an image that withstands an attack: (with gradient, without)
+    "apgd-ce": (101, 0),
+    "apgd-t": (909, 0),
+    "apgd-dlr": (101, 0),
+    "fab-t": (900, 900),
+    "square": (0, 5000),
+    "transfer": (40, 1),
+}
+EOT = 20  # passes that the attacks of rand average
 GENERATIVE = ("diffusion-classifier", "diffusion-head")  # --model: made of a diffusion model
 
 
@@ -88,13 +97,20 @@ def parse_args(argv=None):
     add("--eot", type=cli.count, default=1, help="passes pgd averages, for randomised models")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=cli.count, default=200, help="images per chunk, attacked as one batch")
+    cli.add_check_flag(add)
     cli.add_precision_flag(add, on_gpu="tf32")
     add("--seed", type=cli.seed, default=0, help="seed of the attacks and of --n-noise")
     add("--sanity-images", type=cli.count0, default=100, help="first images checked, 0 for none")
     add("--compile", action="store_true", help="torch.compile; its rounding may flip a verdict")
     add("--out", type=cli.path, help="result file, .json (default: beside --checkpoint)")
     add = parser.add_argument_group("instead of an evaluation").add_argument
-    add("--compare", nargs=2, metavar=("A.npz", "B.npz"), help="compare two results by image")
+    add(
+        "--compare",
+        nargs=2,
+        type=cli.path,
+        metavar=("A.npz", "B.npz"),
+        help="compare two results by image",
+    )
     add("--export", choices=["robustbench"], help="RobustBench's files of a finished result")
     args = parser.parse_args(argv)
     if args.compare:
@@ -109,7 +125,8 @@ def parse_args(argv=None):
 
 def check_args(parser, argv, args):
     """End with an error where flags do not go together."""
-    spec = DATASETS[args.dataset]
+    parser.check_data_flags(argv, args)
+    spec = spec_of(args)
     generative = args.model in GENERATIVE
     pgd = ("--attack pgd", args.attack == "pgd")
     foreign = ("--model of others' weights", args.model is not None and not generative)
@@ -135,7 +152,7 @@ def check_args(parser, argv, args):
     }
     parser.refuse_unused(argv, uses)
     not_exported = ("--model", "--data-dir", "--download", "--transfer-from", "--batch-size")
-    not_exported += ("--sanity-images", "--precision", "--compile")
+    not_exported += ("--sanity-images", "--precision", "--compile", "--check")
     parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
 
     if not args.checkpoint and args.model != "diffusion-classifier":
@@ -148,9 +165,13 @@ def check_args(parser, argv, args):
         if values is not None and len(values) not in (1, spec.channels):
             expected = f"expected 1 or {spec.channels} numbers, one per channel of {spec.name}"
             parser.error(f"argument {flag}: {expected}")
+    if spec.mean is None and foreign[1] and not (args.mean and args.std):
+        parser.error(
+            f"argument --mean, --std: required, what --model {args.model} was trained with"
+        )
     if args.keep_classes is not None and args.n_noise < 4:
         parser.error("argument --keep-classes: needs --n-noise of at least 4")
-    if args.keep_classes is not None and args.keep_classes >= spec.num_classes:
+    if spec.num_classes and (args.keep_classes or 0) >= spec.num_classes:
         parser.error(f"argument --keep-classes: expected less than {spec.num_classes}")
     if args.image_list and not spec.files:
         parser.error(f"argument --image-list: the images of {args.dataset} are not files")
@@ -183,7 +204,7 @@ def check_args(parser, argv, args):
 def radii(args):
     """The radii to evaluate at: those of --eps, each once, or the data set's usual one."""
     if args.eps is None:
-        return [DATASETS[args.dataset].eps[args.norm]]
+        return [spec_of(args).eps[args.norm]]
     return list(dict.fromkeys(args.eps))
 
 
@@ -223,7 +244,7 @@ def result_path(args, radius):
 # --------------------------------------------------------------------------------- the attacks
 
 
-def attack_chunk(model, source, x, y, number, path, eps, args):
+def attack_chunk(model, source, x, y, spec, number, path, eps, args):
     """Run all attacks on one chunk of images, each on those that none before it has fooled.
 
     x: (B, C, H, W) in [0, 1]. y: (B,). number: of the chunk. path: file of the chunk, to which each
@@ -253,7 +274,9 @@ def attack_chunk(model, source, x, y, number, path, eps, args):
             if len(rows):
                 # A chunk that goes on draws the same random numbers as one without interruption.
                 set_seed(args.seed, f"attack-{names[k]}", number)
-                x_adv = adversarial_images(names[k], model, source, x, y, rows, number, eps, args)
+                x_adv = adversarial_images(
+                    names[k], model, source, x, y, rows, spec, number, eps, args
+                )
                 x_adv = restarts.in_threat_model(x_adv, x[rows], names[k], args.norm, eps)
                 predicted = predict(model, x_adv, args.seed, f"evaluate-{names[k]}", number)
                 fooled_by[rows[predicted != y[rows]]] = k
@@ -263,7 +286,7 @@ def attack_chunk(model, source, x, y, number, path, eps, args):
         files.write_json(chunk, path)
 
 
-def adversarial_images(name, model, source, x, y, rows, number, eps, args):
+def adversarial_images(name, model, source, x, y, rows, spec, number, eps, args):
     """Adversarial images of the attack `name` for the given rows of a chunk (x, y)."""
     if name == "transfer":
         return sanity.transferred(source, x, y, args.norm, eps)[rows]
@@ -278,6 +301,7 @@ def adversarial_images(name, model, source, x, y, rows, number, eps, args):
         return restarts.pgd(attacked, x, y, starts, step_size=step_size, **settings)[rows]
     version = "rand" if args.attack == "rand" else "standard"
     settings = dict(norm=args.norm, eps=eps, seed=args.seed, version=version)
+    settings["n_classes"] = spec.num_classes
     return autoattack.attack(name, model, x[rows], y[rows], **settings)
 
 
@@ -361,11 +385,8 @@ def normalised(spec, mean, std):
     return spec
 
 
-def load_images(args, spec, rank):
+def load_images(args, spec):
     """(images, labels) of the test images to evaluate on; there may be more images than labels."""
-    if rank == 0:
-        prepare_dataset(spec, args.data_dir, args.download)
-    run.barrier()
     images, labels = run.read_once(data.load_test, spec, args.data_dir)
     if args.image_list:
         images, labels = select_listed(images, labels, args.image_list)
@@ -421,7 +442,40 @@ def check_names(args):
     return names
 
 
-def evaluate_radius(model, source, images, labels, request, path, args, rank, world_size, device):
+def print_check(model, images, labels, spec, args, rank, world_size, device):
+    """--check: read all images, pass one chunk through the model, and tell what it will take."""
+    if spec.files:
+        images.part(slice(len(labels))).check(rank, world_size)
+    x = data.to_x(images[: min(args.batch_size, len(labels))], device)
+    y = torch.from_numpy(labels[: len(x)]).to(device)
+    for _ in range(2):  # the first one warms up
+        start_time = time.time()
+        losses = attacks.attack_losses(model(x.requires_grad_(True)), y, "margin")
+        torch.autograd.grad(losses.sum(), x)[0].sum().item()
+        with_gradient = time.time() - start_time
+        start_time = time.time()
+        n_correct = int((predict(model, x.detach(), args.seed, "check", 0) == y).sum())
+        without = time.time() - start_time
+    passes = PASSES | {"pgd": (args.n_restarts * args.n_steps * args.eot, args.n_restarts)}
+    seconds = 0.0
+    for name in ATTACKS[args.attack][1]:
+        n_with, n_without = passes[name]
+        times = EOT if args.attack == "rand" else 1
+        seconds += times * (n_with * with_gradient + n_without * without)
+    n_chunks = -(-len(labels) // args.batch_size)
+    seconds = len(radii(args)) * (seconds + without) * n_chunks / world_size
+    if rank == 0:
+        print(f"data      {len(labels):,} test images in {n_chunks:,} chunks")
+        print(f"classes   {run.describe_classes(spec)}")
+        print(f"model     {n_correct} of the first {len(x)} images right without an attack")
+        print(f"memory    {run.peak_memory(device)}")
+        print(f"time      {run.in_words(seconds)} if no image falls, less where many do")
+        print("nothing is wrong, and nothing was written")
+
+
+def evaluate_radius(
+    model, source, images, labels, spec, request, path, args, rank, world_size, device
+):
     """Evaluate as `request` says and write the result to `path`. All ranks return it, as a dict."""
     start_time = time.time()
     eps = request["eps"]
@@ -438,7 +492,7 @@ def evaluate_radius(model, source, images, labels, request, path, args, rank, wo
         x = data.to_x(images[part.rows], device)
         y = torch.from_numpy(labels[part.rows]).to(device)
         if part.kind == "chunk":
-            attack_chunk(model, source, x, y, part.name, part.path, eps, args)
+            attack_chunk(model, source, x, y, spec, part.name, part.path, eps, args)
         elif not os.path.exists(part.path):
             check = sanity.run_check(part.name, model, source, x, y, args.norm, eps, args.seed)
             files.write_json(check, part.path)
@@ -448,6 +502,7 @@ def evaluate_radius(model, source, images, labels, request, path, args, rank, wo
             parts,
             request,
             labels,
+            classes=spec.classes,
             checkpoint=args.checkpoint or args.teacher,
             randomised=is_randomised(args),
             seconds=round(time.time() - start_time, 1),
@@ -459,7 +514,7 @@ def evaluate_radius(model, source, images, labels, request, path, args, rank, wo
 
 def export_robustbench(args):
     """Write RobustBench's files of the finished result at the one radius of the command line."""
-    spec = DATASETS[args.dataset]
+    spec = open_dataset(args)
     path = result_path(args, radii(args)[0])
     result = robustbench.read_result(path, args.checkpoint, spec)
     model, about = load_classifier(args.checkpoint, spec, "cpu")
@@ -489,13 +544,17 @@ def main(args):
     rank, world_size, device = run.start_processes(args.precision)
     if args.compile:
         run.check_compiler(device)
-    spec = DATASETS[args.dataset]
+    spec = open_dataset(args)
     model, settings, trained = load_model(args, spec, device)
     source = None
     if args.transfer_from:
         source, _ = load_classifier(args.transfer_from, spec, device)
         source = Finite(source, f"--transfer-from {args.transfer_from}", args.precision).eval()
-    images, labels = load_images(args, spec, rank)
+    images, labels = load_images(args, spec)
+
+    if args.check:
+        print_check(model, images, labels, spec, args, rank, world_size, device)
+        return run.end_processes()
 
     results = []
     for eps in radii(args):
@@ -510,7 +569,7 @@ def main(args):
                 verdicts.remove_parts(path)
         else:
             result = evaluate_radius(
-                model, source, images, labels, request, path, args, rank, world_size, device
+                model, source, images, labels, spec, request, path, args, rank, world_size, device
             )
         if rank == 0:
             verdicts.print_result(result, path)

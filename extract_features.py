@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from analysis import metrics, pictures
 from common import UserError, attacks, cli, data, files, run
-from published.datasets import DATASETS, prepare_dataset
+from published.datasets import DATASETS, open_dataset
 from teachers import classifier, load
 
 SIGMAS = [0.03, 0.1, 0.3, 1.0]
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     cli.add_precision_flag(add)
     add("--seed", type=cli.seed, default=0, help="seed of the noise")
     args = parser.parse_args(argv)
-    cli.fill_data_flags(args, DATASETS)
+    parser.check_data_flags(argv, args)
     if args.blocks:
         args.blocks = list(dict.fromkeys(args.blocks))
     args.sigmas = list(dict.fromkeys(args.sigmas))
@@ -307,7 +307,7 @@ def gather_objects(value):
 
 def main(args):
     rank, world_size, device = run.start_processes(args.precision)
-    spec = DATASETS[args.dataset]
+    spec = open_dataset(args)
     model = load.load_diffusion(args.diffusion, device, args.precision)
     model.check_teaches(f"--diffusion {args.diffusion}", spec, with_labels=False)
     blocks = args.blocks or model.blocks
@@ -317,9 +317,6 @@ def main(args):
     except UserError as error:
         raise UserError(f"--diffusion {args.diffusion}: {error}") from error
 
-    if rank == 0:
-        prepare_dataset(spec, args.data_dir, args.download)
-    run.barrier()
     train, val = run.read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
     test = run.read_once(data.load_test, spec, args.data_dir)
     splits = {"train": train, "val": val, "test": test}

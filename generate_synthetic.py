@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from common import UserError, cli, data, files, run
 from common.synthetic import allow_open_files, open_shards, shard_paths
-from published.datasets import DATASETS, prepare_dataset
+from published.datasets import DATASETS, open_dataset
 from published.weights import load_classifier
 from teachers import sampling
 from teachers.load import load_diffusion
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_args(argv)
-    cli.fill_data_flags(args, DATASETS)
+    parser.check_data_flags(argv, args)
     args.out_dir = args.out_dir or f"out/synthetic-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     if (args.keep_fraction is None) != (args.classifier is None):
@@ -205,7 +205,7 @@ def manifest_of(args, spec, model):
         "s_noise": args.s_noise,
         "batch_size": args.batch_size,
     }
-    return {
+    manifest = {
         "format": 2,
         "dataset": spec.name,
         "n": args.n_images,
@@ -220,6 +220,7 @@ def manifest_of(args, spec, model):
         "held_out": model.val_size,
         "sampler": sampler,
     }
+    return manifest | {"classes": spec.classes} if spec.classes else manifest
 
 
 def shard_ids(shard, args):
@@ -300,7 +301,7 @@ def report(args, spec, train, test, device):
 
 def main(args):
     rank, world_size, device = run.start_processes(args.precision)
-    spec = DATASETS[args.dataset]
+    spec = open_dataset(args)
     model = load_diffusion(args.diffusion, device, args.precision)
     model.check_generates(f"--diffusion {args.diffusion}", spec)
     sigma_min, sigma_max = sigma_limits(model, args)
@@ -319,7 +320,6 @@ def main(args):
     test = None
     classifier = None
     if rank == 0:
-        prepare_dataset(spec, args.data_dir, args.download)
         if not spec.files:
             (train, _), _ = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
             test, _ = data.load_test(spec, args.data_dir)

@@ -55,7 +55,7 @@ from common.run import (
     update_average,
     wrap,
 )
-from published.datasets import DATASETS, prepare_dataset
+from published.datasets import DATASETS, open_dataset, spec_of
 from published.synthetic import open_synthetic, prepare_synthetic
 from published.weights import load_weights
 from teachers.load import load_diffusion
@@ -207,6 +207,7 @@ def parse_args(argv=None):
     add("--eval-every", type=cli.count, help="epochs between validations with checkpoint")
     add("--eval-n-steps", type=cli.count, help="PGD steps (margin loss) of the validation")
     add("--out-dir", type=cli.path, help="run directory (default: out/<this script>-<dataset>)")
+    cli.add_check_flag(add)
     cli.add_precision_flag(add)
     add("--deterministic", action=SWITCH, help="equal runs are equal to the bit, on a GPU too")
     add("--compile", action=SWITCH, default=False, help="torch.compile classifier and attack")
@@ -215,7 +216,8 @@ def parse_args(argv=None):
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)
     script = os.path.basename(__file__).removesuffix(".py")
     args.out_dir = args.out_dir or f"out/{script}-{args.dataset}"
-    spec = cli.fill_data_flags(args, DATASETS)
+    parser.check_data_flags(argv, args)
+    spec = spec_of(args)
     if args.eps is None:
         args.eps = spec.eps[args.norm]
     if args.step_size is None:
@@ -483,7 +485,8 @@ def validate(model, x, y, start, at_once, args):
     Both are NaN where a logit is not finite, because argmax would call such an image class 0.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=x.device)  # clean, robust, not finite
-    for x_part, y_part, start_part in zip(x.split(at_once), y.split(at_once), start.split(at_once)):
+    parts = list(zip(x.split(at_once), y.split(at_once), start.split(at_once)))
+    for x_part, y_part, start_part in parts[:1] if args.check else parts:
         x_adv = attacks.pgd(
             model,
             x_part,
@@ -593,7 +596,7 @@ def save_examples(run, x, x_adv):
 def main(args):
     # Setup: one process per GPU under torchrun, else one process.
     rank, world_size, device = start_processes(args.precision, args.deterministic)
-    spec = DATASETS[args.dataset]
+    spec = open_dataset(args)
     check(args, spec, world_size)
     if args.compile:
         check_compiler(device)
@@ -601,10 +604,13 @@ def main(args):
 
     # Data. The run directory is made later, when all that can be wrong with the inputs is found.
     if rank == 0:
-        prepare_dataset(spec, args.data_dir, args.download)
         prepare_synthetic(args.synthetic or [], spec)
     barrier()
     train, val = read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
+    spec = read_once(data.measured, spec, train)
+    if args.check and spec.files:
+        for images, _ in (train, val):
+            images.check(rank, world_size)
     synthetic = None
     if args.synthetic:
         synthetic = open_synthetic(args.synthetic, spec)
@@ -712,7 +718,7 @@ def main(args):
             set_batchnorm_momentum(raw_model, args.bn_momentum)
 
         # Validation, with a checkpoint; at SIGTERM a checkpoint alone.
-        is_last = run.step == train_steps
+        is_last = run.step == train_steps or run.checked()
         validate_now = is_last or run.step % (args.eval_every * steps_per_epoch) == 0
         if validate_now or run.ranks_agree():
             average_batchnorm(raw_model, ema)
@@ -745,7 +751,11 @@ def main(args):
             break
 
     run.close()
-    if rank == 0 and run.step < train_steps:
+    if rank == 0 and args.check:
+        n_passes = math.ceil(len(x_val) / at_once) * (args.epochs // args.eval_every + 1)
+        n_images = (len(train[1]), args.val_size, len(synthetic or ()))
+        run.print_check(spec, n_images, train_steps, n_passes)
+    elif rank == 0 and run.step < train_steps:
         print(run.stopped_message(train_steps))
     elif rank == 0:
         kind = "clean" if args.loss == "standard" else "robust"

@@ -29,7 +29,6 @@ from common.run import (
     Meters,
     Run,
     autocast,
-    barrier,
     end_processes,
     make_average,
     save_images,
@@ -38,7 +37,7 @@ from common.run import (
     update_average,
     wrap,
 )
-from published.datasets import DATASETS, prepare_dataset
+from published.datasets import DATASETS, open_dataset
 from teachers import sampling
 
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -64,11 +63,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--eval-every", type=cli.count, default=200, help="steps between validations, checkpoints")
     add("--out-dir", type=cli.path, help="run directory (default: out/diffusion-<dataset>)")
+    cli.add_check_flag(add)
     cli.add_precision_flag(add)
     add("--deterministic", action=SWITCH, help="equal runs equal to the bit (on for digits)")
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
     args = parser.parse_args(argv)
-    cli.fill_data_flags(args, DATASETS)
+    parser.check_data_flags(argv, args)
     args.out_dir = args.out_dir or f"out/diffusion-{args.dataset}"
     if args.deterministic is None:
         args.deterministic = args.dataset == "digits"
@@ -170,6 +170,7 @@ def build_network(spec, args):
         sigma_data=args.sigma_data,
         label_dropout=args.label_dropout,
         val_size=args.val_size,
+        classes=spec.classes,
     )
     return net
 
@@ -204,15 +205,12 @@ def check(args, spec, world_size):
 def main(args):
     # Setup: one process per GPU under torchrun, else one process.
     rank, world_size, device = start_processes(args.precision, args.deterministic)
-    spec = DATASETS[args.dataset]
+    spec = open_dataset(args)
     check(args, spec, world_size)
     mixed = autocast(device, args.precision)
 
     # Data: no crops; mirrored where the classes do not mind. Each rank makes the global batch and
     # takes its rows, so that the noise does not depend on the number of processes.
-    if rank == 0:
-        prepare_dataset(spec, args.data_dir, args.download)
-    barrier()
     train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
     mine = slice(rank, None, world_size)
     x_val = data.to_x(val[0][mine], device)
@@ -256,7 +254,8 @@ def main(args):
         update_average(ema, net, ema_decay_at(run.step, args))
         meters.update(loss=loss)
 
-        validate_now = run.step % args.eval_every == 0 or run.step == args.train_steps
+        is_last = run.step == args.train_steps or run.checked()
+        validate_now = run.step % args.eval_every == 0 or is_last
         stop = run.should_stop()
         if validate_now or stop:
             means = meters.means()
@@ -277,7 +276,10 @@ def main(args):
             break
 
     run.close()
-    if rank == 0 and run.step < args.train_steps:
+    if rank == 0 and args.check:
+        n_images = (len(train[1]), args.val_size, 0)
+        run.print_check(spec, n_images, args.train_steps, args.train_steps // args.eval_every + 1)
+    elif rank == 0 and run.step < args.train_steps:
         print(run.stopped_message(args.train_steps))
     elif rank == 0:
         save_diffusers(ema, run)

@@ -279,19 +279,21 @@ def embedding(result, path):
         fooled = np.array(points["fooled"])
         for row, (key, method) in enumerate((("pca", "PCA"), ("tsne", "t-SNE"))):
             axis = axes[2 * band + row, column]
-            scatter(axis, np.array(points[key]), label, fooled)
+            classes = result["settings"].get("classes")
+            scatter(axis, np.array(points[key]), label, fooled, classes)
             axis.set_title(f"{name}, {method}: {fooled.mean():.0%} fooled", fontsize=13)
     axes[0, 0].legend(fontsize=10, loc="best")
     images = f"First model of each name, {len(label)} test images"
-    text = f"{images}; attack: {attack_name(result)}; digits: median of a class"
+    text = f"{images}; attack: {attack_name(result)}; name: median of a class"
     figure.supxlabel(text, fontsize=12)
     save(figure, path)
 
 
-def scatter(axis, points, label, fooled):
+def scatter(axis, points, label, fooled, names):
     """Clean images, adversarial ones, and those of them that are fooled.
 
-    points: (2 N, 2), the clean ones first. label, fooled: (N,).
+    points: (2 N, 2), the clean ones first. label, fooled: (N,). names: of the classes; without
+    them, their numbers stand in the picture.
     """
     clean = points[: len(label)]
     adversarial = points[len(label) :]
@@ -306,7 +308,7 @@ def scatter(axis, points, label, fooled):
         centred = {"ha": "center", "va": "center"}
         for k in classes:
             x, y = np.median(clean[label == k], axis=0)
-            axis.text(x, y, str(k), fontsize=15, weight="bold", **centred)
+            axis.text(x, y, names[k] if names else str(k), fontsize=15, weight="bold", **centred)
     axis.axis("on")
     axis.set(xticks=[], yticks=[])
 

@@ -60,6 +60,17 @@ class Parser(argparse.ArgumentParser):
             if flag in given and not on:
                 self.error(f"argument {flag}: does nothing here, it goes with {what}")
 
+    def check_data_flags(self, argv, args):
+        """Check the flags of add_data_flags, and give --image-size its default for a folder."""
+        with_sums = ("cifar10", "cifar100", "svhn")
+        uses = {
+            "--image-size": ("--dataset folder", args.dataset == "folder"),
+            "--ignore-checksum": (f"--dataset {', '.join(with_sums)}", args.dataset in with_sums),
+        }
+        self.refuse_unused(argv, uses)
+        if args.dataset == "folder" and args.image_size is None:
+            args.image_size = 64
+
     def check_radius(self, flag, value, norm):
         """End with an error where a linf radius or step is above 1: x lies in [0, 1]."""
         if norm == "linf" and value is not None and value > 1:
@@ -67,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {flag}: {value:g}, {expected}")
 
     def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
+        if _rank() == "0":
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -88,22 +99,32 @@ def flags_given(argv):
 # --------------------------------------------------------------------------------- shared flags
 
 
-def add_data_flags(parser, datasets, splits=True, download=True):
+def add_data_flags(parser, datasets, splits=True):
     """Add the group of flags that say which images a script works on, and return it.
 
     datasets: {name: common.data.Spec}. splits: with --val-size and --n-train, for scripts that
-    read the training images.
+    read the training images. Scripts call check_data_flags when they have parsed.
     """
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--dataset", choices=datasets, default="digits", help="data set")
+    add("--dataset", choices=datasets, default="digits", help="folder: your own images")
     add("--data-dir", type=path, default="data", help="where data sets lie (digits needs none)")
-    if download:
-        add("--download", action="store_true", help="fetch the data set into --data-dir first")
+    add("--image-size", type=count, help="pixels of a folder's images (default: 64)")
+    add("--download", action="store_true", help="fetch the data set into --data-dir first")
+    add(
+        "--ignore-checksum", action="store_true", help="read CIFAR's or SVHN's files though altered"
+    )
+    add("--cache-dir", type=path, help="of decoded images (default: ~/.cache/dra)")
     if splits:
-        add("--val-size", type=count, help="first training images, held out (default: 200 or 1024)")
+        add("--val-size", type=count, help="first training images, held out (200, 1024 or a tenth)")
         add("--n-train", type=count, help="use the next so many training images (default: all)")
     return group
+
+
+def add_check_flag(add):
+    """Add --check. add: a group's add_argument."""
+    what = "read all inputs, try a batch or three, tell sizes and time, write nothing"
+    add("--check", action="store_true", help=what)
 
 
 def add_precision_flag(add, on_gpu="bf16"):
@@ -114,14 +135,6 @@ def add_precision_flag(add, on_gpu="bf16"):
         default = on_gpu
     choices = ["fp32", "tf32", "bf16"]
     add("--precision", choices=choices, default=default, help=f"of networks; {on_gpu} on a GPU")
-
-
-def fill_data_flags(args, datasets):
-    """Give --val-size the data set's default. Returns the data set's common.data.Spec."""
-    spec = datasets[args.dataset]
-    if "val_size" in args and args.val_size is None:
-        args.val_size = spec.val_size
-    return spec
 
 
 # -------------------------------------------------------------------------------- argument types
@@ -217,7 +230,7 @@ def run_script(main, args):
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error
     prefix = ""
-    rank = os.environ.get("RANK", "0")
+    rank = _rank()
     if rank != "0":
         # Mostly rank 0 has found the same and ends all; what this rank alone found must be said.
         time.sleep(5)
@@ -225,6 +238,11 @@ def run_script(main, args):
     script = os.path.basename(sys.argv[0])
     print(f"{prefix}{script}: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _rank():
+    """The rank of this process, as a text. A RANK without a WORLD_SIZE does not count."""
+    return os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
 
 
 def printable(text):

@@ -8,10 +8,12 @@ start of the attack, noise of the teacher, ...) has a stream of its own. So swit
 off leaves the others as they were, and a run that is resumed goes on as if never stopped.
 """
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,18 +71,32 @@ class Spec:
     image_size: int
     channels: int
     num_classes: int
-    mean: tuple  # per channel, of x in [0, 1]
-    std: tuple
+    mean: tuple | None  # per channel, of x in [0, 1]; None until `measured`
+    std: tuple | None
     eps: dict  # the usual attack radius per norm, for x in [0, 1]
     read: Callable  # (data_dir, train) -> (uint8 (N, H, W, C) or ImageFiles, int64 (N,))
     download: Callable | None = None  # (data_dir) -> None
     wanted: str = ""  # what has to lie in --data-dir
+    classes: tuple = ()  # names of the classes in the order of their labels, where they are known
     val_size: int = 1024  # first training images held out by default, as in the base recipe
     files: bool = False  # the images stay in files (published/image_files.py)
     batches: Callable | None = None  # what makes the training batches, Batches if None
     crop_padding: int = 0  # training images are padded by so many pixels and cropped back,
     flip: bool = False  # mirrored half of the time,
     rotation: float = 0.0  # and rotated by up to so many degrees
+
+    def check_classes(self, name, classes):
+        """Raises UserError where what `name` is of has classes of other names than the data set.
+
+        classes: their names in the order of their labels. Where a side has no names, any will do.
+        """
+        if not classes or not self.classes or tuple(classes) == self.classes:
+            return
+        label = next(
+            (i for i, pair in enumerate(zip(classes, self.classes)) if len(set(pair)) > 1), 0
+        )
+        difference = f"class {label} is '{classes[label]}', '{self.classes[label]}' in {self.name}"
+        raise UserError(f"{name}: made for other classes, {difference}")
 
 
 def load_train(spec, data_dir, val_size, n_train=None):
@@ -113,9 +129,44 @@ def load_test(spec, data_dir):
     return _read(spec, data_dir, train=False)
 
 
+N_MEASURED = 10_000  # training images that mean and deviation are measured on; a tenth, of files
+
+
+def measured(spec, train):
+    """The Spec with the mean and deviation of training images, where it has none yet.
+
+    train: (images, labels). Evenly spaced images are taken. Raises UserError where all are alike.
+    """
+    if spec.mean is not None:
+        return spec
+    images, _ = train
+    n = min(len(images), N_MEASURED // 10 if spec.files else N_MEASURED)
+    rows = np.arange(n) * (len(images) - 1) // max(n - 1, 1)
+    sums = np.zeros((2, spec.channels))
+    for part in np.array_split(rows, -(-n // 250)):
+        pixels = np.asarray(images[part], np.float64).reshape(-1, spec.channels) / 255
+        sums += [pixels.sum(0), (pixels**2).sum(0)]
+    mean, square = sums / (n * spec.image_size**2)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    if std.min() < 1e-3:
+        raise UserError(
+            f"{spec.name}: all training images have one colour, there is nothing to learn"
+        )
+    return dataclasses.replace(
+        spec, mean=tuple(mean.round(4).tolist()), std=tuple(std.round(4).tolist())
+    )
+
+
 def _read(spec, data_dir, train):
-    try:
+    with there(spec, data_dir):
         return spec.read(data_dir, train)
+
+
+@contextmanager
+def there(spec, data_dir):
+    """Turn a missing file or folder into a UserError that says what has to lie in data_dir."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = f"put {spec.wanted} there"
         if spec.download:
@@ -127,8 +178,7 @@ def _read(spec, data_dir, train):
 def sha256(*parts):
     """Hex digest of the content of (images, labels) pairs: what a run records of its data.
 
-    Of images in files it covers the labels, and the name and size of each file but not its bytes.
-    A name counts from the class folder on, so that the data set can be moved.
+    Of images in files, see published.image_files.ImageFiles.sha256 for what it covers.
     """
     digest = hashlib.sha256()
     for images, labels in parts:
@@ -137,7 +187,7 @@ def sha256(*parts):
             digest.update(repr(images.shape).encode())
             digest.update(np.ascontiguousarray(images))
         else:
-            digest.update(images.names_and_sizes())
+            digest.update(images.sha256().encode())
     return digest.hexdigest()
 
 

@@ -33,6 +33,7 @@ class Diffusion:
 
     name = "the diffusion network"  # in messages; teachers.load_diffusion has the path there
     precision = "fp32"  # of its networks
+    classes = ()  # names of its classes in the order of their labels, where they are known
     val_size = 0  # first training images of its data set that it is known not to have seen
     has_null_label = True  # whether it can be told that there is no label
     sigma_range = (0.0, float("inf"))  # noise levels that it was trained on, where they are known
@@ -143,6 +144,8 @@ class Diffusion:
         if with_labels and self.num_classes != spec.num_classes:
             expected = f"{spec.name} has {spec.num_classes}"
             raise UserError(f"{name}: a network of {self.num_classes} classes, {expected}")
+        if with_labels:
+            spec.check_classes(name, self.classes)
 
     def check_generates(self, name, spec):
         """Raises UserError where the network's images or classes are not those of `spec`."""
@@ -154,6 +157,7 @@ class Diffusion:
         if own != expected:
             message = f"(pixels, channels, classes) = {own}, {spec.name} has {expected}"
             raise UserError(f"{name}: {message}")
+        spec.check_classes(name, self.classes)
 
 
 def per_image(sigma, noisy):

@@ -92,15 +92,50 @@ def save(state, path):
             raise
 
 
+# --------------------------------------------------------------------------------------- cache
+
+_cache_dir = None
+
+
+def set_cache_dir(path):
+    """Name the directory of the cache. None: XDG_CACHE_HOME's or ~/.cache's folder `dra`."""
+    global _cache_dir
+    _cache_dir = path
+
+
+def cached(name):
+    """The path of a file in the cache, whose directory is made. It may be deleted at any time.
+
+    Raises UserError where there can be no such directory.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = _cache_dir or os.path.join(home, "dra")
+    with _cache_errors(folder):
+        os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, name)
+
+
 def make_once(path, make):
-    """Call make() where `path` is missing; of several processes one does, and the others wait."""
+    """Call make() where `path`, of `cached`, is missing; of several processes one does it.
+
+    The others wait. Raises UserError where it cannot be written.
+    """
     if os.path.exists(path):
         return
-    with open(f"{path}.lock", "w") as lock:
+    with _cache_errors(path), open(f"{path}.lock", "w") as lock:
         with suppress(OSError):  # a file system that cannot lock is used without
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(path):
             make()
+
+
+@contextmanager
+def _cache_errors(path):
+    try:
+        yield
+    except OSError as error:
+        message = f"{path}: {error.strerror}; --cache-dir names another place for decoded images"
+        raise UserError(f"{message} and unpacked sets") from error
 
 
 # ------------------------------------------------------------------------------------- reading

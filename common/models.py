@@ -302,4 +302,12 @@ def parameter_groups(modules, weight_decay, biases):
 
 def describe(name, spec):
     """What best.pt and last.pt say of a classifier, for published.weights to build it again."""
-    return {"model_name": name, "dataset": spec.name, "num_classes": spec.num_classes}
+    return {
+        "model_name": name,
+        "dataset": spec.name,
+        "num_classes": spec.num_classes,
+        "classes": list(spec.classes),
+        "image_size": spec.image_size,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+    }

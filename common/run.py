@@ -10,9 +10,13 @@ import json
 import math
 import os
 import platform
+import re
+import resource
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from argparse import ArgumentTypeError
@@ -42,11 +46,9 @@ def start_processes(precision, deterministic=None):
     takes the kernels that are fastest in a trial.
     """
     global _patient
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local_rank = _launched()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             message = f"process {local_rank + 1} of this node has no GPU"
             raise UserError(f"--nproc_per_node: {message}, torch sees {torch.cuda.device_count()}")
@@ -61,13 +63,46 @@ def start_processes(precision, deterministic=None):
             torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, slow
     if world_size > 1:
         on_gpu = device.type == "cuda"
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=_timeout_minutes()),
-            device_id=device if on_gpu else None,
-        )
+        timeout = timedelta(minutes=_timeout_minutes())
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                timeout=timeout,
+                device_id=device if on_gpu else None,
+            )
+        except (RuntimeError, ValueError) as error:  # no such host, a port that is taken, ...
+            place = (
+                f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+            )
+            reason = files.first_line(error)
+            raise UserError(f"{place}: the processes could not meet ({reason})") from error
         _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return rank, world_size, device
+
+
+def _launched():
+    """(rank, world_size, local rank) of this process, by the environment variables of torchrun.
+
+    Raises UserError where only some of them are set, or one makes no sense.
+    """
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    given = [name for name in names if name in os.environ]
+    if not given:
+        return 0, 1, 0
+    if os.environ.get("WORLD_SIZE") != "1":
+        names += ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in names if not os.environ.get(name)]
+    told = ", ".join(f"{name}={os.environ[name]}" for name in given)
+    remedy = "start with torchrun, which sets all, or unset them"
+    if missing:
+        raise UserError(f"environment: {told} without {', '.join(missing)}; {remedy}")
+    numbers = [os.environ[name] for name in names[:3]]
+    if not all(re.fullmatch(r"\d{1,6}", number) for number in numbers):
+        raise UserError(f"environment: {told}, expected whole numbers; {remedy}")
+    rank, world_size, local_rank = map(int, numbers)
+    if rank >= world_size or local_rank > rank:
+        raise UserError(f"environment: {told}, expected LOCAL_RANK <= RANK < WORLD_SIZE; {remedy}")
+    return rank, world_size, local_rank
 
 
 def autocast(device, precision):
@@ -106,16 +141,21 @@ def barrier():
         dist.barrier(group=_patient)
 
 
+def once(function, *args):
+    """function(*args), called on rank 0 alone. All ranks get what it returns, and wait for it."""
+    if not dist.is_initialized():
+        return function(*args)
+    values = [function(*args) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0, group=_patient)
+    return values[0]
+
+
 def read_once(load, spec, *args):
     """load(spec, *args). Where the images of the data set `spec` are files, rank 0 alone calls it.
 
-    So a million files are listed, or hashed, once for all ranks, which get what it returns.
+    So a million files are listed, or hashed, once for all ranks.
     """
-    if not spec.files or not dist.is_initialized():
-        return load(spec, *args)
-    values = [load(spec, *args) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(values, src=0, group=_patient)
-    return values[0]
+    return once(load, spec, *args) if spec.files else load(spec, *args)
 
 
 def sum_over_ranks(tensor):
@@ -293,10 +333,12 @@ def _cpu_name():
 
 # ----------------------------------------------------------------------------------------- run
 
+CHECK_STEPS = 3  # of --check
 AGREE_EVERY = 10  # steps after which ranks ask one another whether to stop
 
 # Where inputs lie is no part of a run: their content is, by hash.
-NOT_COMPARED = ("out_dir", "download", "workers", "data_dir", "synthetic", "teacher", "init")
+NOT_COMPARED = ("out_dir", "workers", "data_dir", "cache_dir", "download", "ignore_checksum")
+NOT_COMPARED += ("synthetic", "teacher", "init", "check")
 
 
 class Run:
@@ -315,6 +357,8 @@ class Run:
         self.rank = rank
         self.device = device
         self.last_path = os.path.join(self.out_dir, "last.pt")
+        self.checking = args.check
+        self.marks = []  # of --check: times at which a step or the validation ended
         self.step = 0
         self.best = []
         self.seconds = 0.0
@@ -323,7 +367,11 @@ class Run:
         if rank == 0:
             name = os.path.basename(script)
             identity = {"script": name} | dict(sorted(vars(args).items())) | inputs
-            claim_directory(self.out_dir, identity, not_compared=NOT_COMPARED)
+            if not args.check or os.path.exists(self.path("args.json")):
+                claim_directory(self.out_dir, identity, not_compared=NOT_COMPARED)
+            if args.check:  # all is written, to where it disturbs nothing
+                self._temporary = tempfile.TemporaryDirectory()
+                self.out_dir = self._temporary.name
             keep_code(script, self.out_dir)
         barrier()
         self._terminated = False
@@ -350,6 +398,7 @@ class Run:
 
     def save(self, **also):
         """Write last.pt; all ranks call it. also: entries for those who read the file elsewhere."""
+        self._mark()
         if self.rank == 0:
             state = {
                 **also,
@@ -358,7 +407,7 @@ class Run:
                 "seconds": self.elapsed(),
                 **{name: part.state_dict() for name, part in self.tracked.items()},
             }
-            files.save(state, self.last_path)
+            files.save(state, self.path("last.pt"))
         sum_over_ranks(torch.zeros(1))  # all wait for the file, no longer than for a step
         self.saved = self.step
         self._interval = (self.step, time.time())
@@ -408,6 +457,34 @@ class Run:
         """Count a finished step."""
         self.step += 1
         self.bar.update()
+        self._mark()
+
+    def _mark(self):
+        if self.checking:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.marks.append(time.time())
+
+    def checked(self):
+        """Whether this is --check, and its steps are done: the first warms up, others are timed."""
+        return self.checking and len(self.marks) >= CHECK_STEPS
+
+    def print_check(self, spec, n_images, train_steps, n_passes):
+        """Print what --check has found.
+
+        n_images: (to train, held out, synthetic). n_passes: validation batches of the whole run.
+        """
+        *steps, end = self.marks
+        step_seconds = statistics.median([b - a for a, b in zip(steps, steps[1:])])
+        seconds = (train_steps - self.step) * step_seconds + n_passes * (end - steps[-1])
+        to_train, held_out, synthetic = n_images
+        images = f"{to_train:,} images to train, {held_out:,} held out, {synthetic:,} synthetic"
+        print(f"data      {images}")
+        print(f"classes   {describe_classes(spec)}")
+        print(f"steps     {train_steps:,}, {step_seconds:.3g} s each")
+        print(f"memory    {peak_memory(self.device)}")
+        print(f"time      about {in_words(seconds)}, with {n_passes:,} batches of validation")
+        print("nothing is wrong, and nothing was written")
 
     def ranks_agree(self):
         """Whether this is a step after which ranks agree on what else each has for itself."""
@@ -419,8 +496,8 @@ class Run:
         Several ranks ask one another every AGREE_EVERY steps. The answer comes over the CPU, so
         that no GPU is waited for.
         """
-        if not dist.is_initialized():
-            return self._terminated
+        if not dist.is_initialized() or self.checked():
+            return self._terminated or self.checked()
         return self.ranks_agree() and bool(sum_over_ranks(torch.tensor(int(self._terminated))))
 
     def _on_sigterm(self, *_):
@@ -450,6 +527,32 @@ class Run:
         if self.rank == 0:
             self._log.close()
             self._board.close()
+
+
+def describe_classes(spec):
+    """The number of a data set's classes, and the names of the first ones."""
+    if not spec.classes:
+        return f"{spec.num_classes:,}"
+    more = ", ..." if len(spec.classes) > 10 else ""
+    return f"{spec.num_classes:,}: {', '.join(spec.classes[:10])}{more}"
+
+
+def peak_memory(device):
+    """The most memory that was in use, in words: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of this GPU at the peak"
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # bytes there
+        kib /= 1024
+    return f"{kib / 2**20:.1f} GiB of this process at the peak"
+
+
+def in_words(seconds):
+    """A time in the unit that fits."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def keep_code(script, out_dir):

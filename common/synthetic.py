@@ -52,11 +52,14 @@ class Source:
             rows = self.selected_rows[rows]
         return self.image_rows[rows], self.label_rows[rows].astype(np.int64)
 
-    def check(self, num_classes):
-        """Raises UserError where a label or a selected row is out of range."""
+    def check(self, num_classes, name=None):
+        """Raises UserError where a label or a selected row is out of range.
+
+        name: of the file, where the arrays are mapped from a copy of it.
+        """
         for array in self.labels:
             if not _within(array, num_classes):
-                raise UserError(f"{array.filename}: labels outside 0..{num_classes - 1}")
+                raise UserError(f"{name or array.filename}: labels outside 0..{num_classes - 1}")
         if self.rows is not None and not (len(self.rows) and _within(self.rows, self.n_rows)):
             raise UserError(f"{self.rows.filename}: empty, or rows outside 0..{self.n_rows - 1}")
 
@@ -166,6 +169,7 @@ def open_shards(directory, spec):
             raise UserError(f"{manifest_path}: '{key}' is {value}, {expected}")
     shape = manifest.get("image_shape")
     check_fits(directory, manifest.get("dataset"), shape, manifest.get("num_classes"), spec)
+    spec.check_classes(directory, manifest.get("classes"))
 
     n = manifest["n"]
     shard_size = manifest["shard_size"]

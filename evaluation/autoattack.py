@@ -28,20 +28,26 @@ NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 MIN_ROWS = 16
 
 
-def attack(name, model, x, y, *, norm, eps, seed, version="standard"):
+def attack(name, model, x, y, *, norm, eps, seed, n_classes=10, version="standard"):
     """Adversarial images (B, C, H, W) of one attack, as AutoAttack runs it on one batch.
 
     name: "apgd-ce", "apgd-t", "fab-t" or "square" of version "standard"; "apgd-ce" or "apgd-dlr" of
     version "rand", which is for randomised models: 20 passes a step, and nothing is left out.
     model: returns logits; in eval mode, its parameters frozen. x: images in [0, 1] that the model
-    classifies correctly. y: (B,) labels. eps: radius in units of x.
+    classifies correctly. y: (B,) labels. eps: radius in units of x. n_classes: with less than ten,
+    all other classes are targets; with less than four, DLR sees logits that are padded.
     """
     from pyautoattack import AutoAttack
+
+    if n_classes < 4 and name in ("apgd-t", "apgd-dlr"):
+        model = PaddedModel(model)
 
     x = x.contiguous()  # the package reshapes by view(), which channels-last images do not allow
     package = AutoAttack(
         model, norm=NORMS[norm], eps=eps, seed=seed, version=version, device=x.device
     )
+    n_targets = min(9, n_classes - 1)
+    package.fab.n_target_classes = package.apgd_targeted.n_target_classes = n_targets
     if name == "fab-t":
         package.fab.targeted = True
         package.fab.n_restarts = 1
@@ -73,6 +79,22 @@ def apgd_ce(model, x, y, *, norm, eps, seed, n_steps):
 
 
 # ---------------------------------------------------------------------------------------- APGD
+
+
+class PaddedModel(torch.nn.Module):
+    """A model of two or three classes with logits of four: DLR divides by z_1 - (z_3 + z_4) / 2.
+
+    The new ones are constants just below the lowest logit, so that no prediction changes.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)
+        lowest = logits.detach().amin(1, keepdim=True) - 1
+        return torch.cat([logits, lowest.expand(-1, 4 - logits.shape[1])], 1)
 
 
 def leave_when_fooled(apgd):

@@ -151,10 +151,11 @@ def _is_list(values, kind):
 # ------------------------------------------------------------------------- one result of all
 
 
-def merge(parts, request, labels, *, checkpoint, randomised, seconds):
+def merge(parts, request, labels, *, classes, checkpoint, randomised, seconds):
     """(result, arrays per image) of all parts, which all processes have finished.
 
     request: dict of all that the result depends on, which becomes a part of it. labels: (n,).
+    classes: their names, () where they have none.
     randomised: whether the model is meant to be. seconds: since this run began.
     """
     n = request["n"]
@@ -189,6 +190,7 @@ def merge(parts, request, labels, *, checkpoint, randomised, seconds):
         "robust": n_robust / n if attacks else None,
         "robust_interval": wilson(n_robust, n) if attacks else None,
         "robust_correct": n_robust if attacks else None,
+        "by_class": _by_class(classes, labels, clean_correct, robust),
         "zero_gradients": n_zero,
         "sanity": outcomes,
         "warnings": warnings + _package_warnings(chunks),
@@ -205,6 +207,18 @@ def merge(parts, request, labels, *, checkpoint, randomised, seconds):
         "attacks": np.array(attacks, str),
     }
     return result, per_image
+
+
+def _by_class(classes, labels, clean_correct, robust):
+    """A dict for each class that has a name and images: class, n, clean and robust accuracy."""
+    rows = []
+    for label, name in enumerate(classes):
+        mine = labels == label
+        if mine.any():
+            accuracies = {"clean": clean_correct[mine].mean(), "robust": robust[mine].mean()}
+            accuracies = {key: float(value) for key, value in accuracies.items()}
+            rows.append({"class": name, "n": int(mine.sum()), **accuracies})
+    return rows
 
 
 def _outcomes(checks, request, fooled_by, n_zero, randomised):
@@ -273,6 +287,10 @@ def print_result(result, path):
         name = f"{result['attack_name']}, {result['norm']} {result['eps']:.4g}"
         remark = "   WARNING: see above" if result["warnings"] else ""
         _print_accuracy(name, result["robust"], result["robust_interval"], n, remark)
+    if result.get("by_class"):
+        worst = min(result["by_class"], key=lambda row: row["robust"])
+        accuracies = f"{worst['clean']:.2%} clean, {worst['robust']:.2%} robust"
+        print(f"worst class: {worst['class']}, {accuracies}, n = {worst['n']}")
     if result["sanity_images"]:
         print(f"sanity checks on the first {result['sanity_images']} images")
     else:

@@ -1,21 +1,34 @@
-"""The published data sets: what is known of each, and how its files are read.
+"""The data sets: what is known of each, and how its files are read.
 
-Batches, crops and held-out images stand in common/data.py.
+Images in class folders stand in published/image_folders.py; batches, crops and held-out images in
+common/data.py.
 """
 
+import dataclasses
 import gzip
-import hashlib
 import http.client
 import os
+import pickle
 from functools import partial
 
 import numpy as np
+import scipy.io
 import torchvision
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 
-from common import UserError, files
+from common import UserError, data, files, run
 from common.data import Spec
+from published import image_folders
 from published.image_files import FileBatches, ImageFiles
+from published.image_folders import (
+    by_hash,
+    check_classes,
+    class_folders,
+    decode_once,
+    labelled_images,
+    read_folder,
+)
+from published.synthetic import read_npz
 
 # ------------------------------------------------------------------------------------------ readers
 # Each reader takes (data_dir, train) and returns (images, labels). It raises FileNotFoundError
@@ -40,25 +53,90 @@ def _read_digits(data_dir, train):
     return images[rows], labels[rows]
 
 
-def _open_published(dataset, data_dir, **split):
-    """Open a data set by torchvision, which compares MD5 sums first (CIFAR's files are pickles)."""
-    try:
-        return dataset(data_dir, **split)
-    except RuntimeError as error:
-        if "not found or corrupted" not in str(error):
-            raise
-        raise FileNotFoundError(str(error)) from error
+def _check_md5(path, md5, any_checksum):
+    """Raises FileNotFoundError where there is no file, UserError where it is not the published one.
+
+    any_checksum: whether another file will do.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(path)
+    if any_checksum or torchvision.datasets.utils.check_md5(path, md5):
+        return
+    message = "another checksum (MD5) than the published file's, it is altered or broken"
+    raise UserError(f"{path}: {message}; --ignore-checksum reads it all the same")
 
 
-def _read_cifar(dataset, data_dir, train):
-    published = _open_published(dataset, data_dir, train=train)
-    return published.data, np.array(published.targets, np.int64)
+class _Arrays(pickle.Unpickler):
+    """Unpickles NumPy's arrays, lists and texts. What else a pickle asks for is refused."""
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if full == "numpy.core.multiarray._reconstruct":
+            return np.zeros(0).__reduce__()[0]
+        if full == "numpy.core.numeric._frombuffer":
+            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape)
+        if full == "_codecs.encode":
+            return lambda text, encoding: text.encode("latin1")
+        if full in ("numpy.ndarray", "numpy.dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"refused, asks for {module}.{name}")
 
 
-def _read_svhn(data_dir, train):
-    published = _open_published(SVHN, data_dir, split="train" if train else "test")
-    images = np.ascontiguousarray(published.data.transpose(0, 2, 3, 1))
-    return images, published.labels.astype(np.int64)
+def _read_cifar(dataset, classes, data_dir, train, any_checksum=False):
+    """The published archive, unpacked, or its images in class folders below train/ and test/."""
+    folder = os.path.join(data_dir, dataset.base_folder)
+    if not os.path.isdir(folder):
+        return _read_cifar_folders(data_dir, train, classes)
+    parts = []
+    labels = []
+    for name, md5 in dataset.train_list if train else dataset.test_list:
+        path = os.path.join(folder, name)
+        _check_md5(path, md5, any_checksum)
+        with files.reading(path, "a batch of CIFAR's images"), open(path, "rb") as file:
+            batch = _Arrays(file, encoding="latin1").load()
+            parts.append(np.asarray(batch["data"]).reshape(-1, 3, 32, 32))
+            labels += batch["labels" if len(classes) == 10 else "fine_labels"]
+        fits = parts[-1].dtype == np.uint8 and sum(map(len, parts)) == len(labels)
+        if not fits or not all(type(y) is int and 0 <= y < len(classes) for y in labels):
+            raise UserError(f"{path}: its images or labels are not those of {dataset.__name__}")
+    images = np.concatenate(parts).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), np.array(labels, np.int64)
+
+
+def _read_cifar_folders(data_dir, train, classes):
+    """Images of 32 x 32 pixels in train/<class>/ and test/<class>/, of data_dir or a folder in it.
+
+    Raises FileNotFoundError where there are none.
+    """
+    inside = sorted(entry.path for entry in os.scandir(data_dir) if entry.is_dir())
+    roots = [root for root in [data_dir, *inside] if _has_classes(root, classes)]
+    if not roots:
+        raise FileNotFoundError(data_dir)
+    if len(roots) > 1:
+        raise UserError(f"--data-dir {data_dir}: class folders in {' and '.join(roots)}; name one")
+    root = image_folders.split_root(roots[0], train)
+    folders = class_folders(root)
+    check_classes(root, folders, classes)
+    paths, labels = labelled_images(root, folders)
+    return decode_once(ImageFiles(paths, resize=None, size=32)), labels
+
+
+def _has_classes(root, classes):
+    """Whether train/ in a folder has a class folder of one of these names."""
+    return any(os.path.isdir(os.path.join(root, "train", name)) for name in classes)
+
+
+def _read_svhn(data_dir, train, any_checksum=False):
+    _, name, md5 = SVHN.split_list["train" if train else "test"]
+    path = os.path.join(data_dir, name)
+    _check_md5(path, md5, any_checksum)
+    with files.reading(path, "a MATLAB file of SVHN's images"):
+        content = scipy.io.loadmat(path)
+        images, digits = content["X"], content["y"].astype(np.int64).flatten()
+    fits = images.dtype == np.uint8 and images.shape == (32, 32, 3, len(digits))
+    if not fits or digits.min() < 1 or digits.max() > 10:
+        raise UserError(f"{path}: its images or digits are not those of SVHN")
+    return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), digits % 10  # 10 is the digit 0
 
 
 def _download_svhn(data_dir):
@@ -106,48 +184,52 @@ def _read_idx(data_dir, name, n_dims):
 
 
 def _read_tiny_imagenet(data_dir, train):
-    """Tiny ImageNet, decoded once into an .npy file beside the JPEGs and mapped from then on.
+    """Tiny ImageNet: the published folders, val/ also in class folders, or DM-AT's .npz files.
 
-    So the processes of a node share one copy in memory.
+    The test set has no labels; the 10,000 validation images serve.
     """
     root = os.path.join(data_dir, "tiny-imagenet-200")
-    paths, labels = _tiny_imagenet_files(root, train)
-    decoded = os.path.join(root, "train-decoded.npy" if train else "val-decoded.npy")
-    images = ImageFiles(paths, resize=None, size=64)
-    files.make_once(decoded, partial(_write_decoded, images, decoded))
-    files.open_npy(decoded, np.uint8, (len(paths), 64, 64, 3))
-    # Mapped copy-on-write, since torch warns of a read-only array.
-    return np.load(decoded, mmap_mode="c"), labels
-
-
-def _tiny_imagenet_files(root, train):
-    """Return (paths, labels). The test set has no labels; the 10,000 validation images serve."""
-    folder = _class_folders(os.path.join(root, "train"), 200)
+    root = root if os.path.isdir(root) else data_dir
+    array = os.path.join(root, "train.npz" if train else "val.npz")
+    if os.path.exists(array):
+        images, labels = read_npz(array, DATASETS["tiny-imagenet"])
+        return images, labels
+    train_root = os.path.join(root, "train")
+    folders = class_folders(train_root)
+    if len(folders) != 200:
+        raise UserError(f"{train_root}: {len(folders)} class folders, expected 200")
     if train:
-        return _by_hash(folder.samples, root)
-    annotations = os.path.join(root, "val", "val_annotations.txt")
-    samples = []
-    with open(annotations) as file, files.reading(annotations, "the published annotations"):
-        for line in file:
-            name, wnid = line.split("\t")[:2]
-            path = os.path.join(root, "val", "images", name)
-            samples.append((path, folder.class_to_idx[wnid]))
-    if not samples:
+        paths, labels = by_hash(*labelled_images(train_root, folders), root)
+    else:
+        paths, labels = _tiny_imagenet_val(root, list(folders))
+    return decode_once(ImageFiles(paths, resize=None, size=64)), labels
+
+
+def _tiny_imagenet_val(root, classes):
+    """(paths, labels) of val/, by its annotations or in class folders. classes: those of train/."""
+    val = os.path.join(root, "val")
+    annotations = os.path.join(val, "val_annotations.txt")
+    flat = os.path.join(val, "images")
+    if not os.path.isdir(flat) and os.path.isdir(val):
+        folders = class_folders(val)
+        check_classes(val, folders, classes)
+        return by_hash(*labelled_images(val, folders), root)
+    if not os.path.exists(annotations):
+        raise FileNotFoundError(annotations)
+    paths = []
+    labels = []
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    for line in files.read_text(annotations, "the published annotations").splitlines():
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in label_of:
+            found = f"a line of the class '{wnid[:40]}', which train/ does not have"
+            raise UserError(f"{annotations}: not the published annotations, {found}")
+        paths.append(os.path.join(flat, name))
+        labels.append(label_of[wnid])
+    if not paths:
         raise UserError(f"{annotations}: empty, expected the published annotations")
-    return _by_hash(samples, root)
-
-
-def _write_decoded(images, path):
-    """Decode ImageFiles into one .npy file, a thousand at a time."""
-    header = {
-        "descr": "|u1",
-        "fortran_order": False,
-        "shape": (len(images), images.size, images.size, 3),
-    }
-    with files.atomic(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(images), 1000):
-            file.write(images[start : start + 1000].tobytes())
+    return by_hash(paths, labels, root)
 
 
 def _download_tiny_imagenet(data_dir):
@@ -158,50 +240,34 @@ def _download_tiny_imagenet(data_dir):
     )
 
 
+IMAGENET_CLASSES = os.path.join(os.path.dirname(__file__), "imagenet_classes.txt")  # WordNet's ids
+
+
 def _read_imagenet(data_dir, train):
     """ILSVRC-2012 in class folders below train/ and val/; the validation images serve for tests."""
     root = os.path.join(data_dir, "train" if train else "val")
-    folder = _class_folders(root, 1000)
-    paths, labels = _by_hash(folder.samples, root)
+    folders = class_folders(root)
+    check_classes(root, folders, files.read_text(IMAGENET_CLASSES).split())
+    paths, labels = labelled_images(root, folders)
     return ImageFiles(paths, resize=256, size=224), labels
-
-
-# ------------------------------------------------------------------------------------ image folders
-
-
-def _by_hash(samples, root):
-    """Sort (path, label) pairs by a hash of the path below root. Returns (paths, labels).
-
-    That mixes the classes in one fixed order, whatever the machine, so that the first images can be
-    held out.
-    """
-
-    def digest(sample):
-        name = os.path.relpath(sample[0], root)
-        return hashlib.sha256(os.fsencode(name)).digest()
-
-    samples = sorted(samples, key=digest)
-    labels = np.array([label for _, label in samples], np.int64)
-    return [path for path, _ in samples], labels
-
-
-def _class_folders(root, n_classes):
-    """torchvision's ImageFolder of root, which holds one folder of images per class."""
-    try:
-        folder = ImageFolder(root)
-    except FileNotFoundError as error:
-        if not os.path.isdir(root):
-            raise
-        # There is no class folder, or one without images.
-        raise UserError(f"{root}: {files.first_line(error)}") from error
-    if len(folder.classes) != n_classes:
-        raise UserError(f"{root}: {len(folder.classes)} class folders, expected {n_classes}")
-    return folder
 
 
 # --------------------------------------------------------------------------------------- data sets
 
 _EPS = {"linf": 8 / 255, "l2": 0.5}
+_EPS_LARGE = {"linf": 4 / 255, "l2": 3.0}  # of images of ImageNet's size
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100_CLASSES = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus "
+    "butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch "
+    "crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo "
+    "keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse "
+    "mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy "
+    "porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper "
+    "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television "
+    "tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+)
 
 DATASETS = {
     "digits": Spec(
@@ -239,9 +305,11 @@ DATASETS = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2471, 0.2435, 0.2616),
         eps=_EPS,
-        read=partial(_read_cifar, CIFAR10),
+        classes=tuple(CIFAR10_CLASSES.split()),
+        read=partial(_read_cifar, CIFAR10, CIFAR10_CLASSES.split()),
         download=partial(CIFAR10, download=True),
-        wanted="cifar-10-batches-py/ (from cifar-10-python.tar.gz)",
+        wanted="cifar-10-batches-py/ (from cifar-10-python.tar.gz), or train/ and test/ with "
+        "class folders,",
         crop_padding=4,
         flip=True,
     ),
@@ -253,9 +321,11 @@ DATASETS = {
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         eps=_EPS,
-        read=partial(_read_cifar, CIFAR100),
+        classes=tuple(CIFAR100_CLASSES.split()),
+        read=partial(_read_cifar, CIFAR100, CIFAR100_CLASSES.split()),
         download=partial(CIFAR100, download=True),
-        wanted="cifar-100-python/ (from cifar-100-python.tar.gz)",
+        wanted="cifar-100-python/ (from cifar-100-python.tar.gz), or train/ and test/ with "
+        "class folders,",
         crop_padding=4,
         flip=True,
         rotation=15.0,
@@ -283,7 +353,7 @@ DATASETS = {
         eps=_EPS,
         read=_read_tiny_imagenet,
         download=_download_tiny_imagenet,
-        wanted="tiny-imagenet-200/ (from tiny-imagenet-200.zip)",
+        wanted="tiny-imagenet-200/ (from tiny-imagenet-200.zip), or train.npz and val.npz,",
         crop_padding=4,
         flip=True,
     ),
@@ -294,14 +364,72 @@ DATASETS = {
         num_classes=1000,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
-        eps={"linf": 4 / 255, "l2": 3.0},
+        eps=_EPS_LARGE,
         read=_read_imagenet,
         wanted="train/ and val/ with one folder of JPEGs per class (ILSVRC-2012)",
         files=True,
         batches=FileBatches,
         flip=True,
     ),
+    "folder": Spec(  # what depends on --image-size and on the folder: see open_dataset
+        name="folder",
+        image_size=0,
+        channels=3,
+        num_classes=0,
+        mean=None,
+        std=None,
+        eps=_EPS,
+        read=read_folder,
+        wanted="train/ and test/ with one folder of images per class",
+        flip=True,
+    ),
 }
+
+
+def spec_of(args):
+    """The Spec of --dataset as far as the command line tells.
+
+    The number of classes of a folder is 0 until open_dataset.
+    """
+    spec = DATASETS[args.dataset]
+    if spec.name != "folder":
+        return spec
+    in_files = args.image_size > image_folders.MAX_DECODED
+    return dataclasses.replace(
+        spec,
+        image_size=args.image_size,
+        eps=_EPS_LARGE if in_files else _EPS,
+        read=partial(read_folder, image_size=args.image_size),
+        files=in_files,
+        batches=FileBatches if in_files else None,
+        crop_padding=args.image_size // 8,
+    )
+
+
+def open_dataset(args):
+    """The Spec of --dataset, which can be read from then on. All ranks call it.
+
+    Rank 0 fetches the data set where --download says so, and finds out the classes of a folder.
+    Gives --val-size the data set's default.
+    """
+    files.set_cache_dir(args.cache_dir)
+    spec = spec_of(args)
+    if args.ignore_checksum:
+        spec = dataclasses.replace(spec, read=partial(spec.read, any_checksum=True))
+    spec = run.once(_prepare, spec, args.data_dir, args.download)
+    if "val_size" in args and args.val_size is None:
+        args.val_size = spec.val_size
+    return spec
+
+
+def _prepare(spec, data_dir, download):
+    prepare_dataset(spec, data_dir, download)
+    if spec.name != "folder":
+        return spec
+    with data.there(spec, data_dir):
+        classes, n_train = image_folders.describe_folder(data_dir)
+    val_size = max(1, min(spec.val_size, n_train // 10))
+    return dataclasses.replace(spec, classes=classes, num_classes=len(classes), val_size=val_size)
 
 
 def prepare_dataset(spec, data_dir, download):

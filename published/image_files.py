@@ -1,9 +1,11 @@
 """Images that stay in their files, and training batches of them decoded in worker processes.
 
-Where the files lie stands in published/datasets.py, batches of images in memory in common/data.py.
+Where the files lie stands in published/image_folders.py; batches of images in memory in
+common/data.py.
 """
 
 import copy
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +14,26 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from common import UserError, files
+from common import UserError, files, run
 from common.data import Batches, packed, seed_of
+
+N_HASHED = 10_000  # files whose bytes a digest covers at most
+EIGHT_BITS = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+)
 
 
 class ImageFiles:
@@ -45,27 +65,64 @@ class ImageFiles:
         """Return the ImageFiles of a slice or list of rows."""
         return ImageFiles(self.names[rows], self.resize, self.size)
 
-    def names_and_sizes(self):
-        """<class folder>/<name> and size of each file, a line each, as bytes."""
+    def names_and_sizes(self, times=False):
+        """<class folder>/<name> and size of each file, a line each, as bytes.
+
+        times: also the time of its last change.
+        """
         paths = self.paths
 
         def lines_of(some_paths):
-            names = ["/".join(path.split(os.sep)[-2:]) for path in some_paths]
-            try:
-                sizes = [os.path.getsize(path) for path in some_paths]
-            except OSError as error:
-                raise UserError(f"{error.filename}: {error.strerror}") from error
-            lines = [f"{name} {size}\n" for name, size in zip(names, sizes)]
+            lines = []
+            for path in some_paths:
+                name = "/".join(path.split(os.sep)[-2:])
+                with files.reading(path, "an image"):
+                    found = os.stat(path)
+                line = f"{name} {found.st_size}"
+                lines.append(f"{line} {found.st_mtime_ns}\n" if times else f"{line}\n")
             return os.fsencode("".join(lines))
 
         groups = [paths[start : start + 1000] for start in range(0, len(paths), 1000)]
         with ThreadPoolExecutor(16) as pool:  # a network file system takes its time for each file
             return b"".join(pool.map(lines_of, groups))
 
+    def sha256(self):
+        """Hex digest of the names and sizes of all files, and of the bytes of N_HASHED of them.
+
+        Those are evenly spaced, first and last included. Names count from the class folder on, so
+        that the data set can be moved.
+        """
+        digest = hashlib.sha256(self.names_and_sizes())
+        n_hashed = min(len(self), N_HASHED)
+        rows = np.arange(n_hashed) * (len(self) - 1) // max(n_hashed - 1, 1)
+        with ThreadPoolExecutor(16) as pool:
+            for file_digest in pool.map(files.sha256, [self.path(row) for row in rows]):
+                digest.update(file_digest.encode())
+        return digest.hexdigest()
+
+    def check(self, rank=0, world_size=1):
+        """Decode all images, this rank's part of them. Raises UserError that names broken ones."""
+
+        def error_of(row):
+            try:
+                self._decode(row)
+            except UserError as error:
+                return str(error)
+
+        rows = range(rank, len(self), world_size)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            found = run.progress(pool.map(error_of, rows), rank, desc="images", total=len(rows))
+            errors = [error for error in found if error]
+        if errors:
+            more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+            raise UserError("; ".join(errors[:3]) + more)
+
     def open(self, row):
         """Decode one image at its own size, as a PIL image in RGB. Raises UserError."""
         path = self.path(row)
         with files.reading(path, "a readable image"), Image.open(path) as image:
+            if image.mode not in EIGHT_BITS:  # Pillow would cut numbers above 255 off
+                raise UserError(f"{path}: pixels of mode {image.mode}, expected 8 bits a channel")
             return image.convert("RGB")
 
     def _decode(self, row):
@@ -126,27 +183,35 @@ class FileBatches(Batches):
             collate_fn=_collate,
             num_workers=self.workers,
             multiprocessing_context="fork" if self.workers else None,
-            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one
         )
         self.loader = iter(loader)
 
-    def _packed(self, step):
+    def _make(self, step):
         if step != self.next_step:  # the first call of a run, fresh or resumed
             self._start_workers(step)
         self.next_step = step + 1
         try:
-            return next(self.loader)
+            buffer = torch.from_numpy(next(self.loader))
         except UserError as error:
             # The message of a worker's error begins with its traceback.
             message = str(error).rpartition("UserError: ")[2].strip()
             raise UserError(message) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            died = "a worker process died, mostly for want of memory"
+            raise UserError(f"--workers {self.workers}: {died}; 0 does without them") from error
+        return buffer.pin_memory() if self.device.type == "cuda" else buffer
 
 
 def _collate(examples):
-    """One buffer of the (image, label) pairs of a batch."""
+    """One buffer of the (image, label) pairs of a batch, as an array.
+
+    Tensors of workers go through /dev/shm, which is small in many containers; arrays do not.
+    """
     images, labels = zip(*examples)
-    return packed(torch.stack(images), torch.stack(labels), pin=False)
+    return packed(torch.stack(images), torch.stack(labels), pin=False).numpy()
 
 
 class _Crops(torch.utils.data.Dataset):

@@ -4,6 +4,7 @@ How a set is read and drawn from stands in common/synthetic.py.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import zipfile
@@ -35,20 +36,18 @@ def open_npz(path, spec):
     been unpacked by `prepare_synthetic`. Raises UserError where the file is missing, broken or does
     not fit.
     """
+    name = path
     members = _read_members(path, spec)
     if _is_compressed(members):
-        checksums = _checksums(members)
-        path = _unpacked(path)
+        path = _unpacked(members)
         members = _read_members(path, spec)
-        if _checksums(members) != checksums:
-            raise UserError(f"{path}: was unpacked from another .npz file; remove it")
     arrays = []
     for member in members:
         with files.reading(path, "a whole .npz file"):
             arrays.append(np.memmap(path, member.dtype, "r", member.offset, member.shape))
     images, labels = arrays
     source = Source([images], [labels], shard_size=len(labels))
-    source.check(spec.num_classes)
+    source.check(spec.num_classes, name)
     return source
 
 
@@ -98,38 +97,48 @@ def _is_compressed(members):
     return any(member.info.compress_type != zipfile.ZIP_STORED for member in members)
 
 
-def _checksums(members):
-    """Checksum and size of each array, as the archive has them: no pass over the content."""
-    return [(member.info.CRC, member.info.file_size) for member in members]
+def _unpacked(members):
+    """Where `unpack` puts the arrays of a compressed .npz file: in one without compression.
 
-
-def _unpacked(path):
-    """Where `unpack` puts the arrays of a compressed .npz file: in one without compression."""
-    return f"{path}.unpacked"
+    Its name is made of the checksums and sizes that the archive has: no pass over the content.
+    """
+    sums = [(member.info.CRC, member.info.file_size) for member in members]
+    return files.cached(f"unpacked-{hashlib.sha256(repr(sums).encode()).hexdigest()[:32]}.npz")
 
 
 def unpack(path, spec):
-    """Unpack an .npz file into one beside it, once, if it is compressed."""
+    """Unpack an .npz file into the cache, once, if it is compressed."""
     members = _read_members(path, spec)
     if _is_compressed(members):
-        files.make_once(_unpacked(path), lambda: _copy_members(path, members))
+        target = _unpacked(members)
+        files.make_once(target, lambda: _copy_members(path, members, target))
 
 
-def _copy_members(path, members):
-    """Write the unpacked file, a part at a time."""
+def read_npz(path, spec):
+    """(images, labels) of an .npz file as open_npz takes it: mapped copy-on-write, and int64."""
+    unpack(path, spec)
+    source = open_npz(path, spec)
+    images = source.images[0]
+    # torch warns of a read-only array.
+    images = np.memmap(images.filename, images.dtype, "c", images.offset, images.shape)
+    return images, source.labels[0].astype(np.int64)
+
+
+def _copy_members(path, members, target):
+    """Write the unpacked file `target`, a part at a time."""
     part_size = 16 << 20
     with (
         zipfile.ZipFile(path) as archive,
-        files.atomic(_unpacked(path)) as file,
+        files.atomic(target) as file,
         zipfile.ZipFile(file, "w") as copy,
     ):
         for member in members:
             name = member.info.filename
-            with archive.open(name) as source, copy.open(name, "w", force_zip64=True) as target:
+            with archive.open(name) as source, copy.open(name, "w", force_zip64=True) as written:
                 for _ in range(0, member.info.file_size, part_size):
                     with files.reading(path, "an .npz file"):
                         part = source.read(part_size)
-                    target.write(part)
+                    written.write(part)
 
 
 # ------------------------------------------------------------------------------------- several sets

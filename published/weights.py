@@ -3,6 +3,7 @@
 The networks stand in common/models.py. A file is data: nothing in it is ever run.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -63,6 +64,8 @@ def load_classifier(path, spec, device, name=None):
     else:
         missing = "no entry 'model_name', and no model is named for its weights"
         raise UserError(f"{path}: not a checkpoint of this project, {missing}")
+    if "mean" in about:
+        spec = dataclasses.replace(spec, mean=tuple(about["mean"]), std=tuple(about["std"]))
     try:
         model = build(about["model_name"], spec)
     except UserError as error:
@@ -86,6 +89,10 @@ def _check_description(about, spec, name, path):
     if (dataset, num_classes) != (spec.name, spec.num_classes):
         expected = f"not on {spec.name} ({spec.num_classes} classes)"
         raise UserError(f"{path}: trained on {dataset} ({num_classes} classes), {expected}")
+    if about.get("image_size", spec.image_size) != spec.image_size:
+        sizes = f"{about['image_size']} pixels, --image-size is {spec.image_size}"
+        raise UserError(f"{path}: trained on images of {sizes}")
+    spec.check_classes(path, about.get("classes"))
 
 
 def _read(path, device="cpu"):

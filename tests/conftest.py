@@ -2,10 +2,13 @@
 tiny DiT, made once per session.
 """
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -19,15 +22,28 @@ from torch import nn
 # CUDA_VISIBLE_DEVICES=0 make test runs the rest there.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# The cache of decoded images, of this process and of the scripts that it starts.
+CACHE = tempfile.mkdtemp(prefix="dra-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import generate_synthetic  # noqa: E402
 import train_diffusion  # noqa: E402
+from common import files  # noqa: E402
 from published.datasets import DATASETS  # noqa: E402
 
 torch.set_num_threads(1)
 DIGITS = DATASETS["digits"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache directory for this test alone, which is made when something is put there."""
+    monkeypatch.setattr(files, "_cache_dir", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from conftest import ROOT, assert_equal_states, python, read_log
 from PIL import Image
 
 from common import files
+from published.datasets import IMAGENET_CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def imagenet_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("imagenet")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
-        for k in range(1000):
-            folder = root / split / f"n{k:08d}"
+        for k, wnid in enumerate(files.read_text(IMAGENET_CLASSES).split()):
+            folder = root / split / wnid
             folder.mkdir(parents=True)
             pixels = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((260 + k % 90, 300 - k % 70)).save(folder / f"{k}.JPEG")

@@ -228,7 +228,9 @@ def test_evaluation_does_not_depend_on_ranks(tmp_path):
 def test_a_process_without_a_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in (torchrun | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(
         UserError, match="--nproc_per_node: process 2 of this node has no GPU, torch sees 1"
     ):

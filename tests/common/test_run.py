@@ -3,12 +3,14 @@
 Whole runs, their resume and their kills are tested in tests/test_train.py and tests/torture.
 """
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import python
 
 from common import UserError, run
 
@@ -83,7 +85,7 @@ def test_an_edited_script_leaves_a_trace(tmp_path, capsys):
 
 
 def test_state_is_what_is_tracked(tmp_path):
-    args = SimpleNamespace(out_dir=str(tmp_path / "run"), lr=0.1)
+    args = SimpleNamespace(out_dir=str(tmp_path / "run"), lr=0.1, check=False)
     model = torch.nn.Linear(2, 2)
     first = run.Run(__file__, args, {}, 0, torch.device("cpu"))
     first.track(model=model)
@@ -111,3 +113,74 @@ def test_state_is_what_is_tracked(tmp_path):
         other.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match="steps 2 to 6: .*not finite"):
         second.check_finite(loss=1.0)
+
+
+LAUNCHED = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+def set_environment(monkeypatch, values):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_the_launcher_sets_all_variables_or_none(n, monkeypatch):
+    """Every combination of them: alone it is one process, whole it is torchrun's, else one line."""
+    for names in itertools.combinations(LAUNCHED, n):
+        set_environment(monkeypatch, {name: LAUNCHED[name] for name in names})
+        if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(names):
+            assert run._launched() == (0, 1, 0)
+        elif n == 5:
+            assert run._launched() == (1, 2, 1)
+        else:
+            missing = ", ".join(name for name in LAUNCHED if name not in names)
+            with pytest.raises(UserError, match=f"^environment: .* without {missing}; start with"):
+                run._launched()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"RANK": "x"}, "RANK=x, WORLD_SIZE=2, LOCAL_RANK=1, expected whole numbers"),
+        ({"WORLD_SIZE": "-2"}, "expected whole numbers"),
+        ({"LOCAL_RANK": "0.5"}, "expected whole numbers"),
+        ({"RANK": "2"}, "expected LOCAL_RANK <= RANK < WORLD_SIZE"),
+        ({"RANK": "0"}, "expected LOCAL_RANK <= RANK < WORLD_SIZE"),
+        ({"RANK": ""}, "without RANK"),
+        ({"MASTER_PORT": ""}, "without MASTER_PORT"),
+    ],
+)
+def test_launcher_s_variables_that_make_no_sense(changes, words, monkeypatch):
+    set_environment(monkeypatch, LAUNCHED | changes)
+    with pytest.raises(UserError, match=words):
+        run._launched()
+
+
+def test_one_process_needs_no_address(monkeypatch):
+    set_environment(monkeypatch, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert run._launched() == (0, 1, 0)
+
+
+@pytest.mark.parametrize("place", [("no-such-host.invalid", "1"), ("localhost", "0x")])
+def test_a_place_where_processes_cannot_meet_is_one_line(place, monkeypatch):
+    values = LAUNCHED | dict(zip(("MASTER_ADDR", "MASTER_PORT"), place))
+    set_environment(monkeypatch, values)
+    monkeypatch.setenv("RANK_TIMEOUT_MINUTES", "0.02")
+    with pytest.raises(UserError, match="MASTER_ADDR=.*: the processes could not meet") as info:
+        run.start_processes("fp32")
+    assert "\n" not in str(info.value)
+
+
+def test_a_stray_rank_does_not_silence_an_error():
+    done = python("train_at.py", "--epochs", "0", expect=2, env={"RANK": "3"})
+    assert "--epochs: expected a whole number of at least 1" in done.stderr
+    done = python("train_at.py", expect=2, env={"RANK": "3"})
+    assert done.stderr.startswith("train_at.py: error: environment: RANK=3 without WORLD_SIZE")

@@ -129,17 +129,19 @@ def test_members_are_found_wherever_they_lie(zip64, before, tmp_path):
     assert opened_set.sources[0].labels[0].offset != opened_set.sources[0].images[0].offset
 
 
-def test_a_compressed_npz_is_unpacked_once(tmp_path):
+def unpacked_in(cache):
+    """The one unpacked file in the cache."""
+    (path,) = cache.glob("unpacked-*.npz")
+    return path
+
+
+def test_a_compressed_npz_is_unpacked_once(tmp_path, cache):
     images, labels = made(50)
     path = str(tmp_path / "set.npz")
-    unpacked = tmp_path / "set.npz.unpacked"
     np.savez_compressed(path, image=images, label=labels.astype(np.int32))
     published_synthetic.unpack(path, DIGITS)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "set.npz",
-        "set.npz.unpacked",
-        "set.npz.unpacked.lock",
-    }
+    assert {p.name for p in tmp_path.iterdir()} == {"set.npz", "cache"}  # nothing beside it
+    unpacked = unpacked_in(cache)
     with np.load(unpacked) as content:
         assert np.array_equal(content["image"], images)
         assert np.array_equal(content["label"], labels)
@@ -150,7 +152,7 @@ def test_a_compressed_npz_is_unpacked_once(tmp_path):
     assert_holds(opened_set, images, labels)
 
 
-def test_one_compressed_member_is_enough(tmp_path):
+def test_one_compressed_member_is_enough(tmp_path, cache):
     """Labels compressed, images not: both are unpacked."""
     images, labels = made(20)
     np.save(tmp_path / "image.npy", images)
@@ -159,11 +161,11 @@ def test_one_compressed_member_is_enough(tmp_path):
         archive.write(tmp_path / "image.npy", "image.npy", zipfile.ZIP_STORED)
         archive.write(tmp_path / "label.npy", "label.npy", zipfile.ZIP_DEFLATED)
     assert_holds(opened(str(tmp_path / "set.npz")), images, labels)
-    assert (tmp_path / "set.npz.unpacked").exists()
+    assert unpacked_in(cache).exists()
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_unpacking_survives_a_kill(replaced, tmp_path):
+def test_unpacking_survives_a_kill(replaced, tmp_path, cache):
     """Then the same file, or another in its place, is unpacked without a trace of the first."""
     path = str(tmp_path / "set.npz")
     images, labels = made(50)
@@ -174,27 +176,35 @@ def test_unpacking_survives_a_kill(replaced, tmp_path):
         published_synthetic.unpack(path, DIGITS)
 
     assert in_children(1, killed) == [9]
-    kept = sorted(p.name for p in tmp_path.iterdir())
-    assert kept == ["set.npz", "set.npz.unpacked.lock", "set.npz.unpacked.writing"]
-    with pytest.raises(UserError, match="set.npz.unpacked: no such file"):
+    kept = sorted(p.suffix for p in cache.iterdir())
+    assert kept == [".lock", ".writing"]
+    with pytest.raises(UserError, match=r"unpacked-\w+.npz: no such file"):
         open_synthetic([path], DIGITS)
     if replaced:
         images, labels = made(30, seed=5)
         np.savez_compressed(path, image=images, label=labels)
     assert_holds(opened(path), images, labels)
-    assert not list(tmp_path.glob("*.writing"))
+    assert len(list(cache.glob("*.writing"))) == replaced  # what is left of the other file
 
 
-def test_another_npz_of_the_same_name_is_refused(tmp_path):
+def test_another_npz_of_the_same_name_is_unpacked_anew(tmp_path, cache):
     path = tmp_path / "set.npz"
     images, labels = made(50)
     np.savez_compressed(path, image=images, label=labels)
     opened(str(path))
     np.savez_compressed(path, image=images[::-1], label=labels)
-    refused([path], "set.npz.unpacked: was unpacked from another .npz file", "remove it")
+    assert_holds(opened(str(path)), images[::-1], labels)
 
 
-def test_several_processes_unpack_an_npz_once(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    images, labels = made(5)
+    np.savez_compressed(tmp_path / "set.npz", image=images, label=labels)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(files, "_cache_dir", str(tmp_path / "file" / "cache"))
+    refused([tmp_path / "set.npz"], f"{tmp_path}/file/cache: Not a directory; --cache-dir names")
+
+
+def test_several_processes_unpack_an_npz_once(tmp_path, cache, monkeypatch):
     """Runs that are started together: one unpacks, the others wait for it and read the same."""
     images, labels = made(50)
     path = str(tmp_path / "set.npz")
@@ -213,8 +223,8 @@ def test_several_processes_unpack_an_npz_once(tmp_path, monkeypatch):
     assert log.read_text() == "x"
 
 
-def test_an_unpacked_set_in_a_read_only_place_opens(tmp_path, monkeypatch):
-    """A shared folder that its owner has unpacked: nothing is locked or written there.
+def test_an_unpacked_set_in_a_read_only_cache_opens(tmp_path, cache, monkeypatch):
+    """A shared cache that its owner has filled: nothing is locked or written there.
 
     A mode of the folder would not stop root, hence a check of the calls.
     """
@@ -222,11 +232,12 @@ def test_an_unpacked_set_in_a_read_only_place_opens(tmp_path, monkeypatch):
     path = str(tmp_path / "set.npz")
     np.savez_compressed(path, image=images, label=labels)
     opened(path)
-    (tmp_path / "set.npz.unpacked.lock").unlink()
+    lock = cache / f"{unpacked_in(cache).name}.lock"
+    lock.unlink()
     monkeypatch.setattr(files.fcntl, "flock", None)
     monkeypatch.setattr(files, "atomic", None)
     assert_holds(opened(path), images, labels)
-    assert not (tmp_path / "set.npz.unpacked.lock").exists()
+    assert not lock.exists()
 
 
 # ---------------------------------------------------------------------------------- several sources
@@ -768,7 +779,7 @@ def test_compression_that_numpy_does_not_use(method, tmp_path):
     refused([tmp_path / "set.npz"], "set.npz", "another method")
 
 
-def test_a_checksum_that_does_not_hold(tmp_path):
+def test_a_checksum_that_does_not_hold(tmp_path, cache):
     """The stream is whole, its content is not: found at its end, and nothing is left to open."""
     images, labels = made(500)  # more than zipfile reads with the header
     np.savez_compressed(tmp_path / "set.npz", image=images, label=labels)
@@ -776,7 +787,7 @@ def test_a_checksum_that_does_not_hold(tmp_path):
     crc = zipfile.ZipFile(tmp_path / "set.npz").getinfo("image.npy").CRC.to_bytes(4, "little")
     (tmp_path / "set.npz").write_bytes(content.replace(crc, b"abcd"))
     refused([tmp_path / "set.npz"], "set.npz: truncated, broken", "CRC")
-    assert not (tmp_path / "set.npz.unpacked").exists()
+    assert not list(cache.glob("unpacked-*.npz"))
 
 
 def test_what_is_no_set_at_all(tmp_path):

@@ -214,3 +214,35 @@ def test_killed_in_each_attack_and_resumed(best, tmp_path):
     assert differing <= {"seconds", "seconds_by_attack", "environment"}
     assert cut["robust_correct"] > 0
     assert np.load(tmp_path / "cut.npz")["fooled_by"].max() == 4
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 4, 7])
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "apgd-dlr", "fab-t"])
+def test_few_classes_against_the_closed_form(name, n_classes):
+    """A linear model is robust at x if its margin to each class exceeds eps times the dual norm."""
+    torch.manual_seed(n_classes)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, n_classes)).requires_grad_(False)
+    weight = model[1].weight
+    bias = model[1].bias.copy_(-0.5 * weight.sum(1))  # all classes meet at the grey image
+    x = 0.5 + 0.6 * (torch.rand(60, 3, 2, 2) - 0.5)
+    y = model(x).argmax(1)
+    eps = 0.03
+    worst = torch.full((60,), float("inf"))
+    for j in range(n_classes):
+        difference = weight[y] - weight[j]
+        margin = (difference * x.flatten(1)).sum(1) + bias[y] - bias[j]
+        margin = margin - eps * difference.abs().sum(1)
+        worst = torch.where(y == j, worst, torch.minimum(worst, margin))
+    robust = worst > 0
+    assert 0 < robust.sum() < 60
+
+    version = "rand" if name == "apgd-dlr" else "standard"
+    settings = dict(norm="linf", eps=eps, seed=0, n_classes=n_classes, version=version)
+    x_adv = autoattack.attack(name, model, x, y, **settings)
+    assert ((x_adv - x).abs().flatten(1).amax(1) <= eps + 1e-6).all()
+    found = model(x_adv).argmax(1) == y
+    assert not (robust & ~found).any()  # nothing is fooled that cannot be
+    if name == "apgd-t" or (n_classes == 2 and name != "fab-t"):
+        assert torch.equal(found, robust)
+    else:  # untargeted, not always towards the nearest class; or FAB, which stops close to it
+        assert (found == robust).float().mean() > 0.8

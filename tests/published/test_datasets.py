@@ -15,10 +15,12 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import tarfile
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ from PIL import Image
 from torchvision.transforms import functional, v2
 
 from common import UserError, cli, data, files
-from published import datasets, image_files
+from published import datasets, image_files, image_folders
 from published.datasets import DATASETS
 
 CIFAR10 = DATASETS["cifar10"]
@@ -107,33 +109,59 @@ def test_cifar(spec, tmp_path, monkeypatch):
 
 
 @both_cifars
-@pytest.mark.parametrize("kind", ["images", "meta"])
-def test_cifar_that_is_not_the_published_one_is_not_unpickled(spec, kind, tmp_path, monkeypatch):
-    """The files are pickles; torchvision's MD5 sums stand between them and this machine."""
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_cifar_that_is_not_the_published_one_runs_nothing(spec, protocol, tmp_path):
+    """The files are pickles: neither with nor without their MD5 sums is anything run."""
     write_cifar(spec, tmp_path)
     layout = CIFARS[spec.name]
-    if kind == "meta":  # all the others are as published
-        trust_cifar(spec, tmp_path, monkeypatch)
-    path = tmp_path / layout.folder / (layout.meta if kind == "meta" else layout.train[0])
-    path.write_bytes(pickle.dumps(Hostile(tmp_path / "marker")))
+    path = tmp_path / layout.folder / layout.train[0]
+    path.write_bytes(pickle.dumps(Hostile(tmp_path / "marker"), protocol))
     pickle.loads(path.read_bytes())
     os.rmdir(tmp_path / "marker")  # it was made: the file is hostile indeed
-    words = [
-        f"--data-dir {tmp_path}: {spec.name} is not there, or broken; put {layout.folder}/",
-        ".tar.gz) there or add --download",
-    ]
-    load_train_refused(spec, tmp_path, *words)
-    load_test_refused(spec, tmp_path, *words)
+    load_train_refused(spec, tmp_path, f"{path}: another checksum (MD5)", "--ignore-checksum")
+    trusting = partial(spec.read, any_checksum=True)
+    refused(lambda: trusting(str(tmp_path), True), f"{path}: ", "refused, asks for posix.mkdir")
     assert not (tmp_path / "marker").exists()
 
 
-def test_an_error_that_is_not_of_missing_files_keeps_its_traceback(tmp_path, monkeypatch):
-    def broken(self):
-        raise RuntimeError("a bug")
+@both_cifars
+def test_an_altered_cifar_is_read_where_the_user_says_so(spec, tmp_path, monkeypatch):
+    made = write_cifar(spec, tmp_path)
+    load_test_refused(spec, tmp_path, "checksum")
+    assert_is_cifar(with_any_checksum(spec), str(tmp_path), made)
+    layout = CIFARS[spec.name]
+    path = tmp_path / layout.folder / layout.test  # saved again, by NumPy and Python of today
+    planes, labels = made[layout.test]
+    content = {"data": planes, layout.label_key.decode(): labels}
+    for protocol in (2, 3, 4, 5):
+        path.write_bytes(pickle.dumps(content, protocol))
+        assert_is_cifar(with_any_checksum(spec), str(tmp_path), made)
+    changes = {
+        "a label too large": {layout.label_key.decode(): [100, *labels[1:]]},
+        "a label too few": {layout.label_key.decode(): labels[1:]},
+        "no labels": {layout.label_key.decode(): None},
+        "floats": {"data": planes.astype(np.float32)},
+        "fewer pixels": {"data": planes[:, 1:]},
+        "no images": {"data": "none"},
+    }
+    for change in changes.values():
+        path.write_bytes(pickle.dumps(content | change))
+        load_test_refused(with_any_checksum(spec), tmp_path, f"{path}: ")
+    for size in (0, 1, 100, path.stat().st_size - 1):
+        os.truncate(path, size)
+        load_test_refused(with_any_checksum(spec), tmp_path, f"{path}: ", "CIFAR")
 
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        data.load_test(CIFAR10, str(tmp_path))
+
+def with_any_checksum(spec):
+    return dataclasses.replace(spec, read=partial(spec.read, any_checksum=True))
+
+
+def test_cifar_that_is_not_there(tmp_path):
+    words = "cifar10 is not there, or broken; put cifar-10-batches-py/"
+    for folder in (tmp_path, tmp_path / "none"):
+        load_test_refused(CIFAR10, folder, f"--data-dir {folder}: {words}", "add --download")
+    write_cifar(CIFAR10, tmp_path)
+    load_test_refused(CIFAR10, tmp_path / "cifar-10-batches-py", words)  # one level too deep
 
 
 # --------------------------------------------------------------------------------------------- SVHN
@@ -181,9 +209,15 @@ def test_svhn(tmp_path, monkeypatch):
     assert np.array_equal(held_out, made["train"][0].transpose(3, 0, 1, 2)[:3])
     path = tmp_path / "train_32x32.mat"
     path.write_bytes(path.read_bytes()[:-50])
+    load_train_refused(SVHN, tmp_path, f"{path}: another checksum (MD5)", "--ignore-checksum")
+    load_train_refused(with_any_checksum(SVHN), tmp_path, f"{path}: ")
+    data.load_test(SVHN, str(tmp_path))
+    wrong = {"X": made["train"][0][..., 1:], "y": made["train"][1]}
+    scipy.io.savemat(path, wrong)
+    load_train_refused(with_any_checksum(SVHN), tmp_path, "are not those of SVHN")
+    path.unlink()
     wanted = "svhn is not there, or broken; put train_32x32.mat and test_32x32.mat there"
     load_train_refused(SVHN, tmp_path, wanted)
-    data.load_test(SVHN, str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------ Fashion-MNIST
@@ -420,11 +454,17 @@ def test_tiny_imagenet(tiny):
     assert sorted(test_labels) == list(range(200))
 
 
-def test_tiny_imagenet_is_decoded_once_and_mapped_from_then_on(tiny, tmp_path, monkeypatch):
+def decoded_in(cache):
+    return sorted(cache.glob("images-*.npy"))
+
+
+def test_tiny_imagenet_is_decoded_once_and_mapped_from_then_on(tiny, tmp_path, cache, monkeypatch):
+    before = sorted(tiny.rglob("*"))
     (train, labels), _ = load_tiny(tiny)
-    assert isinstance(train, np.memmap) and train.filename == str(tiny / "train-decoded.npy")
+    assert isinstance(train, np.memmap) and train.filename == str(decoded_in(cache)[0])
     data.load_test(TINY, str(tiny.parent))
-    decoded = [tiny / "train-decoded.npy", tiny / "val-decoded.npy"]
+    decoded = decoded_in(cache)
+    assert len(decoded) == 2 and sorted(tiny.rglob("*")) == before  # nothing is written there
     times = [path.stat().st_mtime_ns for path in decoded]
     monkeypatch.setattr(image_files.ImageFiles, "__getitem__", None)  # nothing is decoded again
     (again, labels_again), _ = load_tiny(tiny)
@@ -441,15 +481,15 @@ def test_tiny_imagenet_is_decoded_once_and_mapped_from_then_on(tiny, tmp_path, m
 
 def test_the_first_images_of_tiny_imagenet_are_of_all_classes_in_one_order(tiny_made):
     """Any first n may be held out; the order depends on no folder listing and no root."""
-    _, labels = datasets._tiny_imagenet_files(str(tiny_made), True)
+    _, labels = TINY.read(str(tiny_made.parent), True)
     assert len(set(labels[:100].tolist())) > 60
     names = [f"train/{w}/images/{w}_{i}.JPEG" for w in reversed(WNIDS) for i in range(3)]
     expected = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     assert labels.tolist() == [WNIDS.index(name.split("/")[1]) for name in expected]
 
 
-def test_the_ranks_of_a_node_decode_tiny_imagenet_once(tiny, tmp_path, monkeypatch):
-    decode = datasets._write_decoded
+def test_the_ranks_of_a_node_decode_tiny_imagenet_once(tiny, tmp_path, cache, monkeypatch):
+    decode = image_folders._write_decoded
     log = tmp_path / "log"
 
     def slow_and_logged(*args):
@@ -458,7 +498,7 @@ def test_the_ranks_of_a_node_decode_tiny_imagenet_once(tiny, tmp_path, monkeypat
         time.sleep(0.3)
         decode(*args)
 
-    monkeypatch.setattr(datasets, "_write_decoded", slow_and_logged)
+    monkeypatch.setattr(image_folders, "_write_decoded", slow_and_logged)
     codes = in_children(4, lambda: data.load_test(TINY, str(tiny.parent))[0][:].sum())
     assert codes == [0, 0, 0, 0]
     assert log.read_text() == "x"
@@ -494,12 +534,12 @@ def damage_tiny(root, damage):
 NO_TINY = "tiny-imagenet is not there, or broken; put tiny-imagenet-200/"
 DAMAGED_TINY = {
     "199 classes": ["train: 199 class folders, expected 200"],
-    "a class without images": ["train: Found no valid file for the classes", WNIDS[5]],
+    "a class without images": [WNIDS[5], "a class folder without images"],
     "no annotations": [NO_TINY, "--download"],
     "another annotation": ["val_annotations.txt: ", "not the published annotations", "n99999999"],
     "half an annotation": ["val_annotations.txt: ", "not the published annotations"],
     "empty annotations": ["val_annotations.txt: empty"],
-    "no image": ["val_3.JPEG: no such file, expected a readable image"],
+    "no image": ["val_3.JPEG: no such file, expected an image"],
     "another size": ["val_3.JPEG: 64 x 63 pixels, expected 64 x 64"],
     "unreadable": ["val_3.JPEG: ", "cannot identify image file"],
     "truncated": ["val_3.JPEG: ", "truncated"],
@@ -508,35 +548,53 @@ DAMAGED_TINY = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_TINY)
-def test_broken_tiny_imagenet(damage, tiny):
+def test_broken_tiny_imagenet(damage, tiny, cache):
     damage_tiny(tiny, damage)
-    load_test_refused(TINY, tiny.parent, *DAMAGED_TINY[damage])
-    assert not list(tiny.parent.rglob("*-decoded.npy")), "half a copy was left"
+    load = load_train_refused if damage == "a class without images" else load_test_refused
+    load(TINY, tiny.parent, *DAMAGED_TINY[damage])
+    assert not decoded_in(cache), "half a copy was left"
 
 
 @pytest.mark.parametrize("size", [0, 50, 128, 200 * 64 * 64 * 3])
-def test_a_truncated_decoded_copy(size, tiny):
+def test_a_truncated_decoded_copy(size, tiny, cache):
     data.load_test(TINY, str(tiny.parent))
-    os.truncate(tiny / "val-decoded.npy", size)
-    words = "val-decoded.npy: truncated, broken, or not an .npy array"
-    load_test_refused(TINY, tiny.parent, words)
+    (path,) = decoded_in(cache)
+    os.truncate(path, size)
+    load_test_refused(TINY, tiny.parent, f"{path}: truncated, broken, or not an .npy array")
 
 
-def test_a_decoded_copy_of_other_images(tiny):
-    data.load_test(TINY, str(tiny.parent))
-    with open(tiny / "val" / "val_annotations.txt", "a") as file:
-        file.write(f"val_0.JPEG\t{WNIDS[0]}\t0\t0\t1\t1\n")
-    found = "val-decoded.npy: found uint8 (200, 64, 64, 3), expected uint8 (201, 64, 64, 3)"
-    load_test_refused(TINY, tiny.parent, found)
+def test_images_that_have_changed_are_decoded_anew(tiny, cache):
+    images, labels = data.load_test(TINY, str(tiny.parent))
+    row = labels.tolist().index(3)
+    path = tiny / "val" / "images" / "val_3.JPEG"
+    time_before = path.stat().st_mtime_ns
+    write_jpeg(path, 5000)
+    os.utime(path, ns=(time_before, time_before + 1))
+    changed, _ = data.load_test(TINY, str(tiny.parent))
+    assert changed[row].tobytes() == pixels_of(path) != images[row].tobytes()
+    others = np.arange(200) != row
+    assert np.array_equal(changed[others], images[others])
 
 
-def test_tiny_imagenet_in_a_read_only_place(tiny, monkeypatch, capsys):
+def test_all_broken_images_are_named_at_once(tiny, cache):
+    """Not one at each start."""
+    names = [f"val_{number}.JPEG" for number in (3, 50, 51, 120, 199)]
+    for name in names:
+        (tiny / "val" / "images" / name).write_bytes(b"hello")
+    with pytest.raises(UserError) as info:
+        data.load_test(TINY, str(tiny.parent))
+    message = str(info.value)
+    assert sum(f"{name}: cannot identify" in message for name in names) == 3
+    assert message.endswith("; and 2 more") and "\n" not in message
+
+
+def test_a_cache_in_a_read_only_place(tiny, cache, monkeypatch, capsys):
     """One line and status 2, except where the copy was decoded before, which is all that is needed.
 
     Simulated, as root may write anywhere.
     """
     data.load_train(TINY, str(tiny.parent), 1)
-    (tiny / "train-decoded.npy.lock").unlink()
+    next(cache.glob("*.lock")).unlink()
 
     def read_only(path, mode="r", **kwargs):
         if mode not in ("r", "rb"):
@@ -551,12 +609,12 @@ def test_tiny_imagenet_in_a_read_only_place(tiny, monkeypatch, capsys):
         cli.run_script(lambda args: data.load_test(TINY, str(tiny.parent)), None)
     printed = capsys.readouterr().err
     assert info.value.code == 2 and printed.count("\n") == 1
-    assert "val-decoded.npy" in printed and "Read-only file system" in printed
+    assert "Read-only file system; --cache-dir names another place" in printed
 
 
 # ----------------------------------------------------------------------------------------- ImageNet
 
-FOLDERS = [f"n{number:08d}" for number in range(1000)]
+FOLDERS = files.read_text(datasets.IMAGENET_CLASSES).split()
 
 
 @pytest.fixture(scope="module")
@@ -683,13 +741,11 @@ def test_imagenet_that_is_not_there(imagenet, tmp_path):
     load_test_refused(IMAGENET, root, missing)
     (root / "val").mkdir()
     write_jpeg(root / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
-    load_test_refused(IMAGENET, root, "any class folder", "no-val/val")
+    load_test_refused(IMAGENET, root, "no-val/val: no class folders")
     root = linked(imagenet, tmp_path / "few", leave_out=[FOLDERS[3]])
-    load_train_refused(IMAGENET, root, f"{root}/train: 999 class folders, expected 1000")
+    load_train_refused(IMAGENET, root, f"{root}/train: lacks {FOLDERS[3]}; expected 1000 class")
     (root / "train" / FOLDERS[3]).mkdir()
-    load_train_refused(
-        IMAGENET, root, f"{root}/train", f"no valid file for the classes {FOLDERS[3]}"
-    )
+    load_train_refused(IMAGENET, root, f"{FOLDERS[3]}: a class folder without images")
     words = ["--val-size 1010", "1010 training images"]
     refused(lambda: data.load_train(IMAGENET, str(imagenet), 1010), *words)
 
@@ -825,6 +881,33 @@ def test_an_unreadable_image_in_a_worker_is_one_line(workers, file_batches, tmp_
     if workers:
         # The traceback holds the loader; left to a garbage collection, each worker takes 5 s.
         batches.loader._shutdown_workers()
+
+
+def test_workers_use_no_shared_memory(file_batches, monkeypatch):
+    """/dev/shm is 64 MB in a container of docker's."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+    expected = file_batches(0)(3)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
+    for one, other in zip(file_batches(2)(3), expected):
+        assert torch.equal(one, other)
+
+
+def test_a_worker_that_dies_is_one_line(file_batches):
+    batches = file_batches(1)
+    batches(0)
+    (worker,) = batches.loader._workers
+    os.kill(worker.pid, signal.SIGKILL)
+
+    def all_that_was_made_before():
+        for step in range(1, 10):
+            batches(step)
+
+    words = ["--workers 1: a worker process died, mostly for want of memory; 0 does without them"]
+    refused(all_that_was_made_before, *words)
 
 
 def test_workers_end_with_their_batches(file_batches):
