@@ -13,6 +13,7 @@ import typing
 from contextlib import contextmanager
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from common import UserError, files
 from teachers import pickles
@@ -70,7 +71,7 @@ class Directory:
         weights = {_new_name(name, wanted): tensor for name, tensor in weights.items()}
         check_fit(weights, wanted, os.path.join(self.path, part))
         with describing(path, "a network that cannot be built", kind, config):
-            with torch.random.fork_rng(devices=[]):  # its first weights are random
+            with _Unfilled():
                 net = kind.from_config(config)
             net.load_state_dict(weights)
         return net
@@ -117,6 +118,16 @@ class Directory:
         if not good:
             raise UserError(f"{path}: its noise levels are not finite and increasing")
         return levels, predicts
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new weights as they lie in memory: drawing them takes longer than reading a file."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        initial = getattr(function, "__module__", None) == "torch.nn.init"
+        if initial or function in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
