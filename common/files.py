@@ -161,18 +161,19 @@ def reading(path, expected):
         raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
     except Exception as error:
         message = f"{path}: truncated, broken, or not {expected}"
-        if _is_for_users(error):
+        if is_for_users(error):
             message += f" ({first_line(error)})"
         raise UserError(message) from error
 
 
-def _is_for_users(error):
+def is_for_users(error):
     """Whether a library wrote its error's message for who gave it the file.
 
     A reader that stumbles over shapes or types speaks of its own variables.
     """
     kinds = (ValueError, KeyError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
-    internal = re.search("reshape|broadcast|to unpack|buffer is|operands", str(error))
+    words = "reshape|broadcast|to unpack|buffer is|operands|literal|not convert|tensors"
+    internal = re.search(words, str(error))
     return isinstance(error, kinds) and not internal
 
 
@@ -197,13 +198,12 @@ def read_text(path, expected="a text file"):
         return file.read()
 
 
-def load(path, entries, device="cpu"):
+def load(path, entries, device="cpu", expected="a checkpoint file such as best.pt"):
     """Read a dict of tensors, numbers and strings that torch.save wrote.
 
-    entries: dict of name: type, what it must hold at least.
+    entries: dict of name: type, what it must hold at least. expected: for messages.
     Raises UserError where the file is missing or broken, would run code, or lacks an entry.
     """
-    expected = "a checkpoint file such as best.pt"
     with reading(path, expected):
         _refuse_compression(path)
         try:

@@ -6,22 +6,20 @@ of their own here.
 
 import torch
 
-from teachers.unet import NoisePredictor
+from teachers.unet import Stepwise
 
 AT_ONCE = 32  # images in one VAE call: at 256 x 256 pixels its activations are what fills a GPU
 
 
-class DiT(NoisePredictor):
-    """A DiT on scaled VAE latents, whose label num_classes is the null label.
+class DiT(Stepwise):
+    """A DiT on scaled VAE latents, whose label num_classes is the null label."""
 
-    levels: sigma_t of its scheduler, (T,) float64.
-    """
-
-    def __init__(self, net, vae, levels):
+    def __init__(self, net, vae, levels, predicts="epsilon"):
         config = net.config
         n_blocks = len(net.transformer_blocks)
         super().__init__(
             levels=levels,
+            predicts=predicts,
             net=net,
             image_size=config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
             channels=vae.config.in_channels,
@@ -50,5 +48,4 @@ class DiT(NoisePredictor):
     def _denoise(self, noisy, sigma, labels):
         x_t, t = self._scaled(noisy, sigma)
         output = self.net(x_t.to(self.net.dtype), t, class_labels=labels, return_dict=False)[0]
-        predicted_noise = output[:, : noisy.shape[1]]  # the other channels are its variances
-        return noisy - sigma.view(-1, 1, 1, 1) * predicted_noise.to(noisy.dtype)
+        return self._clean(noisy, sigma, output)

@@ -20,7 +20,6 @@ copied, and whoever fetches the weights is bound by that licence.
 import inspect
 import math
 import os
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from torch import nn
 
 from common import UserError, cli, files
 from common.diffusion import Diffusion
-from teachers import pickles
+from teachers import parts, pickles
 
 # ------------------------------------------------------------------------------------- the networks
 
@@ -465,7 +464,7 @@ _FRACTIONAL = (
 ).split()
 _FROM_ZERO = ("label_dim", "augment_dim")
 # Far above any published network; without limits a small file could ask for endless work.
-_MOST = {"num_blocks": 64, "M": 10**4}
+_MOST = {"num_blocks": 64, "M": 10**4, "img_resolution": parts.MAX_SIZE}
 
 
 def _check(name, value):
@@ -532,12 +531,9 @@ def _filled(config, state, path):
     """
     with torch.device("meta"):  # no memory before the tensors are known to fit
         net = build(config)
-    with warnings.catch_warnings(action="ignore"):  # a copy to the meta device does nothing
-        files.load_state(net, state, path)
+    parts.check_fit(state, net.state_dict(), path)
     weights = {}
     for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected floating-point")
         # A copy of each: two names may share a storage, which safetensors does not write.
         weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if not weights[name].isfinite().all():
@@ -611,7 +607,7 @@ def load(path):
 
     Raises UserError for every defect, as read_pickle does.
     """
-    if str(path).endswith(".pkl"):
+    if str(path).lower().endswith(".pkl") and not os.path.isdir(path):
         config, net = read_pickle(path)
     else:
         config_path = os.path.join(path, "config.json")

@@ -1,33 +1,20 @@
 """Opening the diffusion models that teachers/ knows, from a directory, a file or the hub.
 
-What a family's network computes stands in that family's file.
+What a family's network computes stands in that family's file, how the parts of a diffusers
+directory are read in parts.py, and what is said of a path that holds no model in advice.py.
 """
 
-import fnmatch
-import hashlib
 import os
 import re
 
 import torch
 
 from common import UserError, files
-from teachers import edm
+from teachers import advice, edm, parts
 from teachers.dit import DiT
 from teachers.unet import DDPM, EDMUNet
 
-# The parts of a model's directory, and the files that are read of a part; besides these, those that
-# an index of weights names.
-PARTS = ("", "scheduler", "transformer", "unet", "vae")
-PATTERNS = (
-    "model_index.json",
-    "config.json",
-    "scheduler_config.json",
-    "model.safetensors",  # of a converted NVlabs network
-    "diffusion_pytorch_model*.safetensors",
-    "diffusion_pytorch_model*.bin",
-    "diffusion_pytorch_model*.json",  # the index of weights in several files
-)
-MAX_STEPS = 100_000  # of a DDPM; published ones have 1,000
+KINDS = "expected a UNet2DModel, a DiTPipeline or an NVlabs EDM network"
 
 
 def load_diffusion(name, device, precision="fp32"):
@@ -39,13 +26,19 @@ def load_diffusion(name, device, precision="fp32"):
     It has two attributes more: name, and sha256, a hex digest of the content of all files read.
     Raises UserError where it is missing, broken, or holds another kind of network.
     """
-    path = _from_hub(name) if name.startswith("hub:") else name
-    if path.endswith(".pkl"):
-        model = edm.EDMNetwork(edm.load(path)[0])
-        model.sha256 = files.sha256(path)
+    if name.startswith("hub:"):
+        path = _from_hub(name)
+        try:
+            model = _open_directory(path)
+        except UserError as error:
+            raise UserError(str(error).replace(path, name)) from error
     else:
-        model = _open_directory(path)
-        model.sha256 = _directory_sha256(path)
+        path = os.path.expanduser(name).rstrip("/") or name
+        if path.lower().endswith(".pkl") and not os.path.isdir(path):
+            model = edm.EDMNetwork(edm.load(path)[0])
+            model.sha256 = files.sha256(path)
+        else:
+            model = _open_directory(path)
     freeze(model, device, precision)
     model.name = name
     return model
@@ -74,6 +67,8 @@ def _from_hub(name):
     import huggingface_hub
 
     repository = name.removeprefix("hub:")
+    if not re.fullmatch(advice.REPOSITORY, repository):
+        raise UserError(f"{name}: expected hub:OWNER/NAME, such as hub:google/ddpm-cifar10-32")
     patterns = ["*.json", "*.safetensors"]
     try:
         path = huggingface_hub.snapshot_download(repo_id=repository, allow_patterns=patterns)
@@ -90,132 +85,140 @@ def _from_hub(name):
 
 
 def _open_directory(path):
-    """The model of a directory, on the CPU."""
-    index = _read_index(path)
-    with files.reading(path, "a readable diffusion model"):
-        model = _build(path, index)
-        # A config.json may name a network that can be built and not run.
-        noisy = torch.zeros(1, *model.noise_shape)
-        with torch.no_grad():
-            model.denoise(noisy, 1.0, torch.zeros(1, dtype=torch.long))
-    return model
-
-
-def _read_index(path):
-    """The settings that say which family a directory holds."""
-    for name in ("model_index.json", "config.json"):
-        index_path = os.path.join(path, name)
-        if os.path.exists(index_path):
-            return files.read_json(index_path)
-    advice = "train_diffusion.py makes such a directory"
-    if re.fullmatch(r"[\w-]+/[\w.-]+", path):
-        advice += f"; a model of the hub is written hub:{path}"
-    raise UserError(f"{path}/config.json: no such file; {advice}")
-
-
-def _build(path, index):
-    """The model of a directory whose model_index.json or config.json holds `index`."""
+    """The model of a directory, on the CPU, with its sha256."""
     import diffusers
 
     # The three EDM entries in config.json are ours; diffusers would warn of them at every load.
     diffusers.logging.set_verbosity_error()
-    if index.get("kind") == "nvlabs-edm":
-        return edm.EDMNetwork(edm.load(path)[0])
-    if index.get("_class_name") == "DiTPipeline":
-        transformer_path = os.path.join(path, "transformer")
-        transformer = _pretrained(diffusers.DiTTransformer2DModel, transformer_path)
-        vae = _pretrained(diffusers.AutoencoderKL, os.path.join(path, "vae"))
-        return DiT(transformer, vae, _noise_levels(os.path.join(path, "scheduler")))
-
-    folder = os.path.join(path, "unet")
-    if not os.path.isdir(folder):
-        folder = path
-    config = files.read_json(os.path.join(folder, "config.json"))
-    class_name = config.get("_class_name") or index.get("_class_name")
-    if class_name != "UNet2DModel":
-        expected = "expected a UNet2DModel, a DiTPipeline or an NVlabs EDM network"
-        raise UserError(f"{path}: a {class_name}, {expected}")
-    for scheduler in (path, os.path.join(path, "scheduler")):
-        if os.path.exists(os.path.join(scheduler, "scheduler_config.json")):
-            return DDPM(_pretrained(diffusers.UNet2DModel, folder), _noise_levels(scheduler))
-    _check_edm_config(config, path)
-    return EDMUNet(_pretrained(diffusers.UNet2DModel, folder))
-
-
-def _check_edm_config(config, path):
-    """Raises UserError where a config.json lacks what train_diffusion.py adds to diffusers'."""
-    for key, kind, least in (
-        ("sigma_data", float, 1e-6),
-        ("label_dropout", float | int, 0),
-        ("num_class_embeds", int, 2),
-    ):
-        value = config.get(key)
-        if not isinstance(value, kind) or not value >= least:
-            expected = "expected that of train_diffusion.py, or a DDPM's scheduler_config.json"
-            raise UserError(f"{path}/config.json: '{key}' is {value}, {expected}")
+    directory = parts.Directory(path)
+    pipeline = {}
+    if directory.has("", "model_index.json"):
+        pipeline = directory.settings("", "model_index.json")
+        if pipeline.get("_class_name") == "DiTPipeline":
+            return _finished(_open_dit(directory), directory, "transformer")
+    part = "unet" if directory.has("unet", "config.json") else ""
+    if not directory.has(part, "config.json"):
+        if not pipeline:
+            raise UserError(advice.message(path))
+        if "unet" in pipeline:
+            raise UserError(
+                f"{path}/unet/config.json: no such file, though model_index.json has it"
+            )
+    config = directory.settings(part) if directory.has(part, "config.json") else {}
+    if part == "" and config.get("kind") == "nvlabs-edm":
+        directory.file("", "model.safetensors")
+        return _finished(edm.EDMNetwork(edm.load(path)[0]), directory, part)
+    _check_class(config, pipeline, path, part)
+    return _finished(_open_unet(directory, part, config), directory, part)
 
 
-def _pretrained(network, folder):
-    """A diffusers network with all its weights.
-
-    from_pretrained alone would fill what is missing with random numbers.
-    """
-    # Without this, diffusers would look for a missing config.json on the hub.
-    files.read_json(os.path.join(folder, "config.json"))
-    net, info = network.from_pretrained(
-        folder,
-        local_files_only=True,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
-    for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[keys]:
-            difference = f"{keys.replace('_', ' ')}: {min(map(str, info[keys]))}"
-            raise UserError(f"{folder}: weights do not fit config.json ({difference})")
-    return net
+def _check_class(config, pipeline, path, part):
+    """Raises UserError where a network is no UNet2DModel of images alone."""
+    others = pipeline.keys() - {"unet", "scheduler"}
+    others = sorted(n for n in others if n[:1] != "_" and isinstance(pipeline[n], list))
+    found = config.get("_class_name") or pipeline.get("_class_name")
+    where = os.path.join(path, part, "config.json")
+    if others:
+        found = pipeline.get("_class_name")
+        where = os.path.join(path, "model_index.json")
+    if others or found != "UNet2DModel":
+        what = "no diffusers network" if found is None else f"a {parts.named(found)}"
+        what += f" with {parts.named(others[0])}" if others else ""
+        raise UserError(f"{where}: {what}, {KINDS}{advice.whole(path)}")
 
 
-def _noise_levels(folder):
-    """sigma_t = sqrt((1 - abar_t) / abar_t) of a DDPM's scheduler_config.json, float64 (T,)."""
+def _open_dit(directory):
     import diffusers
 
-    path = os.path.join(folder, "scheduler_config.json")
-    config = files.read_json(path)
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type != "epsilon":
-        raise UserError(f"{path}: prediction_type {prediction_type}, only epsilon is known here")
-    n_steps = config.get("num_train_timesteps", 1000)
-    if not isinstance(n_steps, int) or not 1 <= n_steps <= MAX_STEPS:
-        raise UserError(f"{path}: num_train_timesteps is {n_steps}, expected 1 to {MAX_STEPS}")
-    with files.reading(path, "a DDPM's schedule"):
-        abar = diffusers.DDPMScheduler.from_config(config).alphas_cumprod.double()
-    levels = ((1 - abar) / abar).sqrt()
-    if not levels.isfinite().all() or not (levels.diff() > 0).all():
-        raise UserError(f"{path}: its noise levels are not finite and increasing")
-    return levels
+    net = directory.network(diffusers.DiTTransformer2DModel, "transformer")
+    vae = directory.network(diffusers.AutoencoderKL, "vae")
+    levels, predicts = directory.schedule("scheduler")
+    path = directory.file("transformer", "config.json")
+    channels = net.config.in_channels
+    _check_channels(net.out_channels, (channels, 2 * channels), path)
+    path = directory.file("vae", "config.json")
+    _check_channels(vae.config.latent_channels, (channels,), path, "latent_channels")
+    _check_channels(vae.config.out_channels, (vae.config.in_channels,), path)
+    factor = vae.config.scaling_factor
+    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        expected = "expected a number above 0"
+        raise UserError(f"{path}: scaling_factor is {parts.shown(factor)}, {expected}")
+    with parts.describing(path, "a VAE that cannot be run", type(vae), vae.config):
+        model = DiT(net, vae, levels, predicts)
+        size = 2 * model.image_size // model.noise_shape[1]
+        image = torch.zeros(1, model.channels, size, size)
+        with torch.no_grad():
+            again = model.decode(model.encode(image))
+    if again.shape != image.shape:
+        raise UserError(f"{path}: a VAE that does not give back images of their size")
+    return model
 
 
-def _directory_sha256(path):
-    """Hex digest of the names and the content of all files of a directory that are read."""
-    digest = hashlib.sha256()
-    for part in PARTS:
-        folder = os.path.join(path, part)
-        for name in _files_read(folder):
-            file = os.path.join(folder, name)
-            digest.update(f"{part}/{name} {files.sha256(file)}\n".encode())
-    return digest.hexdigest()
+def _open_unet(directory, part, config):
+    """The model of a UNet2DModel in a part of a directory, with a scheduler or EDM's entries."""
+    import diffusers
+
+    path = directory.file(part, "config.json")
+    places = [place for place in ("", "scheduler") if directory.has(place, "scheduler_config.json")]
+    if not places:
+        _check_edm_config(config, path, directory.path)
+    embedding = config.get("class_embed_type")
+    if embedding == "identity" or (embedding and not config.get("num_class_embeds")):
+        expected = "expected null, with num_class_embeds for classes"
+        raise UserError(f"{path}: class_embed_type is {parts.shown(embedding)}, {expected}")
+    net = directory.network(diffusers.UNet2DModel, part)
+    channels = net.config.in_channels
+    _check_channels(net.config.out_channels, (channels, 2 * channels)[: 1 + len(places)], path)
+    with parts.describing(path, "a network that cannot be run", type(net), net.config):
+        if places:
+            return DDPM(net, *directory.schedule(places[0]))
+        return EDMUNet(net)
 
 
-def _files_read(folder):
-    """Sorted names of the files that are read of a part, () where there is no such folder."""
-    if not os.path.isdir(folder):
-        return ()
-    names = set()
-    for name in os.listdir(folder):
-        if any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS):
-            names.add(name)
-    for index in [name for name in names if name.endswith(".index.json")]:
-        path = os.path.join(folder, index)
-        with files.reading(path, "an index of weights"):
-            names.update(files.read_json(path)["weight_map"].values())
-    return sorted(names)
+def _check_channels(found, expected, path, name="out_channels"):
+    """Raises UserError where a network gives other channels than it takes. Variances may follow."""
+    if found not in expected:
+        expected = " or ".join(map(str, expected))
+        raise UserError(f"{path}: {name} is {found}, expected {expected}")
+
+
+def _check_edm_config(config, path, folder):
+    """Raises UserError where a config.json lacks what train_diffusion.py adds to diffusers'.
+
+    folder: where a scheduler was looked for.
+    """
+    if "sigma_data" not in config:
+        looked = f"no scheduler_config.json in {folder} or its scheduler/, and no sigma_data"
+        if os.path.exists(os.path.join(folder, "optimizer.bin")):
+            looked += "; a checkpoint of a training has none, the finished pipeline has"
+        raise UserError(f"{path}: of unknown noise levels: {looked}{advice.whole(folder)}")
+    for key, kind, least, most in (
+        ("sigma_data", float | int, 1e-6, 1e6),
+        ("label_dropout", float | int, 0, 1),
+        ("num_class_embeds", int, 2, 1e6),
+        ("val_size", int, 0, 1e12),
+    ):
+        value = config.get(key, 0 if key == "val_size" else None)
+        if not isinstance(value, kind) or not least <= value <= most:
+            expected = "expected that of train_diffusion.py, or a DDPM's scheduler_config.json"
+            raise UserError(f"{path}: '{key}' is {parts.shown(value)}, {expected}")
+
+
+def _finished(model, directory, part):
+    """A model that has been run once, with its sha256.
+
+    A config.json may name a network that can be built and not run.
+    """
+    path = directory.file(part, "config.json")
+    highest = model.sigma_range[1]  # the last of a DDPM's steps
+    noisy = torch.zeros(1, *model.noise_shape)
+    config = dict(getattr(model.net, "config", {}))
+    with parts.describing(path, "a network that cannot be run", type(model.net), config):
+        with torch.no_grad():
+            sigma = highest if highest < float("inf") else 1.0
+            denoised = model.denoise(noisy, sigma, torch.zeros(1, dtype=torch.long))
+    if denoised.shape != noisy.shape:
+        found, expected = (" x ".join(map(str, t.shape[1:])) for t in (denoised, noisy))
+        raise UserError(f"{path}: describes a network that makes {found} of {expected}")
+    model.sha256 = directory.sha256()
+    return model

@@ -35,16 +35,19 @@ class EDMUNet(Diffusion):
         return edm_denoise(self.net, noisy, sigma, labels, self.net.config.sigma_data)
 
 
-class NoisePredictor(Diffusion):
-    """A DDPM, a network that predicts the noise of x_t, in the scale of sigma.
+class Stepwise(Diffusion):
+    """A DDPM, a network that looks at x_t, in the scale of sigma.
 
-    x_t = noisy / sqrt(1 + sigma^2) and D = noisy - sigma * predicted noise. t is the step whose
-    noise level is nearest to sigma. levels: sigma_t of all steps, increasing, (T,) float64.
+    x_t = noisy / sqrt(1 + sigma^2). t is the step whose noise level is nearest to sigma.
+    levels: sigma_t of all steps, increasing, (T,) float64.
+    predicts: what its output is, as diffusers calls it: "epsilon", the noise; "sample", the clean
+    image; "v_prediction", (noise - sigma * clean) / sqrt(1 + sigma^2).
     """
 
-    def __init__(self, levels, **kwargs):
+    def __init__(self, levels, predicts, **kwargs):
         super().__init__(**kwargs)
         self.levels = levels
+        self.predicts = predicts
         self.sigma_range = (levels[0].item(), levels[-1].item())
 
     def to(self, device):
@@ -57,14 +60,25 @@ class NoisePredictor(Diffusion):
         x_t = noisy / (1 + sigma**2).sqrt().view(-1, 1, 1, 1)
         return x_t, t
 
+    def _clean(self, noisy, sigma, output):
+        """D of the network's output. Where it has twice the channels, the rest are variances."""
+        output = output[:, : noisy.shape[1]].to(noisy.dtype)
+        s = sigma.view(-1, 1, 1, 1)
+        if self.predicts == "sample":
+            return output
+        if self.predicts == "v_prediction":
+            return noisy / (1 + s**2) - s / (1 + s**2).sqrt() * output
+        return noisy - s * output
 
-class DDPM(NoisePredictor):
-    """A UNet2DModel that predicts noise. levels: sigma_t of its scheduler, (T,) float64."""
 
-    def __init__(self, net, levels):
+class DDPM(Stepwise):
+    """A UNet2DModel with the schedule of a DDPM."""
+
+    def __init__(self, net, levels, predicts="epsilon"):
         config = net.config
         super().__init__(
             levels=levels,
+            predicts=predicts,
             net=net,
             image_size=config.sample_size,
             channels=config.in_channels,
@@ -82,7 +96,7 @@ class DDPM(NoisePredictor):
         x_t, t = self._scaled(noisy, sigma)
         labels = labels if self.num_classes else None
         output = self.net(x_t.to(self.net.dtype), t, class_labels=labels, return_dict=False)[0]
-        return noisy - sigma.view(-1, 1, 1, 1) * output.to(noisy.dtype)
+        return self._clean(noisy, sigma, output)
 
 
 def unet_blocks(net):
@@ -98,7 +112,8 @@ def unet_blocks(net):
 
     for i, block in enumerate(net.down_blocks):
         add(f"down_blocks.{i}", block)
-    names.append("mid_block")
+    if net.mid_block is not None:
+        names.append("mid_block")
     for i, block in enumerate(net.up_blocks):
         add(f"up_blocks.{i}", block)
     return names

@@ -83,7 +83,7 @@ FLAGS = [
     ("train_at", ["--val-size", "1000"], ["--val-size 1000", "1000 training images"]),
     ("train_at", ["--bta", "1"], ["--bta"]),
     ("train_at", ["--synthetic", "nowhere"], ["nowhere/manifest.json", "no such file"]),
-    ("train_at_aux", ["--teacher", "nowhere"], ["nowhere/config.json", "no such file"]),
+    ("train_at_aux", ["--teacher", "nowhere"], ["nowhere", "no such file or directory"]),
     ("train_at_aux", ["--loss", "standard"], ["--align", "--align clean"]),
     ("train_diffusion", ["--channels", "20", "40"], ["--channels", "multiples of 8"]),
     ("train_diffusion", ["--channels", "8", "8", "8", "8", "8"], ["--channels", "8 pixels"]),

@@ -550,13 +550,13 @@ WEIGHT = (*LAYER, "weight")
 ARGUMENTS = [
     ("model_type", "UNet", "model_type is 'UNet', expected SongUNet or DhariwalUNet"),
     ("model_type", ["SongUNet"], "model_type is a list"),
-    ("model_type", "DhariwalUNet", "state does not fit"),
+    ("model_type", "DhariwalUNet", "weights do not fit"),
     ("channels", 5, "unknown argument 'channels' of VPPrecond around a SongUNet"),
     ("label_dim", "3", "label_dim is '3', expected a whole number from 0 to 1000000"),
     ("num_blocks", True, "num_blocks is True"),
     ("num_blocks", 10**6, "num_blocks is 1000000, expected a whole number from 1 to 64"),
     ("model_channels", 8.0, "model_channels is 8.0, expected a whole number from 1"),
-    ("model_channels", 10**6, "size mismatch"),
+    ("model_channels", 10**6, "weights do not fit"),
     ("model_channels", 2, "no network"),
     ("dropout", math.nan, "dropout is nan, expected a number from 0"),
     ("dropout", {"a": 1}, "dropout is a dict"),
@@ -575,14 +575,18 @@ DEFECTS = [  # (place, value, words of the refusal)
     (("ema", "_init_args"), tuple(range(20)), "too many"),
     (("ema", "_init_args"), (9, 2), "9 pixels"),
     (("ema", "_parameters"), None, "not a readable"),
-    (WEIGHT, None, 'Missing key(s) in state_dict: "model.map_layer0.weight"'),
+    (WEIGHT, None, "missing keys: model.map_layer0.weight"),
     (
         (*LAYER, "extra"),
         torch.zeros(1),
-        'Unexpected key(s) in state_dict: "model.map_layer0.extra"',
+        "unexpected keys: model.map_layer0.extra",
     ),
-    (WEIGHT, torch.zeros(8, 32), "size mismatch for model.map_layer0.weight"),
-    (WEIGHT, torch.zeros(32, 8, dtype=torch.int32), "model.map_layer0.weight is torch.int32"),
+    (WEIGHT, torch.zeros(8, 32), "model.map_layer0.weight is 8x32, expected 32x8"),
+    (
+        WEIGHT,
+        torch.zeros(32, 8, dtype=torch.int32),
+        "model.map_layer0.weight is not of floating-point numbers",
+    ),
     (WEIGHT, torch.full((32, 8), math.nan), "model.map_layer0.weight is not finite"),
     (WEIGHT, torch.full((32, 8), 1e300, dtype=torch.float64), "not finite"),  # in float32
     (WEIGHT, torch.zeros(1).expand(32, 8), "larger than its storage of 1"),
@@ -705,18 +709,18 @@ def test_load_defects_are_one_line(converted):
     fails("a list", config=good_config | {"init": good_config["init"] | {"num_blocks": [1]}})
     fails("img_channels is None", config=good_config | {"init": {"img_resolution": 8}})
     init = good_config["init"] | {"model_channels": 12}
-    fails("size mismatch", config=good_config | {"init": init})
+    fails("weights do not fit", config=good_config | {"init": init})
     fails("model.safetensors: no such file", weights=None)
     fails("model.safetensors", weights=b"")
     for end in (4, 100, len(good_weights) // 2, len(good_weights) - 1):
         fails("model.safetensors", weights=good_weights[:end])
     bias = "model.map_layer0.bias"
-    fails(bias, "torch.Size([5])", weights=saved(bias, torch.zeros(5)))
-    fails(bias, "int64", weights=saved(bias, torch.zeros(32, dtype=torch.int64)))
+    fails(f"{bias} is 5, expected 32", weights=saved(bias, torch.zeros(5)))
+    fails(bias, "not of floating-point", weights=saved(bias, torch.zeros(32, dtype=torch.int64)))
     fails(bias, "not finite", weights=saved(bias, torch.full((32,), math.inf)))
-    fails('Unexpected key(s) in state_dict: "more"', weights=saved("more", torch.zeros(1)))
+    fails("unexpected keys: more", weights=saved("more", torch.zeros(1)))
     del tensors[bias]
-    fails(f'Missing key(s) in state_dict: "{bias}"', weights=safetensors.torch.save(tensors))
+    fails(f"missing keys: {bias}", weights=safetensors.torch.save(tensors))
     with pytest.raises(UserError):
         edm.load(out / "none")
 

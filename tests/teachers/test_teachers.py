@@ -327,9 +327,9 @@ def broken(path, tmp_path, change):
 
 
 def test_broken_ddpms_are_one_line(ddpm_dir, tmp_path):
-    def predicts_v(copy):
+    def predicts_flow(copy):
         path = copy / "scheduler_config.json"
-        path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+        path.write_text(path.read_text().replace('"epsilon"', '"flow_prediction"'))
 
     def other_class(copy):
         path = copy / "config.json"
@@ -338,7 +338,7 @@ def test_broken_ddpms_are_one_line(ddpm_dir, tmp_path):
     def no_scheduler(copy):
         (copy / "scheduler_config.json").unlink()
 
-    assert "v_prediction" in broken(ddpm_dir, tmp_path / "1", predicts_v)
+    assert "flow_prediction" in broken(ddpm_dir, tmp_path / "1", predicts_flow)
     assert "UNet1DModel" in broken(ddpm_dir, tmp_path / "2", other_class)
     assert "sigma_data" in broken(ddpm_dir, tmp_path / "3", no_scheduler)
 
