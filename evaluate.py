@@ -348,8 +348,8 @@ def load_model(args, spec, device):
     else:
         spec = normalised(spec, args.mean, args.std)
         flags = ("--model", "--weights")
-        chosen = (args.model, args.weights)
-        model, state = load_classifier(args.checkpoint, spec, device, *chosen, flags=flags)
+        chosen = (args.model, args.weights, flags)
+        model, state = load_classifier(args.checkpoint, spec, device, *chosen)
         if state["norm"] is not None:
             trained = (state["norm"], state["eps"])
         if trained is not None and (args.mean or args.std):

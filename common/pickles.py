@@ -212,7 +212,8 @@ _INERT = re.compile(
     r"|numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)"
     r"|numpy\.random\.\w+\.\w+"
     r"|torch\.(Size|device|dtype|Generator|u?int\d+|b?float\d+\w*|bool|complex\d+|strided)"
-    r"|torch\.serialization\._get_layout"
+    r"|torch\.serialization\._get_layout|torch\.torch_version\.TorchVersion"
+    r"|packaging\.version\.Version|time\.struct_time"
 )
 _DICTS = re.compile(r"collections\.(OrderedDict|defaultdict|Counter)")
 # Settings of packages and scripts, such as easydict.EasyDict, yacs.config.CfgNode, __main__.Config.

@@ -24,6 +24,7 @@ COUNTERS = ("num_batches_tracked", "n_averaged")  # old files lack them, and the
 AVERAGED = re.compile(
     "(model|net|weights|state)?(ema|swa|avg|average|averaged)(model|net|weights)?"
 )
+OPTIMIZER = re.compile("(?<![a-z])optim(i[sz]ers?)?(?![a-z])")  # whose tensors are of no use here
 MAX_DEPTH = 8  # of dicts in dicts
 MAX_DICTS = 100_000
 MAX_LENGTH = 1000  # of a name
@@ -90,7 +91,7 @@ def _sets(content, path):
             if torch.is_tensor(value) and isinstance(key, str):
                 tensors[key] = value
             elif isinstance(value, dict | list | tuple) and len(place) < MAX_DEPTH:
-                if not re.search("optim", str(key), re.IGNORECASE):
+                if not OPTIMIZER.search(str(key).lower()):
                     pending.append(((*place, str(key)), value))
         if tensors:
             found.append(Set(".".join(place) or ".", tensors))

@@ -135,14 +135,15 @@ def _check_normalisation(sets, chosen, model, path, flags):
     """Raises UserError where a file brings another mean or std than the model's.
 
     RobustBench's classes and others keep them beside the weights, under any prefix. A dict around
-    the weights, or one of nothing else, may have them, too.
+    the weights, or one of nothing else, may have them, too, a number per channel.
     """
     brought = list(chosen.of.tensors.items())
     for one in sets:
         around = one.name == "." or chosen.of.name.startswith(f"{one.name}.")
         if around or all(is_beside(key) for key in one.tensors):
-            # Without a dimension it is some metric's mean.
-            brought += [(key, value) for key, value in one.tensors.items() if value.dim()]
+            for key, value in one.tensors.items():  # others are some metric's mean
+                if value.dim() and value.shape.numel() == model.mean.numel():
+                    brought.append((key, value))
     for key, value in brought:
         kind = normalisation(key)
         if kind is None:

@@ -41,8 +41,8 @@ RGB64 = dataclasses.replace(
 )
 NETWORKS = {"wrn-10-1": DIGITS, "preact-18": DIGITS, "resnet-18": DIGITS, "resnet50": RGB64}
 CONTAINERS = (
-    "state_dict model net model_state_dict ema ema_state_dict state_dict_ema model_ema ema_model "
-    "params weights swa averaged checkpoint generator best"
+    "optimized_model state_dict model net model_state_dict ema ema_state_dict state_dict_ema "
+    "model_ema ema_model params weights swa averaged checkpoint generator best"
 ).split()
 PREFIXES = (
     "module. _orig_mod. model. net. network. backbone. 0. 1. attacker.model. student. f. "
@@ -152,6 +152,7 @@ def tensors_beside(rng):
             {"rng": torch.get_rng_state(), "cuda": [torch.zeros(3)]},
             {"scheduler": {"last": torch.tensor(3)}, "accuracy": torch.tensor(0.5)},
             {"metrics": {"mean": torch.tensor(0.9), "std": torch.tensor(0.1)}},
+            {"losses": {"mean": [0.9, 0.8, 0.7, 0.6], "std": torch.rand(4)}},
         ]
     )
 
@@ -713,6 +714,7 @@ SETTINGS = {
     "defaultdict": lambda p: collections.defaultdict(list, a=[1]),
     "ordered": lambda p: collections.OrderedDict(a=1),
     "counter": lambda p: collections.Counter("abc"),
+    "versions": lambda p: torch.__version__,
     "deque": lambda p: collections.deque([1, 2], maxlen=3),
     "datetime": lambda p: datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC),
     "timedelta": lambda p: datetime.timedelta(seconds=3),
