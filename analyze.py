@@ -77,7 +77,7 @@ def parse_args(argv=None):
         type=named_checkpoint,
         default=[],
         metavar="NAME=CHECKPOINT",
-        help="a classifier; give it once per model",
+        help="a classifier, best.pt or hub:OWNER/NAME; give it once per model",
     )
     add("--teacher", type=cli.path, help="diffusion model: directory, .pkl or hub:OWNER/NAME")
     add("--block", help="block of the teacher (default: DRA's)")

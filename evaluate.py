@@ -27,10 +27,11 @@ depend neither on the number of processes nor on where a run was interrupted.
 
 The threat model comes from this command line only. A note says where that of the training differs.
 
-Writes results-<checkpoint>-<attack>-<norm>-<eps>.json beside the checkpoint (with -n<n>,
--seed<seed>, ... where they are given), and an .npz file with one entry per image: index, label,
-clean_correct, robust, fooled_by. Until then, every attack of every chunk is kept in the directory
-<result>.parts, from which the same command goes on. A result that exists is printed again.
+Writes results-<checkpoint>-<attack>-<norm>-<eps>.json beside the checkpoint, or into out/<NAME> for
+one of hub:OWNER/NAME (with -n<n>, -seed<seed>, ... where they are given), and an .npz file with one
+entry per image: index, label, clean_correct, robust, fooled_by. Until then, every attack of every
+chunk is kept in the directory <result>.parts, from which the same command goes on. A result that
+exists is printed again.
 """
 
 import dataclasses
@@ -75,8 +76,9 @@ def parse_args(argv=None):
     add("--n-images", type=cli.count, help="only the first n test images (default: all)")
     add("--image-list", type=cli.path, help="only its images, one <class>/<file> a line")
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", type=cli.path, help="best.pt or last.pt; with --model a file of others")
+    add("--checkpoint", type=cli.path, help="best.pt; with --model others', also hub:OWNER/NAME")
     add("--model", help=f"network of others' weights, such as wrn-28-10; {', '.join(GENERATIVE)}")
+    add("--weights", metavar="NAME", help="the set to take where --checkpoint holds several")
     add("--mean", type=cli.ratio, nargs="+", help="what --model subtracts (default: the data's)")
     add("--std", type=cli.positive, nargs="+", help="what --model divides by (default: the data's)")
     add = parser.add_argument_group("classifiers made of a diffusion model").add_argument
@@ -89,7 +91,7 @@ def parse_args(argv=None):
     add("--eps", type=cli.positive, nargs="+", help="radii, x in [0, 1] (default: the usual one)")
     add = parser.add_argument_group("attack").add_argument
     add("--attack", choices=ATTACKS, default="apgd", help="see above")
-    add("--transfer-from", type=cli.path, help="checkpoint whose adversarial images are tried")
+    add("--transfer-from", type=cli.path, help="best.pt whose adversarial images are tried")
     add("--loss", choices=["margin", "ce"], default="margin", help="loss of pgd")
     add("--n-steps", type=cli.count, default=40, help="steps of pgd")
     add("--n-restarts", type=cli.count, default=5, help="random restarts of pgd")
@@ -135,6 +137,7 @@ def check_args(parser, argv, args):
     evaluation = ("an evaluation, not --export", not args.export)
     uses = {
         "--checkpoint": ("every other --model", args.model != "diffusion-classifier"),
+        "--weights": ("every other --model", not generative),
         "--mean": foreign,
         "--std": foreign,
         "--teacher": diffusion,
@@ -152,7 +155,7 @@ def check_args(parser, argv, args):
     }
     parser.refuse_unused(argv, uses)
     not_exported = ("--model", "--data-dir", "--download", "--transfer-from", "--batch-size")
-    not_exported += ("--sanity-images", "--precision", "--compile", "--check")
+    not_exported += ("--weights", "--sanity-images", "--precision", "--compile", "--check")
     parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
 
     if not args.checkpoint and args.model != "diffusion-classifier":
@@ -220,8 +223,11 @@ def result_path(args, radius):
     """
     if args.out:
         return args.out
-    if args.checkpoint:
+    if args.checkpoint and not args.checkpoint.startswith("hub:"):
         folder, name = os.path.split(os.path.splitext(args.checkpoint)[0])
+    elif args.checkpoint:  # of the hub
+        name = args.checkpoint.rpartition("/")[2]
+        folder = f"out/{name}"
     else:
         folder = f"out/diffusion-classifier-{args.dataset}"
         name = f"{args.n_noise}-draws"
@@ -347,6 +353,7 @@ def load_model(args, spec, device):
     """
     name = f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--teacher {args.teacher}"
     settings = {
+        "weights": args.weights,
         "mean": args.mean,
         "std": args.std,
         "precision": args.precision,
@@ -364,7 +371,9 @@ def load_model(args, spec, device):
         model = classifier.load(args.model, network, spec, args.checkpoint, seed=args.seed, **draws)
     else:
         spec = normalised(spec, args.mean, args.std)
-        model, state = load_classifier(args.checkpoint, spec, device, args.model)
+        flags = ("--model", "--weights")
+        chosen = (args.model, args.weights, flags)
+        model, state = load_classifier(args.checkpoint, spec, device, *chosen)
         if state["norm"] is not None:
             trained = (state["norm"], state["eps"])
         if trained is not None and (args.mean or args.std):
@@ -517,7 +526,8 @@ def export_robustbench(args):
     spec = open_dataset(args)
     path = result_path(args, radii(args)[0])
     result = robustbench.read_result(path, args.checkpoint, spec)
-    model, about = load_classifier(args.checkpoint, spec, "cpu")
+    weights = result.get("weights")
+    model, about = load_classifier(args.checkpoint, spec, "cpu", weights=weights)
     settings = files.read_json(os.path.join(os.path.dirname(args.checkpoint), "args.json"))
     n_synthetic = settings.get("n_synthetic")
     if not isinstance(n_synthetic, int):

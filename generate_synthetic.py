@@ -48,7 +48,8 @@ def parse_args(argv=None):
     add("--n-images", type=cli.count, default=10_000, help="images to generate")
     add("--shard-size", type=cli.count, default=2_500, help="images per shard")
     add("--keep-fraction", type=cli.fraction, help="of each class, by confidence (default: all)")
-    add("--classifier", type=cli.path, help="checkpoint (best.pt) whose confidence selects")
+    add("--classifier", type=cli.path, help="checkpoint (best.pt, hub:OWNER/NAME) that selects")
+    add("--weights", metavar="NAME", help="the set to take where --classifier holds several")
 
     add = parser.add_argument_group("sampler (defaults and names are EDM's)").add_argument
     add("--n-steps", type=cli.count, default=18, help="noise levels; 2 n - 1 network calls")
@@ -73,6 +74,7 @@ def parse_args(argv=None):
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     if (args.keep_fraction is None) != (args.classifier is None):
         parser.error("--keep-fraction and --classifier go together")
+    parser.refuse_unused(argv, {"--weights": ("--classifier", args.classifier)})
     if args.keep_fraction == 0:
         parser.error("argument --keep-fraction: 0 would keep nothing")
     if args.sigma_min >= args.sigma_max:
@@ -258,6 +260,8 @@ def make_selection(classifier, args, spec, device, rank, world_size):
         "keep_fraction": args.keep_fraction,
         "classifier_sha256": files.sha256(args.classifier),
     }
+    if args.weights:
+        selection["weights"] = args.weights
     made_before = source.manifest.get("selection", selection)
     if made_before != selection:
         message = "another selection was made there; generate into another directory"
@@ -324,7 +328,8 @@ def main(args):
             (train, _), _ = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
             test, _ = data.load_test(spec, args.data_dir)
     if args.classifier:
-        classifier, _ = load_classifier(args.classifier, spec, device)
+        path, weights = args.classifier, args.weights
+        classifier, _ = load_classifier(path, spec, device, weights=weights, flags=("--weights",))
     if rank == 0:
         run.claim_directory(
             args.out_dir,

@@ -31,6 +31,7 @@ and what is saved and logged, and how, in common/run.py.
 """
 
 import argparse
+import json
 import math
 import os
 
@@ -163,7 +164,8 @@ def parse_args(argv=None):
     add("--synthetic-fraction", type=cli.fraction, help="of synthetic images in a batch (0.7)")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="wrn-<depth>-<width>, preact-18, resnet-18, vit-b-2, resnet50, ...")
-    add("--init", type=cli.path, help="weights to start from: a file, or torchvision")
+    add("--init", type=cli.path, help="weights to start from: file, hub:OWNER/NAME, torchvision")
+    add("--weights", metavar="NAME", help="the set to take where --init holds several, as model")
     add = parser.add_argument_group("threat model and attack in training").add_argument
     add("--norm", choices=["linf", "l2"], default="linf", help="norm of the perturbation")
     add("--eps", type=cli.non_negative, help="radius, of x in [0, 1] (default: the data set's)")
@@ -237,6 +239,7 @@ def check_flags(parser, argv, args, spec):
     has_batchnorm = not args.model.startswith(("vit", "convnext", "swin"))
     uses = {
         "--workers": ("image files (imagenet)", spec.files),
+        "--weights": ("--init", args.init),
         "--beta": ("--loss trades", args.loss == "trades"),
         "--attack": ("--loss trades or pgd", attacked),
         "--n-steps": ("--loss trades or pgd", attacked),
@@ -545,7 +548,7 @@ def load_teacher(args, spec, device, rank):
 def hashes(args, train, val, synthetic):
     """What the weights depend on besides the arguments: the content of the inputs."""
     init = args.init
-    if init and os.path.exists(init):
+    if init and init != "torchvision":
         init = files.sha256(init)
     return {
         "data_sha256": data.sha256(train, val),
@@ -583,8 +586,8 @@ def save_best(run, ema, about, clean_acc, robust_acc):
         "weights": weights,
     }
     files.save(checkpoint, run.path("best.pt"))
-    title = f"{about['model_name']}, {about['dataset']}"
-    files.write_safetensors(weights, run.path("best.safetensors"), {"classifier": title})
+    metadata = {"classifier": json.dumps(about)}
+    files.write_safetensors(weights, run.path("best.safetensors"), metadata)
 
 
 def save_examples(run, x, x_adv):
@@ -639,7 +642,7 @@ def main(args):
     torch.manual_seed(data.seed_of(args.seed, "init"))
     raw_model = models.build(args.model, spec)
     if args.init:
-        fits = load_weights(raw_model, args.init)
+        fits = load_weights(raw_model, args.init, args.weights)
         if rank == 0 and not fits:
             print(f"note: {args.init} has another number of classes, the last layer starts afresh")
     raw_model.to(device)

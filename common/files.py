@@ -4,10 +4,12 @@ What a file means to a model, a data set or a run stands in the module of that t
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from pickle import UnpicklingError
@@ -18,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from common import UserError
+from common import UserError, pickles
 
 # ------------------------------------------------------------------------------------- writing
 
@@ -201,20 +203,17 @@ def read_text(path, expected="a text file"):
 def load(path, entries, device="cpu", expected="a checkpoint file such as best.pt"):
     """Read a dict of tensors, numbers and strings that torch.save wrote.
 
-    entries: dict of name: type, what it must hold at least. expected: for messages.
+    entries: dict of name: type, what it must hold at least. expected: for messages. Settings of
+    other kinds beside them, such as an argparse.Namespace or a NumPy number, are read without their
+    content.
     Raises UserError where the file is missing or broken, would run code, or lacks an entry.
     """
-    with reading(path, expected):
+    with reading(path, expected), warnings.catch_warnings(action="ignore"):  # of old formats
         _refuse_compression(path)
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-        except UnpicklingError as error:
-            # PyTorch explains itself at length. One of its lines names the forbidden thing.
-            lines = [line.strip() for line in str(error).splitlines()]
-            named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-            reason = named[0][:200] if named else ""
-            message = f"{path}: refused, not a plain checkpoint of tensors. {reason}"
-            raise UserError(message.strip()) from error
+        except UnpicklingError:  # PyTorch refuses it for something beside the tensors, mostly
+            state = pickles.read_checkpoint(path)
     for name, kind in entries.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             message = f"its entry '{name}' is missing or no {kind.__name__}"
@@ -227,6 +226,9 @@ def _refuse_compression(path):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                expected = "not weights; save model.state_dict()"
+                raise UserError(f"{path}: refused, holds a TorchScript program, {expected}")
         if unpacked > os.path.getsize(path):
             raise UserError(f"{path}: refused, its entries are compressed or overlap")
 
@@ -235,6 +237,12 @@ def read_safetensors(path, device="cpu"):
     """Read a dict of tensors. Raises UserError where there is none."""
     with reading(path, "a safetensors file"):
         return safetensors.torch.load_file(path, str(device))
+
+
+def read_safetensors_metadata(path):
+    """The dict of strings in a safetensors file's header."""
+    with reading(path, "a safetensors file"), safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def load_state(thing, state, path):
@@ -279,6 +287,49 @@ def open_npy(path, dtype, shape=None):
 
 
 def sha256(path):
-    """Hex digest of a file's content. Raises UserError where there is no file."""
+    """Hex digest of a file's content; of hub:OWNER/NAME its file of weights.
+
+    Raises UserError where there is no file.
+    """
+    path = local_weights(path)
     with reading(path, "a file"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------- the hub
+
+
+def from_hub(name, patterns):
+    """The local folder of a hub repository, hub:OWNER/NAME, fetched where it is not there yet.
+
+    patterns: of the files to fetch. Raises UserError where it cannot be fetched.
+    """
+    import huggingface_hub
+
+    repository = name.removeprefix("hub:")
+    try:
+        return huggingface_hub.snapshot_download(repo_id=repository, allow_patterns=patterns)
+    except Exception as error:  # the hub's, the network's and the file system's errors
+        raise UserError(f"{name}: could not be fetched ({first_line(error)})") from error
+
+
+def local_weights(path):
+    """The path of a file of weights. Of hub:OWNER/NAME, model.safetensors, or the only one there.
+
+    Raises UserError where the hub has none or several, or cannot be reached.
+    """
+    return _hub_weights(path) if str(path).startswith("hub:") else path
+
+
+@functools.cache  # so that what is read and what is hashed is one file, whatever changes there
+def _hub_weights(name):
+    folder = from_hub(name, ["*.json", "*.safetensors"])
+    found = []
+    for parent, _, names in os.walk(folder):
+        found += [os.path.join(parent, file) for file in names if file.endswith(".safetensors")]
+    main = os.path.join(folder, "model.safetensors")
+    if main not in found and len(found) != 1:
+        names = ", ".join(sorted(os.path.relpath(file, folder) for file in found)) or "none"
+        expected = "expected model.safetensors, or one file alone"
+        raise UserError(f"{name}: its .safetensors files are {names[:200]}; {expected}")
+    return main if main in found else found[0]

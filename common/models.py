@@ -235,6 +235,7 @@ def check_model(name, spec):
 def build(name, spec):
     """An initialised classifier for the data set `spec`, in the channels-last layout.
 
+    It has its name as an attribute.
     Raises UserError as check_model does.
     """
     check_model(name, spec)
@@ -257,6 +258,7 @@ def build(name, spec):
     else:
         depth, width = wrn_size(name)
         model = WideResNet(depth, width, spec.num_classes, spec.mean, spec.std)
+    model.name = name
     return model.to(memory_format=torch.channels_last)
 
 

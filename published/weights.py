@@ -1,68 +1,75 @@
-"""Weights of classifiers from files: this project's, DM-AT's, RobustBench's, torchvision's.
+"""Weights of classifiers from files: this project's, DM-AT's, RobustBench's, torchvision's, ...
 
-The networks stand in common/models.py. A file is data: nothing in it is ever run.
+The networks stand in common/models.py, how weights are found in a file in published/matching.py. A
+file is data: nothing in it is ever run.
 """
 
 import dataclasses
+import json
 import math
 
 import torch
 import torchvision
 
 from common import UserError, files
-from common.models import TORCHVISION, TorchvisionClassifier, build, describe
+from common.models import TORCHVISION, build, describe
+from published import matching
+from published.matching import is_beside, is_plain, listed, normalisation
 
-# The entries under which files keep a state dict, the first that is there counts: best.pt and
-# last.pt of this project, DM-AT, many others. A file may also be a bare state dict.
-CONTAINERS = ("weights", "ema", "model_state_dict", "state_dict")
-
-# What wrappers put before every name: DataParallel around a Sequential (DM-AT), DataParallel or
-# DistributedDataParallel, the wrappers of RobustBench and others.
-PREFIXES = ("module.0.", "module.", "model.")
-
-# What best.pt and last.pt say of a classifier, beside its weights.
+# What best.pt, last.pt and best.safetensors say of a classifier, beside its weights.
 DESCRIPTION = {"model_name": str, "dataset": str, "num_classes": int, "norm": str, "eps": float}
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def load_weights(model, path):
+
+def load_weights(model, path, weights=None):
     """Initialise a classifier of `build`, in place, from a file or the word `torchvision`.
 
-    A file: best.pt or last.pt of this project (the averaged weights), or a state dict of others,
-    .safetensors or of torch.save, with the names of RobustBench or torchvision; see CONTAINERS and
-    PREFIXES. `torchvision`: the published ImageNet weights, downloaded once.
+    A file: best.pt or last.pt of this project, or one of others, .safetensors or of torch.save,
+    with the names of RobustBench, torchvision or public CIFAR code; or hub:OWNER/NAME.
+    `torchvision`: the published ImageNet weights, downloaded once. weights: name of the set to
+    take, such as `model`, where several fit and none, or several, are averaged.
     Returns True; False where the file's class count is another, so that the last layer keeps its
     initialisation.
     Raises UserError where the file is missing, broken, would run code, has any other difference, or
     holds NaN or inf.
     """
-    content = _published(model) if path == "torchvision" else _read(path)
-    weights = _find_weights(content, model, path)
+    content = _published(model) if path == "torchvision" else _read(path)[0]
+    flags = ("--weights",)
+    state = _find_weights(content, model, path, weights, flags, other_classes=True)
     fresh = model.logits.state_dict(prefix="logits.")
-    head = weights.get("logits.weight")
-    same_classes = head is None or head.shape[:1] == fresh["logits.weight"].shape[:1]
+    counts = [len(state[key]) for key in fresh]
+    if len(set(counts)) > 1:
+        raise UserError(f"{path}: its last layer has {counts[0]} classes and {counts[1]} biases")
+    same_classes = counts[0] == len(fresh["logits.weight"])
     if not same_classes:
-        weights = weights | fresh
-    files.load_state(model, weights, path)
+        state = state | fresh
+    files.load_state(model, state, path)
     return same_classes
 
 
-def load_classifier(path, spec, device, name=None):
-    """(classifier, what its file says) of best.pt or last.pt; frozen and in eval mode.
+def load_classifier(path, spec, device, name=None, weights=None, flags=()):
+    """(classifier, what its file says) of a checkpoint of this project; frozen and in eval mode.
 
     spec: the data set that it must have been trained on. name: its architecture; with it any file
     that load_weights reads will do. Such a file does not say how it was trained: `norm` and `eps`
-    are None then.
+    are None then. weights: as for load_weights. flags: --model and --weights, where the script has
+    them for this file.
     Raises UserError where the file is none of these, or is of another data set, class count or
     architecture.
     """
-    content = _read(path, device)
-    if isinstance(content, dict) and "model_name" in content:
-        about = content
+    content, about = _read(path)
+    # The settings of others may have a model_name, too.
+    if "model_name" in about and (name is None or about.keys() >= DESCRIPTION.keys()):
         _check_description(about, spec, name, path)
     elif name is not None:
         about = describe(name, spec) | {"norm": None, "eps": None}
     else:
-        missing = "no entry 'model_name', and no model is named for its weights"
+        missing = "no entry 'model_name'"
+        if "--model" in flags:
+            missing += ", and no model is named for its weights, see --model"
+        else:
+            missing += "; a best.pt or last.pt of this project is needed here"
         raise UserError(f"{path}: not a checkpoint of this project, {missing}")
     if "mean" in about:
         spec = dataclasses.replace(spec, mean=tuple(about["mean"]), std=tuple(about["std"]))
@@ -70,7 +77,7 @@ def load_classifier(path, spec, device, name=None):
         model = build(about["model_name"], spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    files.load_state(model, _find_weights(content, model, path), path)
+    files.load_state(model, _find_weights(content, model, path, weights, flags), path)
     return model.to(device).eval().requires_grad_(False), about
 
 
@@ -89,17 +96,42 @@ def _check_description(about, spec, name, path):
     if (dataset, num_classes) != (spec.name, spec.num_classes):
         expected = f"not on {spec.name} ({spec.num_classes} classes)"
         raise UserError(f"{path}: trained on {dataset} ({num_classes} classes), {expected}")
+    if spec.mean is None or "mean" in about:
+        _check_normalisation_of_ours(about, spec, path)
     if about.get("image_size", spec.image_size) != spec.image_size:
         sizes = f"{about['image_size']} pixels, --image-size is {spec.image_size}"
         raise UserError(f"{path}: trained on images of {sizes}")
     spec.check_classes(path, about.get("classes"))
 
 
-def _read(path, device="cpu"):
-    """What a file holds: tensors, numbers and strings, never code."""
-    if str(path).endswith(".safetensors"):
-        return files.read_safetensors(path, device)
-    return files.load(path, {}, device)
+def _check_normalisation_of_ours(about, spec, path):
+    """Raises UserError where a checkpoint's mean, std, image_size or classes are damaged."""
+    numbers = []
+    for entry in ("mean", "std"):
+        values = about.get(entry)
+        if not isinstance(values, list) or len(values) != spec.channels:
+            raise UserError(f"{path}: damaged, its {entry} is not {spec.channels} numbers")
+        numbers += values
+    sound = all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+    if not sound or min(about["std"]) <= 0:
+        raise UserError(f"{path}: damaged, its mean is {about['mean']}, its std {about['std']}")
+    classes = about.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: damaged, its classes are no list of names")
+
+
+def _read(path):
+    """(what a file holds, the dict in which it would describe itself): data, never code."""
+    local = str(files.local_weights(path))
+    if local.endswith(".safetensors"):
+        content = files.read_safetensors(local)
+        try:
+            about = json.loads(files.read_safetensors_metadata(local).get("classifier", ""))
+        except ValueError:
+            about = {}
+    else:
+        content = about = files.load(local, {})
+    return content, about if isinstance(about, dict) else {}
 
 
 def _published(model):
@@ -112,79 +144,55 @@ def _published(model):
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
 
 
-def _find_weights(content, model, path):
-    """The state dict in the content of a file, under the names of `model`, checked to be finite.
+def _find_weights(content, model, path, weights, flags, other_classes=False):
+    """The state dict in the content of a file, checked. The arguments are those of matching.find.
 
-    Whether its names and shapes are those of the model is not checked here.
+    Counters, such as num_batches_tracked, are the model's.
     """
-    weights = content
-    for entry in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(entry), dict):
-            weights = content[entry]
-            break
-    if not _is_state_dict(weights):
-        places = f"neither bare nor under {', '.join(CONTAINERS)}"
-        raise UserError(f"{path}: no state dict (names and tensors), {places}")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-            break
-    _check_normalisation(weights, model, path)
-    weights = _rename(weights, model)
-    own = model.state_dict()
-    for key, value in weights.items():
-        is_dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
-        same_kind = key not in own or own[key].is_floating_point() == value.is_floating_point()
-        if not is_dense or value.is_complex() or not same_kind:
+    sets, found = matching.find(content, model, path, weights, other_classes, flags)
+    _check_normalisation(sets, found, model, path, flags)
+    state = model.state_dict() | found.weights()
+    _check_tensors(state, model, path)
+    return state
+
+
+def _check_normalisation(sets, chosen, model, path, flags):
+    """Raises UserError where a file brings another mean or std than the model's.
+
+    RobustBench's classes and others keep them beside the weights, under any prefix. A dict around
+    the weights, or one of nothing else, may have them, too, a number per channel.
+    """
+    brought = list(chosen.of.tensors.items())
+    for one in sets:
+        around = one.name == "." or chosen.of.name.startswith(f"{one.name}.")
+        if around or all(is_beside(key) for key in one.tensors):
+            for key, value in one.tensors.items():  # others are some metric's mean
+                if value.dim() and value.shape.numel() == model.mean.numel():
+                    brought.append((key, value))
+    for key, value in brought:
+        kind = normalisation(key)
+        if kind is None:
+            continue
+        in_model = getattr(model, kind).flatten().cpu()
+        fits = is_plain(value) and not value.is_complex()
+        in_file = value.flatten().float() if fits else torch.empty(0)
+        fits = len(in_file) in (1, len(in_model))
+        if not fits or not torch.allclose(in_file.expand_as(in_model), in_model, atol=1e-3):
+            values = [round(value, 4) for value in in_file.tolist()[:3]]
+            expected = [round(value, 4) for value in in_model.tolist()]
+            advice = ", see --mean and --std" if "--model" in flags else ""
+            found = f"'{listed([key])}' normalises by a {kind} of {values}"
+            raise UserError(f"{path}: {found}, expected {expected}{advice}")
+
+
+def _check_tensors(state, model, path):
+    """Raises UserError where a tensor is of another kind than the model's, or not finite."""
+    for key, own in model.state_dict().items():
+        value = state[key]
+        kinds = FLOATS if own.is_floating_point() else (own.dtype,)
+        if not is_plain(value) or value.dtype not in kinds:
             raise UserError(f"{path}: '{key}' is {value.dtype}, expected a dense tensor of floats")
         if not value.isfinite().all():
             raise UserError(f"{path}: '{key}' holds NaN or inf: the logits are not finite")
-    return weights
-
-
-def _is_state_dict(value):
-    if not isinstance(value, dict):
-        return False
-    return all(isinstance(key, str) and torch.is_tensor(entry) for key, entry in value.items())
-
-
-def _check_normalisation(weights, model, path):
-    """Raises UserError where a file brings another mean or std than the model's.
-
-    RobustBench's classes keep them beside the weights.
-    """
-    for key in ("mean", "std"):
-        if key not in weights:
-            continue
-        in_file = weights[key].flatten().cpu().float()
-        in_model = getattr(model, key).flatten().cpu()
-        if len(in_file) != len(in_model) or not torch.allclose(in_file, in_model, atol=1e-3):
-            values = [round(value, 4) for value in in_file.tolist()[:3]]
-            expected = [round(value, 4) for value in in_model.tolist()]
-            raise UserError(f"{path}: normalises by a {key} of {values}, expected {expected}")
-
-
-def _rename(weights, model):
-    """The weights under the names of `model`, without the normalisation."""
-    has_own_names = any(key.startswith("network.") for key in weights)
-    if (
-        "linear.weight" in weights
-    ):  # the ResNet-18 of public CIFAR code, such as AutoAttack's example
-        weights = {_torchvision_name(key): value for key, value in weights.items()}
-    renamed = {}
-    for key, value in weights.items():
-        if key in ("mean", "std"):
-            continue
-        if isinstance(model, TorchvisionClassifier) and not has_own_names:
-            if key.startswith(f"{model.head}."):
-                key = "logits." + key.removeprefix(f"{model.head}.")
-            else:
-                key = f"network.{key}"
-        renamed[key] = value
-    return renamed
-
-
-def _torchvision_name(key):
-    """The name that torchvision has for a parameter of public CIFAR code's ResNet-18."""
-    key = key.replace(".shortcut.", ".downsample.")
-    return f"fc.{key.removeprefix('linear.')}" if key.startswith("linear.") else key
+        if not own.is_floating_point() and not torch.equal(value, own):
+            raise UserError(f"{path}: '{key}' is an index of another network")

@@ -64,24 +64,16 @@ def _from_hub(name):
     Settings and weights only; old .bin weights, which are read weights-only, only where a folder
     has no others.
     """
-    import huggingface_hub
-
     repository = name.removeprefix("hub:")
     if not re.fullmatch(advice.REPOSITORY, repository):
         raise UserError(f"{name}: expected hub:OWNER/NAME, such as hub:google/ddpm-cifar10-32")
     patterns = ["*.json", "*.safetensors"]
-    try:
-        path = huggingface_hub.snapshot_download(repo_id=repository, allow_patterns=patterns)
-        for _, _, names in os.walk(path):
-            has_weights = any(file.endswith(".safetensors") for file in names)
-            if "config.json" in names and not has_weights:
-                patterns = [*patterns, "*.bin"]
-                return huggingface_hub.snapshot_download(
-                    repo_id=repository, allow_patterns=patterns
-                )
-        return path
-    except Exception as error:  # the hub's, the network's and the file system's errors
-        raise UserError(f"{name}: could not be fetched ({files.first_line(error)})") from error
+    path = files.from_hub(name, patterns)
+    for _, _, names in os.walk(path):
+        has_weights = any(file.endswith(".safetensors") for file in names)
+        if "config.json" in names and not has_weights:
+            return files.from_hub(name, [*patterns, "*.bin"])
+    return path
 
 
 def _open_directory(path):

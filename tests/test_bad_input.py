@@ -403,7 +403,7 @@ def test_checkpoints(fails, best, tmp_path):
         ({"model_name": "wrn-16-1"}, ["state does not fit"]),
         ({"num_classes": 100}, ["100 classes"]),
         ({"dataset": "cifar10"}, ["cifar10"]),
-        ({"weights": {}}, ["state does not fit"]),
+        ({"weights": {}}, ["no state dict"]),
         ({"weights": 3}, ["no state dict"]),
         ({"eps": None}, ["'eps' is missing or no float"]),
         ({"model_name": 5}, ["'model_name' is missing or no str"]),

@@ -118,7 +118,7 @@ STREAMS = {  # name: (opcodes after the protocol and before the stop, words of t
     "instance": (b"(" + text("x") + b"ios\nsystem\n", "INST"),
     "object": (b"(" + named("collections", "OrderedDict") + b"o", "OBJ"),
     "new object, extended": (LINEAR + b")}\x92", "NEWOBJ_EX"),
-    "a memo that fills memory": (b"Nr\xff\xff\xff\x7f", "LONG_BINPUT"),
+    "a far place in the memo": (b"Nr\xff\xff\xff\x7f", "'ema'"),
     "buffer": (b"\x97", "NEXT_BUFFER"),
     "unknown opcode": (b"\xff", "opcode b'\\xff' unknown"),
     "no text": (b"\x8c\x01\xff", "invalid start byte"),
