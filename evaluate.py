@@ -46,6 +46,7 @@ from common import UserError, attacks, cli, data, files, run
 from evaluation import autoattack, compare, curve, restarts, robustbench, sanity, verdicts
 from evaluation.image_list import select_listed
 from published.datasets import DATASETS, open_dataset, spec_of
+from published.image_files import check_images
 from published.weights import load_classifier
 from teachers import classifier
 from teachers.load import load_diffusion
@@ -454,7 +455,7 @@ def check_names(args):
 def print_check(model, images, labels, spec, args, rank, world_size, device):
     """--check: read all images, pass one chunk through the model, and tell what it will take."""
     if spec.files:
-        images.part(slice(len(labels))).check(rank, world_size)
+        check_images([images.part(slice(len(labels)))], rank, world_size)
     x = data.to_x(images[: min(args.batch_size, len(labels))], device)
     y = torch.from_numpy(labels[: len(x)]).to(device)
     for _ in range(2):  # the first one warms up

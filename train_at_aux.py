@@ -57,6 +57,7 @@ from common.run import (
     wrap,
 )
 from published.datasets import DATASETS, open_dataset, spec_of
+from published.image_files import check_images
 from published.synthetic import open_synthetic, prepare_synthetic
 from published.weights import load_weights
 from teachers.load import load_diffusion
@@ -610,10 +611,9 @@ def main(args):
         prepare_synthetic(args.synthetic or [], spec)
     barrier()
     train, val = read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
+    if args.check:
+        check_images([train[0], val[0]], rank, world_size)
     spec = read_once(data.measured, spec, train)
-    if args.check and spec.files:
-        for images, _ in (train, val):
-            images.check(rank, world_size)
     synthetic = None
     if args.synthetic:
         synthetic = open_synthetic(args.synthetic, spec)

@@ -190,7 +190,7 @@ def merge(parts, request, labels, *, classes, checkpoint, randomised, seconds):
         "robust": n_robust / n if attacks else None,
         "robust_interval": wilson(n_robust, n) if attacks else None,
         "robust_correct": n_robust if attacks else None,
-        "by_class": _by_class(classes, labels, clean_correct, robust),
+        "by_class": _by_class(classes, labels, clean_correct, robust if attacks else None),
         "zero_gradients": n_zero,
         "sanity": outcomes,
         "warnings": warnings + _package_warnings(chunks),
@@ -210,14 +210,18 @@ def merge(parts, request, labels, *, classes, checkpoint, randomised, seconds):
 
 
 def _by_class(classes, labels, clean_correct, robust):
-    """A dict for each class that has a name and images: class, n, clean and robust accuracy."""
+    """A dict for each class that has a name and images: class, n, clean and robust accuracy.
+
+    robust: (N,), None without an attack.
+    """
     rows = []
     for label, name in enumerate(classes):
         mine = labels == label
         if mine.any():
-            accuracies = {"clean": clean_correct[mine].mean(), "robust": robust[mine].mean()}
-            accuracies = {key: float(value) for key, value in accuracies.items()}
-            rows.append({"class": name, "n": int(mine.sum()), **accuracies})
+            row = {"class": name, "n": int(mine.sum()), "clean": float(clean_correct[mine].mean())}
+            if robust is not None:
+                row["robust"] = float(robust[mine].mean())
+            rows.append(row)
     return rows
 
 
@@ -288,9 +292,9 @@ def print_result(result, path):
         remark = "   WARNING: see above" if result["warnings"] else ""
         _print_accuracy(name, result["robust"], result["robust_interval"], n, remark)
     if result.get("by_class"):
-        worst = min(result["by_class"], key=lambda row: row["robust"])
-        accuracies = f"{worst['clean']:.2%} clean, {worst['robust']:.2%} robust"
-        print(f"worst class: {worst['class']}, {accuracies}, n = {worst['n']}")
+        kind = "robust" if result["attacks"] else "clean"
+        worst = min(result["by_class"], key=lambda row: row[kind])
+        print(f"worst class: {worst['class']}, {worst[kind]:.2%} {kind}, n = {worst['n']}")
     if result["sanity_images"]:
         print(f"sanity checks on the first {result['sanity_images']} images")
     else:

@@ -100,23 +100,6 @@ class ImageFiles:
                 digest.update(file_digest.encode())
         return digest.hexdigest()
 
-    def check(self, rank=0, world_size=1):
-        """Decode all images, this rank's part of them. Raises UserError that names broken ones."""
-
-        def error_of(row):
-            try:
-                self._decode(row)
-            except UserError as error:
-                return str(error)
-
-        rows = range(rank, len(self), world_size)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            found = run.progress(pool.map(error_of, rows), rank, desc="images", total=len(rows))
-            errors = [error for error in found if error]
-        if errors:
-            more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-            raise UserError("; ".join(errors[:3]) + more)
-
     def open(self, row):
         """Decode one image at its own size, as a PIL image in RGB. Raises UserError."""
         path = self.path(row)
@@ -145,6 +128,31 @@ class ImageFiles:
             for place, image in enumerate(pool.map(self._decode, rows)):
                 images[place] = image
         return images
+
+
+def check_images(parts, rank=0, world_size=1):
+    """Decode this rank's share of all images. Raises UserError that names the broken ones.
+
+    parts: a list of ImageFiles; arrays among them were decoded before.
+    """
+
+    def error_of(image):
+        files_of_part, row = image
+        try:
+            files_of_part._decode(row)
+        except UserError as error:
+            return str(error)
+
+    images = [
+        (part, row) for part in parts if isinstance(part, ImageFiles) for row in range(len(part))
+    ]
+    images = images[rank::world_size]
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = pool.map(error_of, images)
+        errors = [error for error in run.progress(found, rank, total=len(images)) if error]
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise UserError("; ".join(errors[:3]) + more)
 
 
 class FileBatches(Batches):

@@ -13,7 +13,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import UserError, files
-from published.image_files import ImageFiles
+from published.image_files import ImageFiles, check_images
 
 TEST_FRACTION = 0.1  # of the images of a folder that has no test split
 
@@ -151,7 +151,7 @@ def _write_decoded(images, path):
             try:
                 file.write(images[rows].tobytes())
             except UserError:
-                images.check()  # which names all that are broken
+                check_images([images])  # which names all that are broken
                 raise
 
 

@@ -203,7 +203,7 @@ def find(content, model, path, weights, other_classes, flags):
     published.weights.load_classifier and _best_matches. Raises UserError.
     """
     sets = _sets(content, path) if isinstance(content, dict | list | tuple) else []
-    if not sets:
+    if all(is_beside(key) for one in sets for key in one.tensors):
         message = f"{path}: no state dict (names and tensors) for the {model.name}"
         if isinstance(content, dict) and content:
             message += f"; its entries are {listed([str(key) for key in content])}"

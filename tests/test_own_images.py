@@ -3,6 +3,8 @@
 Alone: python -m pytest -n 0 tests/test_own_images.py
 """
 
+import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -16,7 +18,8 @@ import torch
 from conftest import ROOT, assert_equal_states, python
 from PIL import Image
 
-from common import files
+from common import UserError, files, models
+from published.datasets import DATASETS
 
 CLASSES = ("circle", "cross", "stripes")
 FOLDER = ["--dataset", "folder", "--image-size", "16"]
@@ -52,7 +55,12 @@ def folder(tmp_path_factory):
 
 
 def script(name, folder, *flags, **options):
-    return python(name, *FOLDER, "--data-dir", folder, *flags, **options)
+    """Run a script on the folder: in this process, or in others where there are options."""
+    argv = [*FOLDER, "--data-dir", folder, *flags]
+    if options:
+        return python(f"{name}.py", *argv, **options)
+    module = importlib.import_module(name)
+    module.main(module.parse_args([str(word) for word in argv]))
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +68,18 @@ def made(folder, tmp_path_factory):
     """A folder of the diffusion model and the synthetic set of the stranger's images."""
     out = tmp_path_factory.mktemp("made")
     flags = "--train-steps 30 --channels 8 16 --batch-size 32 --eval-every 15 --out-dir"
-    script("train_diffusion.py", folder, *flags.split(), out / "diffusion", ranks=2)
+    script("train_diffusion", folder, *flags.split(), out / "diffusion", ranks=2)
     flags = "--n-images 60 --shard-size 20 --n-steps 3 --batch-size 20"
     where = ["--diffusion", out / "diffusion", "--out-dir", out / "synthetic"]
-    done = script("generate_synthetic.py", folder, *flags.split(), *where)
-    assert "60 images" in done.stdout
+    script("generate_synthetic", folder, *flags.split(), *where)
+    return out
+
+
+@pytest.fixture(scope="module")
+def at(folder, tmp_path_factory):
+    """The run directory of AT, on two ranks."""
+    out = tmp_path_factory.mktemp("runs") / "at"
+    script("train_at", folder, *SMALL, "--out-dir", out, ranks=2)
     return out
 
 
@@ -80,72 +95,61 @@ def kill_in_training(command, out):
     return torch.load(out / "last.pt", weights_only=True)["step"]
 
 
-def test_two_by_two_on_a_folder(folder, made, tmp_path):
-    """All four cells; one of them on two ranks, one killed and resumed, from a moved folder."""
+def test_two_by_two_on_a_folder(folder, made, at, tmp_path, capsys):
+    """All four cells, AT on two ranks; one killed, and resumed on a folder that was moved."""
     synthetic = ["--synthetic", made / "synthetic"]
     teacher = ["--teacher", made / "diffusion"]
-    script("train_at.py", folder, *SMALL, "--out-dir", tmp_path / "at", ranks=2)
-    script("train_at_aux.py", folder, *SMALL, *teacher, "--out-dir", tmp_path / "at_dra")
-    both = ["train_at_aux.py", *FOLDER, *SMALL, *synthetic, *teacher]
-    straight = [*both, "--data-dir", folder, "--out-dir", tmp_path / "dm_at_dra"]
-    python(*straight)
-    script("train_at.py", folder, *SMALL, *synthetic, "--out-dir", tmp_path / "dm_at")
+    script("train_at_aux", folder, *SMALL, *teacher, "--out-dir", tmp_path / "at_dra")
+    script("train_at", folder, *SMALL, *synthetic, "--out-dir", tmp_path / "dm_at")
+    both = [*SMALL, *synthetic, *teacher, "--out-dir"]
+    script("train_at_aux", folder, *both, tmp_path / "dm_at_dra")
 
     killed = tmp_path / "killed"
-    step = kill_in_training([*both, "--data-dir", folder, "--out-dir", killed], killed)
+    command = ["train_at_aux.py", *FOLDER, "--data-dir", folder, *both, killed]
+    step = kill_in_training(command, killed)
     moved = shutil.copytree(folder, tmp_path / "moved")
-    python(*both, "--data-dir", moved, "--out-dir", killed)
-    last = [
-        torch.load(path / "last.pt", weights_only=True) for path in (tmp_path / "dm_at_dra", killed)
-    ]
+    script("train_at_aux", moved, *both, killed)
+    runs = (tmp_path / "dm_at_dra", killed)
+    last = [torch.load(path / "last.pt", weights_only=True) for path in runs]
     assert step < last[0]["step"] == last[1]["step"]
     assert_equal_states(*last)
 
-    for name in ("at", "at_dra", "dm_at", "dm_at_dra"):
-        best = torch.load(tmp_path / name / "best.pt", weights_only=True)
+    for out in (at, tmp_path / "at_dra", tmp_path / "dm_at", tmp_path / "dm_at_dra"):
+        best = torch.load(out / "best.pt", weights_only=True)
         assert best["classes"] == list(CLASSES) and best["image_size"] == 16
         assert 0.05 < min(best["mean"]) < max(best["mean"]) < 0.7
-        flags = [
-            "--attack",
-            "apgd",
-            "--sanity-images",
-            "0",
-            "--checkpoint",
-            tmp_path / name / "best.pt",
-        ]
-        ranks = 2 if name == "at" else 1
-        done = script("evaluate.py", folder, *flags, ranks=ranks)
-        (path,) = (tmp_path / name).glob("results-best-apgd-linf-*.json")
+        flags = ["--attack", "apgd", "--sanity-images", "0", "--checkpoint", out / "best.pt"]
+        options = {"ranks": 2} if out == at else {}
+        done = script("evaluate", folder, *flags, **options)
+        printed = done.stdout if done else capsys.readouterr().out
+        (path,) = out.glob("results-best-apgd-linf-*.json")
         result = json.loads(path.read_text())
         assert result["n"] == 30 and result["dataset"] == "folder"
         assert [row["class"] for row in result["by_class"]] == list(CLASSES)
         assert sum(row["n"] for row in result["by_class"]) == 30
+        n_robust = sum(row["n"] * row["robust"] for row in result["by_class"])
+        assert n_robust == pytest.approx(result["robust_correct"])
         worst = min(result["by_class"], key=lambda row: row["robust"])
-        assert f"worst class: {worst['class']}" in done.stdout
+        assert f"worst class: {worst['class']}, {worst['robust']:.2%} robust, n = 10" in printed
 
 
-def test_features_and_analysis_of_a_folder(folder, made, tmp_path):
-    flags = [
-        "--diffusion",
-        made / "diffusion",
-        "--sigmas",
-        "0.1",
-        "--probe",
-        "--probe-split",
-        "test",
-    ]
-    done = script("extract_features.py", folder, *flags, "--out-dir", tmp_path / "features")
-    assert "accuracy on 30 test images" in done.stdout
-    script("train_at.py", folder, *SMALL, "--out-dir", tmp_path / "at")
-    small = "--n-attacked 16 --sae-steps 5 --sae-latents 16 --sae-k 2 --sae-seeds 1".split()
-    models = ["--model", f"at={tmp_path / 'at' / 'best.pt'}", "--teacher", made / "diffusion"]
-    script("analyze.py", folder, *models, *small, "--out-dir", tmp_path / "analysis")
+def test_features_and_analysis_of_a_folder(folder, made, at, tmp_path, capsys):
+    flags = ["--diffusion", made / "diffusion", "--sigmas", "0.1", "--blocks", "mid_block"]
+    flags += ["--probe", "--probe-split", "test", "--out-dir", tmp_path / "features"]
+    script("extract_features", folder, *flags)
+    assert "accuracy on 30 test images" in capsys.readouterr().out
+    larger = shutil.copytree(folder, tmp_path / "larger")
+    for kind in CLASSES:  # intervals want 64 images
+        shutil.copytree(larger / "train" / kind, larger / "test" / kind / "more")
+    small = "--n-attacked 64 --sae-steps 5 --sae-latents 16 --sae-k 2 --sae-seeds 1".split()
+    models = ["--model", f"at={at / 'best.pt'}", "--teacher", made / "diffusion"]
+    script("analyze", larger, *models, *small, "--out-dir", tmp_path / "analysis")
     result = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
     assert result["settings"]["classes"] == list(CLASSES)
 
 
 @pytest.mark.parametrize("change", ["renamed", "one more", "another size"])
-def test_what_was_made_for_other_classes_is_refused(change, folder, made, tmp_path):
+def test_what_was_made_for_other_classes_is_refused(change, folder, made, at, tmp_path):
     """Names tell, also where their number is the same: labels would mean other things."""
     other = shutil.copytree(folder, tmp_path / "other")
     size = []
@@ -157,33 +161,27 @@ def test_what_was_made_for_other_classes_is_refused(change, folder, made, tmp_pa
             shutil.copytree(other / split / "circle", other / split / "ant")
     else:
         size = ["--image-size", "24"]
-    script("train_at.py", folder, *SMALL, "--epochs", "1", "--out-dir", tmp_path / "at")
-    fitting = {"renamed": "other classes", "one more": "classes", "another size": ""}[change]
+    words = {"renamed": "other classes", "one more": "classes", "another size": "16"}[change]
     commands = [
-        ["train_at.py", *SMALL, "--synthetic", made / "synthetic"],
-        ["generate_synthetic.py", "--diffusion", made / "diffusion"],
-        ["evaluate.py", "--checkpoint", tmp_path / "at" / "best.pt"],
+        ["train_at", *SMALL, "--synthetic", made / "synthetic", "--out-dir"],
+        ["generate_synthetic", "--diffusion", made / "diffusion", "--out-dir"],
+        ["evaluate", "--checkpoint", at / "best.pt", "--out"],
     ]
     if change != "another size":  # a teacher's images are resized
-        flags = ["--teacher", made / "diffusion", "--teacher-label", "true"]
-        commands.append(["train_at_aux.py", *SMALL, *flags])
+        flags = ["--teacher", made / "diffusion", "--teacher-label", "true", "--out-dir"]
+        commands.append(["train_at_aux", *SMALL, *flags])
     for name, *flags in commands:
-        where = (
-            ["--out", tmp_path / "x.json"]
-            if name == "evaluate.py"
-            else ["--out-dir", tmp_path / "x"]
-        )
-        done = script(name, other, *flags, *size, *where, expect=2)
-        assert done.stderr.count("\n") == 1 and fitting in done.stderr, done.stderr
+        with pytest.raises(UserError, match=words) as info:
+            script(name, other, *size, *flags, tmp_path / "x.json")
+        assert "\n" not in str(info.value) and not (tmp_path / "x.json").exists()
 
 
 def test_images_above_64_pixels_are_decoded_by_workers(folder, tmp_path):
     flags = "--image-size 72 --epochs 1 --batch-size 16 --n-steps 1 --eval-n-steps 1 --workers 2"
-    command = ["train_at.py", "--dataset", "folder", "--data-dir", folder, "--model", "wrn-10-1"]
-    python(*command, *flags.split(), "--out-dir", tmp_path / "at", ranks=2)
-    where = ["--data-dir", folder, "--checkpoint", tmp_path / "at" / "best.pt"]
-    flags = "--dataset folder --image-size 72 --attack pgd --n-steps 2 --n-restarts 1"
-    python("evaluate.py", *flags.split(), "--sanity-images", "0", *where)
+    command = [*flags.split(), "--model", "wrn-10-1", "--out-dir", tmp_path / "at"]
+    script("train_at", folder, *command, ranks=2)
+    flags = "--image-size 72 --attack pgd --n-steps 2 --n-restarts 1 --sanity-images 0"
+    script("evaluate", folder, *flags.split(), "--checkpoint", tmp_path / "at" / "best.pt")
     settings = json.loads((tmp_path / "at" / "args.json").read_text())
     assert settings["image_size"] == 72 and settings["val_size"] == 12
 
@@ -195,86 +193,84 @@ def listed(folder):
     return sorted(str(path) for path in folder.rglob("*"))
 
 
-def test_check_tells_sizes_and_time_and_writes_nothing(folder, made, tmp_path):
-    scripts = {
-        "train_at.py": [*SMALL, "--synthetic", made / "synthetic"],
-        "train_at_aux.py": [*SMALL, "--teacher", made / "diffusion"],
-        "train_diffusion.py": ["--train-steps", "500", "--channels", "8", "16"],
+def told_in(printed):
+    """{first word of a line: the rest of it} of what --check printed."""
+    lines = printed.splitlines()
+    assert lines[-1] == "nothing is wrong, and nothing was written"
+    return dict(line.split(maxsplit=1) for line in lines[-6:-1])
+
+
+@pytest.mark.parametrize("name", ["train_at", "train_at_aux", "train_diffusion"])
+def test_check_tells_sizes_and_time_and_writes_nothing(name, folder, made, tmp_path, capsys):
+    flags = {
+        "train_at": [*SMALL, "--synthetic", made / "synthetic"],
+        "train_at_aux": [*SMALL, "--teacher", made / "diffusion"],
+        "train_diffusion": ["--train-steps", "500", "--channels", "8", "16"],
     }
-    for name, flags in scripts.items():
-        done = script(name, folder, *flags, "--check", "--out-dir", tmp_path / "run")
-        told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[-6:-1])
-        synthetic = 60 if name == "train_at.py" else 0
-        assert told["data"] == f"108 images to train, 12 held out, {synthetic} synthetic"
-        assert told["classes"] == "3: circle, cross, stripes"
-        assert told["steps"].startswith("500, " if name == "train_diffusion.py" else "24, ")
-        assert "GiB of this process" in told["memory"] and told["time"].startswith("about ")
-        assert done.stdout.endswith("nothing is wrong, and nothing was written\n")
-        assert listed(tmp_path) == []
-
-
-def test_check_of_two_ranks_and_of_a_run_that_goes_on(folder, tmp_path):
-    command = [*SMALL, "--out-dir", tmp_path / "run"]
-    script("train_at.py", folder, *command, "--check", ranks=2)
+    script(name, folder, *flags[name], "--check", "--out-dir", tmp_path / "run")
+    told = told_in(capsys.readouterr().out)
+    synthetic = 60 if name == "train_at" else 0
+    assert told["data"] == f"108 images to train, 12 held out, {synthetic} synthetic"
+    assert told["classes"] == "3: circle, cross, stripes"
+    assert told["steps"].startswith("500, " if name == "train_diffusion" else "24, ")
+    assert "GiB of this process" in told["memory"] and told["time"].startswith("about ")
     assert listed(tmp_path) == []
-    script("train_at.py", folder, *command)
-    before = {path: os.stat(path).st_mtime_ns for path in listed(tmp_path)}
-    done = script("train_at.py", folder, *command, "--check")
-    assert "finished, nothing to do" in done.stdout
-    done = script("train_at.py", folder, *command, "--check", "--lr", "0.3", expect=2)
-    assert "holds another run (lr is 0.2 there, 0.3 here)" in done.stderr
-    assert {path: os.stat(path).st_mtime_ns for path in listed(tmp_path)} == before
 
 
-@pytest.mark.parametrize("image_size", ["16", "72"])
+def test_check_on_two_ranks(folder, tmp_path):
+    flags = [*SMALL, "--out-dir", tmp_path / "run", "--check"]
+    done = script("train_at", folder, *flags, ranks=2)
+    assert told_in(done.stdout)["steps"].startswith("24, ")
+    assert listed(tmp_path) == []
+
+
+def test_check_of_a_run_that_is_there(folder, at, capsys):
+    """It is compared and read, and stays as it is."""
+    before = {path: os.stat(path).st_mtime_ns for path in listed(at)}
+    script("train_at", folder, *SMALL, "--out-dir", at, "--check")
+    assert "finished, nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds another run \(lr is 0.2 there, 0.3 here\)"):
+        script("train_at", folder, *SMALL, "--lr", "0.3", "--out-dir", at, "--check")
+    assert {path: os.stat(path).st_mtime_ns for path in listed(at)} == before
+
+
+def weights_file(folder, image_size):
+    """A file of weights of a wrn-10-1 with three classes."""
+    spec = dataclasses.replace(DATASETS["cifar10"], num_classes=3, image_size=image_size)
+    path = folder / "weights.pt"
+    files.save(models.build("wrn-10-1", spec).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("image_size", [16, 72])
 def test_check_names_broken_images(image_size, folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "images")
     names = ["train/circle/0.png", "train/cross/4.jpg"]
     for name in names:
         content = (root / name).read_bytes()
         (root / name).write_bytes(content[: len(content) // 2])
-    where = ["--dataset", "folder", "--image-size", image_size, "--data-dir", root]
-    out = ["--out-dir", tmp_path / "run"]
-    done = python(
-        "train_at.py",
-        *where,
-        *SMALL,
-        "--workers" if image_size == "72" else "--seed",
-        "0",
-        *out,
-        "--check",
-        expect=2,
-    )
-    assert all(name in done.stderr for name in names) and done.stderr.count("\n") == 1, done.stderr
     (root / "test/stripes/1.jpg").write_bytes(b"hello")
+    size = ["--image-size", image_size, "--check"]
+    with pytest.raises(UserError) as info:
+        script("train_at", root, *size, *SMALL, "--out-dir", tmp_path / "run")
+    message = str(info.value)
+    assert all(name in message for name in names) and "\n" not in message
+    assert "test/" not in message
     flags = ["--model", "wrn-10-1", "--mean", "0.3", "--std", "0.2"]
-    torch.save({}, tmp_path / "x.pt")
-    network = train_weights(tmp_path, image_size)
-    done = python("evaluate.py", *where, *flags, "--checkpoint", network, "--check", expect=2)
-    assert "test/stripes/1.jpg" in done.stderr and done.stderr.count("\n") == 1
+    network = weights_file(tmp_path, image_size)
+    with pytest.raises(UserError, match="test/stripes/1.jpg: cannot identify image file"):
+        script("evaluate", root, *size, *flags, "--checkpoint", network)
 
 
-def train_weights(folder, image_size):
-    """A file of weights of a wrn-10-1 with three classes."""
-    import dataclasses
-
-    from common import models
-    from published.datasets import DATASETS
-
-    spec = dataclasses.replace(DATASETS["cifar10"], num_classes=3, image_size=int(image_size))
-    path = folder / "weights.pt"
-    files.save(models.build("wrn-10-1", spec).state_dict(), path)
-    return path
-
-
-def test_check_of_an_evaluation(folder, tmp_path):
+def test_check_of_an_evaluation(folder, tmp_path, capsys):
     flags = ["--model", "wrn-10-1", "--mean", "0.3", "--std", "0.2", "--attack", "autoattack"]
-    network = train_weights(tmp_path, 16)
+    network = ["--checkpoint", weights_file(tmp_path, 16)]
     before = listed(tmp_path)
-    done = script("evaluate.py", folder, *flags, "--checkpoint", network, "--check", ranks=2)
-    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    script("evaluate", folder, *flags, *network, "--check")
+    told = told_in(capsys.readouterr().out)
     assert told["data"] == "30 test images in 1 chunks"
     assert told["classes"] == "3: circle, cross, stripes"
     assert "if no image falls" in told["time"] and listed(tmp_path) == before
-    done = script("evaluate.py", folder, *flags[:2], "--checkpoint", network, expect=2)
-    assert "--mean, --std: required" in done.stderr
+    with pytest.raises(SystemExit):
+        script("evaluate", folder, *flags[:2], *network)
+    assert "--mean, --std: required" in capsys.readouterr().err
