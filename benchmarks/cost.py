@@ -152,7 +152,7 @@ def training(words, flags, teacher=None):
     flop = {args.model: count(step)}
     if teacher:
         flop |= teacher_flop(teacher, x, args)
-    epoch_images = args.epoch_images or IMAGENET_SIZE - args.val_size
+    epoch_images = args.epoch_images or IMAGENET_SIZE - DATASETS["imagenet"].val_size
     n_steps = args.epochs * math.ceil(epoch_images / args.batch_size)
     return words, n_steps * args.batch_size, flop, ["fp32", "bf16"]
 

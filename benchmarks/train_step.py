@@ -178,5 +178,5 @@ def our_step(script, flags, folder, network=None, device=CPU):
 
 def small_network():
     """The diffusion network of train_diffusion.py's digits default, with random weights."""
-    args = train_diffusion.parse_args([])
+    args = train_diffusion.parse_args(["--val-size", str(DATASETS["digits"].val_size)])
     return EDMUNet(train_diffusion.build_network(DATASETS[args.dataset], args))

@@ -5,11 +5,20 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import torchvision
 from PIL import Image
+
+# What PyTorch, diffusers and Python say of their own variables.
+INTERNAL = re.compile(
+    r"size of tensor|Expected|zeros\(|\(\)|keyword argument|positional|NoneType|object|list index"
+    r"|out of range|must match|shape '|mat1|torch_dtype=|unpack|literal|iterable|subscriptable"
+    r"|Traceback|torch\.|[a-z]Error|meta tensor|of type|of string|Tensor|instance|_[a-z]+ = "
+    r"|\bself\b|attribute|allocate|not supported|operand|normalized_shape|unexpected argument"
+)
 
 
 def md5(path):

@@ -789,5 +789,6 @@ DERIVED = {
         "robust_correct",
         "zero_gradients",
     ),
+    "by_class",
     *("sanity", "warnings", "seconds", "seconds_by_attack", "environment"),
 }

@@ -101,11 +101,13 @@ def test_evaluation(straight, imagenet_dir, tmp_path):
 
     image_list = tmp_path / "list.txt"
     argv += ["--attack", "clean", "--image-list", image_list]
-    image_list.write_text("n00000007/7.JPEG\nn00000999/999.JPEG\nn00000000/0.JPEG\n")
+    wnids = files.read_text(IMAGENET_CLASSES).split()
+    names = [f"{wnids[k]}/{k}.JPEG" for k in (7, 999, 0)]
+    image_list.write_text("\n".join(names))
     python(*argv)
     per_image = np.load(straight / "results-best-clean-linf-0.01569-listed.npz")
     assert per_image["label"].tolist() == [7, 999, 0]
 
-    image_list.write_text("n00000001/2.JPEG\n")
+    image_list.write_text("n01440764/2.JPEG\n")
     (line,) = python(*argv, expect=2).stderr.splitlines()
-    assert "'n00000001/2.JPEG' is not among the images" in line
+    assert "'n01440764/2.JPEG' is not among the images" in line

@@ -248,7 +248,7 @@ def test_the_base_schedule_over_all_its_steps():
         clip_norm=None,
         bn_momentum=0.01,
         ema_decay=0.995,
-        val_size=1024,
+        val_size=None,  # open_dataset knows it
         eval_every=1,
         eval_n_steps=40,
     )

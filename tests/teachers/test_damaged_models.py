@@ -6,7 +6,6 @@ tests/teachers/test_damaged_models.py
 
 import json
 import random
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -14,19 +13,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from data_helper import INTERNAL
 from diffusers_helper import tiny_ddpm, tiny_dit
 from edm_helper import EDM_CONFIGS, random_edm
 
 from common import UserError
 from teachers.load import load_diffusion
 
-# What PyTorch, diffusers and Python say of their own variables.
-INTERNAL = re.compile(
-    r"size of tensor|Expected|zeros\(|\(\)|keyword argument|positional|NoneType|object|list index"
-    r"|out of range|must match|shape '|mat1|torch_dtype=|unpack|literal|iterable|subscriptable"
-    r"|Traceback|torch\.|[a-z]Error|meta tensor|of type|of string|Tensor|instance|_[a-z]+ = "
-    r"|\bself\b|attribute|allocate|not supported|operand|normalized_shape|unexpected argument"
-)
 VALUES = [
     None, True, -1, 0, 1, 2, 3, 7, 64, 10**6, 10**12, 0.5, -0.5, 1e30, float("nan"), float("inf"),
     "", "x", "8", "silu\nx", "y" * 500, [], [8], [8, 8], [8, 16], [16, 8, 4], ["x"], [None], [[8]],

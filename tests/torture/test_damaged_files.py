@@ -23,8 +23,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from conftest import DIGITS
+from data_helper import INTERNAL, write_cifar
+from PIL import Image
 
 import extract_features
 import train_at
@@ -447,6 +450,19 @@ def read_fashion(folder):
     data.load_test(DATASETS["fashion-mnist"], folder)
 
 
+def read_cifar(folder):
+    DATASETS["cifar10"].read(folder, False, any_checksum=True)
+
+
+def read_svhn(folder):
+    DATASETS["svhn"].read(folder, False, any_checksum=True)
+
+
+def read_images(folder):
+    images, _ = DATASETS["folder"].read(folder, False, image_size=8)
+    images.sum()
+
+
 KINDS = {  # what is damaged: (files, how they are read)
     "classifier": (["best.pt"], read_classifier),
     "weights": (["best.safetensors"], read_weights),
@@ -471,6 +487,9 @@ KINDS = {  # what is damaged: (files, how they are read)
     "log": (["log.jsonl"], read_log),
     "Fashion-MNIST": (["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"], read_fashion),
     "image list": (["list.txt"], read_list),
+    "CIFAR": (["cifar-10-batches-py/test_batch"], read_cifar),
+    "SVHN": (["test_32x32.mat"], read_svhn),
+    "image folder": ([f"test/{name}/0.{name}" for name in ("png", "jpg", "webp")], read_images),
     "picture": (["a.png"], read_picture),
 }
 
@@ -537,6 +556,13 @@ def whole(tmp_path_factory, diffusion_dir, synthetic_dir):
         "seconds": [1.0, 2.0],
     }
     (made["chunk"] / "chunk.json").write_text(json.dumps(chunk))
+    write_cifar(DATASETS["cifar10"], made["CIFAR"])
+    pixels = rng.integers(0, 256, (32, 32, 3, 9), np.uint8)
+    scipy.io.savemat(made["SVHN"] / "test_32x32.mat", {"X": pixels, "y": np.arange(1, 10)})
+    for name in ("png", "jpg", "webp"):
+        (made["image folder"] / "test" / name).mkdir(parents=True)
+        image = Image.fromarray(pixels[..., 0])
+        image.save(made["image folder"] / "test" / name / f"0.{name}")
     (made["check"] / "check.json").write_text(json.dumps({"fooled": [True, False, True]}))
     for name, shape in (("images-idx3", (50, 28, 28)), ("labels-idx1", (50,))):
         head = bytes([0, 0, 8, len(shape)]) + b"".join(struct.pack(">I", n) for n in shape)
@@ -545,8 +571,6 @@ def whole(tmp_path_factory, diffusion_dir, synthetic_dir):
     names = [f"n{i:04d}/{i}.JPEG" for i in range(30)]
     (made["image list"] / "names").write_text("\n".join(names))
     (made["image list"] / "list.txt").write_text("\n".join(names[::3]))
-    from PIL import Image
-
     Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(made["picture"] / "a.png")
     return made
 
@@ -607,6 +631,8 @@ def attack(kind, n, whole, tmp_path, capsys):
             lines = [line for line in errors.splitlines() if "error: " in line]
             assert "Traceback" not in errors and len(lines) == (outcome == "refused"), errors
             assert all(str(tmp_path) in line for line in lines), lines
+            of_a_reader = [INTERNAL.search(line.replace("object", "")) for line in lines]
+            assert not any(of_a_reader), lines
             refused += outcome == "refused"
         except BaseException as error:  # whatever it is, it is what we look for
             if isinstance(error, KeyboardInterrupt):
