@@ -112,7 +112,7 @@ def parse_args(argv=None):
     if args.eps is None and args.norm not in spec.eps:
         parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
     args.eps = args.eps or spec.eps[args.norm]
-    parser.check_radius("--eps", args.eps, args.norm)
+    parser.check_radius("--eps", args.eps, args.norm, spec)
     return args
 
 

@@ -192,8 +192,8 @@ def check_args(parser, argv, args):
     if args.eps is None and args.norm not in spec.eps:
         parser.error(f"argument --eps: required, {spec.name} has no usual radius in {args.norm}")
     for eps in radii(args):
-        parser.check_radius("--eps", eps, args.norm)
-    parser.check_radius("--step-size", args.step_size, args.norm)
+        parser.check_radius("--eps", eps, args.norm, spec)
+    parser.check_radius("--step-size", args.step_size, args.norm, spec)
 
     if args.out and not args.out.endswith(".json"):
         parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")

@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from analysis import metrics, pictures
 from common import UserError, attacks, cli, data, files, run
-from published.datasets import DATASETS, open_dataset
+from published.datasets import DATASETS, open_dataset, spec_of
 from teachers import classifier, load
 
 SIGMAS = [0.03, 0.1, 0.3, 1.0]
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     uses = {"--eps": ("--probe", args.probe), "--n-attacked": ("--eps", args.eps)}
     parser.refuse_unused(argv, uses)
-    parser.check_radius("--eps", args.eps, "linf")
+    parser.check_radius("--eps", args.eps, "linf", spec_of(args))
     if args.save_head and not (args.blocks and len(args.blocks) == len(args.sigmas) == 1):
         parser.error("argument --save-head: goes with one of --blocks and one of --sigmas")
     return args

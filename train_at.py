@@ -219,8 +219,8 @@ def check_flags(parser, argv, args, spec):
         "--bn-momentum": ("a network with BatchNorm", has_batchnorm),
     }
     parser.refuse_unused(argv, uses)
-    parser.check_radius("--eps", args.eps, args.norm)
-    parser.check_radius("--step-size", args.step_size, args.norm)
+    parser.check_radius("--eps", args.eps, args.norm, spec)
+    parser.check_radius("--step-size", args.step_size, args.norm, spec)
     for flag, alpha in (("--mixup", args.mixup), ("--cutmix", args.cutmix)):
         if 0 < alpha < 0.01:
             parser.error(f"argument {flag}: {alpha}, expected 0 or at least 0.01")

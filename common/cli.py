@@ -71,11 +71,16 @@ class Parser(argparse.ArgumentParser):
         if args.dataset == "folder" and args.image_size is None:
             args.image_size = 64
 
-    def check_radius(self, flag, value, norm):
-        """End with an error where a linf radius or step is above 1: x lies in [0, 1]."""
-        if norm == "linf" and value is not None and value > 1:
-            expected = "expected at most 1, of x in [0, 1]; 8/255 is written so"
-            self.error(f"argument {flag}: {value:g}, {expected}")
+    def check_radius(self, flag, value, norm, spec):
+        """End with an error where a radius or step is more than two images can be apart.
+
+        spec: the data set, whose x lies in [0, 1]. Such a radius is mostly meant in 255ths.
+        """
+        n = spec.channels * spec.image_size**2
+        largest = {"linf": 1.0, "l2": n**0.5, "l1": float(n)}[norm]
+        if value is not None and value > largest:
+            expected = f"expected at most {largest:.4g} in {norm}, of x in [0, 1]"
+            self.error(f"argument {flag}: {value:g}, {expected}; 8/255 is written so")
 
     def error(self, message):
         if _rank() == "0":

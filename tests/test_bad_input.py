@@ -142,6 +142,14 @@ FLAGS = [
     ),
     ("evaluate", ["--checkpoint", "x.pt", "--eps", "8"], ["--eps", "8, expected at most 1"]),
     ("extract_features", ["--probe", "--eps", "8"], ["--eps", "8, expected at most 1"]),
+    ("train_at", ["--norm", "l2", "--eps", "128"], ["--eps", "128, expected at most 8 in l2"]),
+    ("train_at_aux", ["--norm", "l2", "--step-size", "15"], ["--step-size", "at most 8 in l2"]),
+    ("analyze", "--model a=x --norm l2 --eps 64".split(), ["--eps", "64, expected at most 8"]),
+    (
+        "evaluate",
+        "--checkpoint x.pt --norm l1 --eps 3100 --dataset cifar10".split(),
+        ["--eps", "3100, expected at most 3072"],
+    ),
     ("evaluate", ["--checkpoint", "x.pt", "--eps", "0.15", "0.15001"], ["--eps", "one name"]),
     (
         "evaluate",
