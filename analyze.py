@@ -490,8 +490,8 @@ def load_images(spec, args):
         raise UserError(f"--val-size, --n-train: {few}")
     n_least = min(len(labels), args.n_images, args.n_attacked)
     if n_least < MIN_IMAGES:
-        few = f"intervals need at least {MIN_IMAGES} images, there are {n_least}"
-        raise UserError(f"--n-images, --n-attacked: {few}")
+        few = f"intervals need at least {MIN_IMAGES} test images, there are {n_least}"
+        raise UserError(f"--dataset {spec.name}, --n-images, --n-attacked: {few}")
     # Training images may be sorted by class: the fits take random ones.
     fit_ids = np.sort(np.random.default_rng(0).permutation(n_train)[:MAX_FIT])
     fit = train[0], fit_ids, train[1][fit_ids]

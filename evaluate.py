@@ -155,7 +155,9 @@ def check_args(parser, argv, args):
         "--eot": pgd,
     }
     parser.refuse_unused(argv, uses)
-    not_exported = ("--model", "--data-dir", "--download", "--transfer-from", "--batch-size")
+    not_exported = ("--model", "--download", "--transfer-from", "--batch-size")
+    if args.dataset != "folder":  # whose classes are read
+        not_exported += ("--data-dir",)
     not_exported += ("--weights", "--sanity-images", "--precision", "--compile", "--check")
     parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
 
@@ -405,10 +407,10 @@ def load_images(args, spec):
     return images, labels[: args.n_images]
 
 
-def request_at(eps, args, settings, n):
+def request_at(eps, args, settings, n, data_sha256):
     """A dict of all that the result at a radius depends on.
 
-    settings: those of the model. n: number of images.
+    settings: those of the model. n: number of images, data_sha256: of their content.
     """
     attack_name, names = ATTACKS[args.attack]
     version = "common/attacks.py"
@@ -422,6 +424,7 @@ def request_at(eps, args, settings, n):
         "dataset": args.dataset,
         "split": "test",
         "n": n,
+        "data_sha256": data_sha256,
         "image_list_sha256": files.sha256(args.image_list) if args.image_list else None,
         "norm": args.norm,
         "eps": eps,
@@ -480,7 +483,7 @@ def print_check(model, images, labels, spec, args, rank, world_size, device):
         print(f"model     {n_correct} of the first {len(x)} images right without an attack")
         print(f"memory    {run.peak_memory(device)}")
         print(f"time      {run.in_words(seconds)} if no image falls, less where many do")
-        print("nothing is wrong, and nothing was written")
+        print("nothing is wrong, and nothing was written but the cache")
 
 
 def evaluate_radius(
@@ -567,13 +570,15 @@ def main(args):
         print_check(model, images, labels, spec, args, rank, world_size, device)
         return run.end_processes()
 
+    attacked = images.part(slice(len(labels))) if spec.files else images[: len(labels)]
+    data_sha256 = run.once(data.sha256, (attacked, labels))
     results = []
     for eps in radii(args):
         if rank == 0 and trained not in (None, (args.norm, eps)):
             training = f"trained against {trained[0]} {trained[1]:.4g}"
             print(f"note: {training}, evaluated against {args.norm} {eps:.4g}")
         path = result_path(args, eps)
-        request = request_at(eps, args, settings, len(labels))
+        request = request_at(eps, args, settings, len(labels), data_sha256)
         if os.path.exists(path):
             result = verdicts.read_finished(path, request)
             if rank == 0:

@@ -241,6 +241,7 @@ def save_head(model, labels, spec, args):
     accuracy = accuracy_of(probe, "val", labels["val"], args)
     head = {
         "dataset": spec.name,
+        "classes": list(spec.classes),
         "network_sha256": model.sha256,
         "precision": model.precision,
         "val_accuracy": accuracy,

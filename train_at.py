@@ -49,7 +49,7 @@ from common.run import (
 from published.datasets import DATASETS, open_dataset, spec_of
 from published.image_files import check_images
 from published.synthetic import open_synthetic, prepare_synthetic
-from published.weights import load_weights
+from published.weights import load_weights, normalised_as
 
 RECIPE = dict(
     model="wrn-28-10",
@@ -207,7 +207,7 @@ def check_flags(parser, argv, args, spec):
     attacked = args.loss != "standard"
     has_batchnorm = not args.model.startswith(("vit", "convnext", "swin"))
     uses = {
-        "--workers": ("image files (imagenet)", spec.files),
+        "--workers": ("image files (imagenet, a folder above 64 pixels)", spec.files),
         "--weights": ("--init", args.init),
         "--beta": ("--loss trades", args.loss == "trades"),
         "--attack": ("--loss trades or pgd", attacked),
@@ -476,8 +476,11 @@ def main(args):
     barrier()
     train, val = read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
     if args.check:
-        check_images([train[0], val[0]], rank, world_size)
+        test = read_once(data.load_test, spec, args.data_dir)
+        check_images([train[0], val[0], test[0]], rank, world_size)
     spec = read_once(data.measured, spec, train)
+    if args.init:
+        spec = normalised_as(spec, args.init)
     synthetic = None
     if args.synthetic:
         synthetic = open_synthetic(args.synthetic, spec)
@@ -596,7 +599,7 @@ def main(args):
     run.close()
     if rank == 0 and args.check:
         n_passes = math.ceil(len(x_val) / at_once) * (args.epochs // args.eval_every + 1)
-        n_images = (len(train[1]), args.val_size, len(synthetic or ()))
+        n_images = (len(train[1]), args.val_size, len(test[1]), len(synthetic or ()))
         run.print_check(spec, n_images, train_steps, n_passes)
     elif rank == 0 and run.step < train_steps:
         print(run.stopped_message(train_steps))

@@ -277,7 +277,8 @@ def main(args):
 
     run.close()
     if rank == 0 and args.check:
-        n_images = (len(train[1]), args.val_size, 0)
+        test = data.load_test(spec, args.data_dir)
+        n_images = (len(train[1]), args.val_size, len(test[1]), 0)
         run.print_check(spec, n_images, args.train_steps, args.train_steps // args.eval_every + 1)
     elif rank == 0 and run.step < args.train_steps:
         print(run.stopped_message(args.train_steps))

@@ -308,7 +308,8 @@ def scatter(axis, points, label, fooled, names):
         centred = {"ha": "center", "va": "center"}
         for k in classes:
             x, y = np.median(clean[label == k], axis=0)
-            axis.text(x, y, names[k] if names else str(k), fontsize=15, weight="bold", **centred)
+            name = names[k] if names else str(k)
+            axis.text(x, y, name, fontsize=15, weight="bold", parse_math=False, **centred)
     axis.axis("on")
     axis.set(xticks=[], yticks=[])
 

@@ -218,6 +218,9 @@ def _checked(value, good, expected, text):
 
 def run_script(main, args):
     """Call main(args). What the user can mend ends with one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name of a class may have letters that it lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
         return
@@ -246,8 +249,9 @@ def run_script(main, args):
 
 
 def _rank():
-    """The rank of this process, as a text. A RANK without a WORLD_SIZE does not count."""
-    return os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+    """This process's rank, as a text; "0" where the launcher's variables are not complete."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return os.environ["RANK"] if all(os.environ.get(name) for name in names) else "0"
 
 
 def printable(text):

@@ -90,13 +90,23 @@ class Spec:
 
         classes: their names in the order of their labels. Where a side has no names, any will do.
         """
+        if classes is not None and not _are_names(classes):
+            raise UserError(f"{name}: damaged, its classes are no list of names")
         if not classes or not self.classes or tuple(classes) == self.classes:
             return
+        if len(classes) != len(self.classes):
+            counts = f"{len(classes)}, {self.name} has {len(self.classes)}"
+            raise UserError(f"{name}: made for other classes, {counts}")
         label = next(
             (i for i, pair in enumerate(zip(classes, self.classes)) if len(set(pair)) > 1), 0
         )
         difference = f"class {label} is '{classes[label]}', '{self.classes[label]}' in {self.name}"
         raise UserError(f"{name}: made for other classes, {difference}")
+
+
+def _are_names(classes):
+    is_list = isinstance(classes, list | tuple)
+    return is_list and all(isinstance(name, str) for name in classes)
 
 
 def load_train(spec, data_dir, val_size, n_train=None):
@@ -148,10 +158,11 @@ def measured(spec, train):
         sums += [pixels.sum(0), (pixels**2).sum(0)]
     mean, square = sums / (n * spec.image_size**2)
     std = np.sqrt(np.maximum(square - mean**2, 0))
-    if std.min() < 1e-3:
+    if std.max() < 1e-3:
         raise UserError(
             f"{spec.name}: all training images have one colour, there is nothing to learn"
         )
+    std = np.maximum(std, std.max() / 10)  # a channel may be empty
     return dataclasses.replace(
         spec, mean=tuple(mean.round(4).tolist()), std=tuple(std.round(4).tolist())
     )

@@ -110,8 +110,8 @@ def cached(name):
 
     Raises UserError where there can be no such directory.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = _cache_dir or os.path.join(home, "dra")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = _cache_dir or os.path.join(os.path.expanduser(home), "dra")
     with _cache_errors(folder):
         os.makedirs(folder, exist_ok=True)
     return os.path.join(folder, name)

@@ -13,7 +13,6 @@ import platform
 import re
 import resource
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from common import UserError, files
-from common.cli import positive
+from common.cli import positive, printable
 
 # ----------------------------------------------------------------------------------- processes
 
@@ -116,7 +115,8 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x * number)(torch.ones(8, device=device))
     except Exception as error:  # torch's, the compiler's and the file system's errors
-        raise UserError(f"--compile: {files.first_line(error)}") from error
+        remedy = "leave it out, or install a C++ compiler"
+        raise UserError(f"--compile: {files.first_line(error)}; {remedy}") from error
 
 
 def _timeout_minutes():
@@ -358,7 +358,8 @@ class Run:
         self.device = device
         self.last_path = os.path.join(self.out_dir, "last.pt")
         self.checking = args.check
-        self.marks = []  # of --check: times at which a step or the validation ended
+        self.marks = []  # of --check: times at which steps ended
+        self.validated = 0.0  # of --check: when the last validation ended
         self.step = 0
         self.best = []
         self.seconds = 0.0
@@ -367,7 +368,7 @@ class Run:
         if rank == 0:
             name = os.path.basename(script)
             identity = {"script": name} | dict(sorted(vars(args).items())) | inputs
-            if not args.check or os.path.exists(self.path("args.json")):
+            if not args.check or (os.path.isdir(self.out_dir) and os.listdir(self.out_dir)):
                 claim_directory(self.out_dir, identity, not_compared=NOT_COMPARED)
             if args.check:  # all is written, to where it disturbs nothing
                 self._temporary = tempfile.TemporaryDirectory()
@@ -398,7 +399,7 @@ class Run:
 
     def save(self, **also):
         """Write last.pt; all ranks call it. also: entries for those who read the file elsewhere."""
-        self._mark()
+        self.validated = time.time()
         if self.rank == 0:
             state = {
                 **also,
@@ -425,6 +426,7 @@ class Run:
         """Begin to log, and finish the present step when SIGTERM comes."""
         self._clock = time.time()
         self._interval = (self.step, self._clock)
+        self._mark()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         if self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -467,24 +469,25 @@ class Run:
 
     def checked(self):
         """Whether this is --check, and its steps are done: the first warms up, others are timed."""
-        return self.checking and len(self.marks) >= CHECK_STEPS
+        return self.checking and len(self.marks) > CHECK_STEPS
 
     def print_check(self, spec, n_images, train_steps, n_passes):
         """Print what --check has found.
 
-        n_images: (to train, held out, synthetic). n_passes: validation batches of the whole run.
+        n_images: (to train, held out, to test, synthetic). n_passes: batches of validation, in all.
         """
-        *steps, end = self.marks
-        step_seconds = statistics.median([b - a for a, b in zip(steps, steps[1:])])
-        seconds = (train_steps - self.step) * step_seconds + n_passes * (end - steps[-1])
-        to_train, held_out, synthetic = n_images
-        images = f"{to_train:,} images to train, {held_out:,} held out, {synthetic:,} synthetic"
-        print(f"data      {images}")
+        times = [end - begin for begin, end in zip(self.marks, self.marks[1:])]
+        step_seconds = min(times)  # the first one warms up, another may hold a validation
+        seconds = (train_steps - self.step) * step_seconds
+        seconds += n_passes * (self.validated - self.marks[-1])
+        to_train, held_out, to_test, synthetic = n_images
+        images = f"{to_train:,} images to train, {held_out:,} to validate, {to_test:,} to test"
+        print(f"data      {images}, {synthetic:,} synthetic")
         print(f"classes   {describe_classes(spec)}")
         print(f"steps     {train_steps:,}, {step_seconds:.3g} s each")
         print(f"memory    {peak_memory(self.device)}")
         print(f"time      about {in_words(seconds)}, with {n_passes:,} batches of validation")
-        print("nothing is wrong, and nothing was written")
+        print("nothing is wrong, and nothing was written but the cache")
 
     def ranks_agree(self):
         """Whether this is a step after which ranks agree on what else each has for itself."""
@@ -534,7 +537,7 @@ def describe_classes(spec):
     if not spec.classes:
         return f"{spec.num_classes:,}"
     more = ", ..." if len(spec.classes) > 10 else ""
-    return f"{spec.num_classes:,}: {', '.join(spec.classes[:10])}{more}"
+    return f"{spec.num_classes:,}: {printable(', '.join(spec.classes[:10]))}{more}"
 
 
 def peak_memory(device):

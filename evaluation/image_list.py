@@ -18,13 +18,15 @@ def select_listed(images, labels, path):
     rows = {}
     for row, image_path in enumerate(images.paths):
         folder, name = image_path.split(os.sep)[-2:]
-        rows[f"{folder}/{name}"] = row
+        rows.setdefault(f"{folder}/{name}", []).append(row)
     lines = files.read_text(path, "a list of image files").splitlines()
     chosen = []
     for name in [line.strip() for line in lines if line.strip()]:
         if name not in rows:
             raise UserError(f"{path}: {name[:100]!r} is not among the images of the data set")
-        chosen.append(rows[name])
+        if len(rows[name]) > 1:
+            raise UserError(f"{path}: {name[:100]!r} stands for {len(rows[name])} images")
+        chosen += rows[name]
     if not chosen:
         raise UserError(f"{path}: empty, expected a list of image files")
     return images.part(chosen), labels[chosen]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, files, run
+from common import UserError, cli, files, run
 from common.stats import wilson
 from evaluation import sanity
 
@@ -294,7 +294,8 @@ def print_result(result, path):
     if result.get("by_class"):
         kind = "robust" if result["attacks"] else "clean"
         worst = min(result["by_class"], key=lambda row: row[kind])
-        print(f"worst class: {worst['class']}, {worst[kind]:.2%} {kind}, n = {worst['n']}")
+        name = cli.printable(worst["class"])
+        print(f"worst class: {name}, {worst[kind]:.2%} {kind}, n = {worst['n']}")
     if result["sanity_images"]:
         print(f"sanity checks on the first {result['sanity_images']} images")
     else:

@@ -85,7 +85,7 @@ class _Arrays(pickle.Unpickler):
 def _read_cifar(dataset, classes, data_dir, train, any_checksum=False):
     """The published archive, unpacked, or its images in class folders below train/ and test/."""
     folder = os.path.join(data_dir, dataset.base_folder)
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder) or not os.listdir(folder):
         return _read_cifar_folders(data_dir, train, classes)
     parts = []
     labels = []
@@ -108,8 +108,9 @@ def _read_cifar_folders(data_dir, train, classes):
 
     Raises FileNotFoundError where there are none.
     """
-    inside = sorted(entry.path for entry in os.scandir(data_dir) if entry.is_dir())
-    roots = [root for root in [data_dir, *inside] if _has_classes(root, classes)]
+    roots = [data_dir]
+    if not _has_classes(data_dir, classes):
+        roots = [root for root in _folders_of(data_dir).values() if _has_classes(root, classes)]
     if not roots:
         raise FileNotFoundError(data_dir)
     if len(roots) > 1:
@@ -119,6 +120,14 @@ def _read_cifar_folders(data_dir, train, classes):
     check_classes(root, folders, classes)
     paths, labels = labelled_images(root, folders)
     return decode_once(ImageFiles(paths, resize=None, size=32)), labels
+
+
+def _folders_of(root):
+    """class_folders of root; {} where it has none."""
+    try:
+        return class_folders(root)
+    except UserError:
+        return {}
 
 
 def _has_classes(root, classes):
@@ -190,14 +199,23 @@ def _read_tiny_imagenet(data_dir, train):
     """
     root = os.path.join(data_dir, "tiny-imagenet-200")
     root = root if os.path.isdir(root) else data_dir
-    array = os.path.join(root, "train.npz" if train else "val.npz")
-    if os.path.exists(array):
-        images, labels = read_npz(array, DATASETS["tiny-imagenet"])
-        return images, labels
+    arrays = [os.path.join(root, name) for name in ("train.npz", "val.npz")]
+    if any(map(os.path.exists, arrays)):
+        if not all(map(os.path.exists, arrays)):  # another layout may number the classes otherwise
+            raise FileNotFoundError(arrays)
+        images, labels = read_npz(arrays[not train], DATASETS["tiny-imagenet"])
+        # They may be sorted by class, and the first ones are held out.
+        order = np.random.default_rng(0).permutation(len(labels))
+        return images[order], labels[order]
     train_root = os.path.join(root, "train")
     folders = class_folders(train_root)
     if len(folders) != 200:
         raise UserError(f"{train_root}: {len(folders)} class folders, expected 200")
+    listed = os.path.join(root, "wnids.txt")
+    if os.path.exists(listed):
+        check_classes(train_root, folders, sorted(files.read_text(listed).split()))
+    elif os.path.isdir(os.path.join(root, "val")):
+        _tiny_imagenet_val(root, list(folders))  # which has the same classes, or says so
     if train:
         paths, labels = by_hash(*labelled_images(train_root, folders), root)
     else:
@@ -210,10 +228,13 @@ def _tiny_imagenet_val(root, classes):
     val = os.path.join(root, "val")
     annotations = os.path.join(val, "val_annotations.txt")
     flat = os.path.join(val, "images")
-    if not os.path.isdir(flat) and os.path.isdir(val):
-        folders = class_folders(val)
-        check_classes(val, folders, classes)
-        return by_hash(*labelled_images(val, folders), root)
+    for place in (val, flat):
+        wnids = {}
+        if os.path.isdir(place) and any(os.scandir(place)):
+            wnids = {name: path for name, path in _folders_of(place).items() if name != "images"}
+        if wnids:
+            check_classes(place, wnids, classes)
+            return by_hash(*labelled_images(place, wnids), root)
     if not os.path.exists(annotations):
         raise FileNotFoundError(annotations)
     paths = []

@@ -65,10 +65,10 @@ class ImageFiles:
         """Return the ImageFiles of a slice or list of rows."""
         return ImageFiles(self.names[rows], self.resize, self.size)
 
-    def names_and_sizes(self, times=False):
+    def names_and_sizes(self, on_this_machine=False):
         """<class folder>/<name> and size of each file, a line each, as bytes.
 
-        times: also the time of its last change.
+        on_this_machine: its whole path, and the times of its last changes, too.
         """
         paths = self.paths
 
@@ -79,7 +79,10 @@ class ImageFiles:
                 with files.reading(path, "an image"):
                     found = os.stat(path)
                 line = f"{name} {found.st_size}"
-                lines.append(f"{line} {found.st_mtime_ns}\n" if times else f"{line}\n")
+                if on_this_machine:
+                    times = f"{found.st_mtime_ns} {found.st_ctime_ns}"
+                    line = f"{os.path.abspath(path)} {found.st_size} {times}"
+                lines.append(f"{line}\n")
             return os.fsencode("".join(lines))
 
         groups = [paths[start : start + 1000] for start in range(0, len(paths), 1000)]

@@ -12,9 +12,10 @@ from functools import partial
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UserError, files
+from common import UserError, cli, files
 from published.image_files import ImageFiles, check_images
 
+ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
 TEST_FRACTION = 0.1  # of the images of a folder that has no test split
 
 # What file managers and archives leave behind. Names that begin with a dot are left out too.
@@ -38,9 +39,15 @@ def class_folders(root):
         found = [entry for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
     if not found:
         raise UserError(f"{root}: no class folders, expected one folder of images per class")
-    # macOS writes the letters of a name in another form than Linux does.
-    paths = {unicodedata.normalize("NFC", entry.name): entry.path for entry in found}
+    paths = {_composed(entry.name): entry.path for entry in found}
+    if len(paths) < len(found):
+        raise UserError(f"{root}: two class folders of one name, in different forms of Unicode")
     return dict(sorted(paths.items()))
+
+
+def _composed(name):
+    """A name in one form of Unicode: macOS writes letters in another form than Linux does."""
+    return unicodedata.normalize("NFC", name)
 
 
 def check_classes(root, folders, classes):
@@ -63,7 +70,7 @@ def check_classes(root, folders, classes):
 
 def _some(names):
     """The first three of some names, and how many more there are."""
-    shown = ", ".join(name[:40] for name in list(names)[:3])
+    shown = ", ".join(cli.printable(name[:40]) for name in list(names)[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
@@ -81,7 +88,7 @@ def labelled_images(root, folders):
     for label, folder in enumerate(folders.values()):
         found = _images_in(folder)
         if not found:
-            endings = ", ".join(IMG_EXTENSIONS)
+            endings = ", ".join(ENDINGS)
             raise UserError(f"{folder}: a class folder without images ({endings})")
         paths += found
         labels += [label] * len(found)
@@ -91,14 +98,19 @@ def labelled_images(root, folders):
 def _images_in(folder):
     """Paths of the images in a folder and in those below it, but for hidden ones."""
     paths = []
+    seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not _is_hidden(name)]
         paths += [os.path.join(place, name) for name in names if _is_image(name)]
     return paths
 
 
 def _is_image(name):
-    return name.lower().endswith(IMG_EXTENSIONS) and not _is_hidden(name)
+    return name.lower().endswith(ENDINGS) and not _is_hidden(name)
 
 
 def by_hash(paths, labels, root):
@@ -108,7 +120,7 @@ def by_hash(paths, labels, root):
 
 
 def _digest(path, root):
-    return hashlib.sha256(os.fsencode(os.path.relpath(path, root))).digest()
+    return hashlib.sha256(os.fsencode(_composed(os.path.relpath(path, root)))).digest()
 
 
 def held_out_for_tests(paths, root):
@@ -126,13 +138,17 @@ def held_out_for_tests(paths, root):
 def decode_once(images):
     """An ImageFiles as one array uint8 (N, H, W, 3), decoded into the cache and mapped from there.
 
-    So the processes of a node share one copy in memory. Other files, sizes or times of the files
-    make another copy.
+    So the processes of a node share one copy in memory. Other paths, sizes or times of the files
+    make another copy. (The time of a file's last change of any kind cannot be set back.)
     """
-    identity = f"{images.resize} {images.size}\n".encode() + images.names_and_sizes(times=True)
+    identity = f"{images.resize} {images.size}\n".encode()
+    identity += images.names_and_sizes(on_this_machine=True)
     path = files.cached(f"images-{hashlib.sha256(identity).hexdigest()[:32]}.npy")
     files.make_once(path, partial(_write_decoded, images, path))
-    files.open_npy(path, np.uint8, (len(images), images.size, images.size, 3))
+    try:
+        files.open_npy(path, np.uint8, (len(images), images.size, images.size, 3))
+    except UserError as error:
+        raise UserError(f"{error}; delete it, it is made again") from error
     # Mapped copy-on-write, since torch warns of a read-only array.
     return np.load(path, mmap_mode="c")
 
@@ -158,7 +174,7 @@ def _write_decoded(images, path):
 # --------------------------------------------------------------------------------- anyone's images
 
 MAX_DECODED = 64  # pixels; larger images stay in their files
-TEST_NAMES = ("test", "val", "valid", "validation")  # of the folder of the test split
+TEST_NAMES = ("test", "tests", "testing", "val", "valid", "validation")  # of the test split
 
 
 def read_folder(data_dir, train, image_size):
@@ -176,11 +192,34 @@ def read_folder(data_dir, train, image_size):
 
 
 def describe_folder(data_dir):
-    """(class names, number of training images) of a folder that read_folder reads."""
+    """(class names, number of training images) of a folder that read_folder reads.
+
+    Says so where there is no test split.
+    """
     train_root = os.path.join(data_dir, "train")
     if os.path.isdir(train_root):
-        return tuple(class_folders(train_root)), len(_split_of_folder(data_dir, True)[1])
+        n_train = len(_split_of_folder(data_dir, True)[1])
+        if _test_root(data_dir) is None:
+            n_tests = len(_split_of_folder(data_dir, False)[1])
+            held_out = f"{TEST_FRACTION:.0%} of train/ ({n_tests:,} images) is held out for tests"
+            print(f"note: {data_dir}: no test/; {held_out}, by hash of the path")
+        _note_left_out(data_dir, train_root)
+        return tuple(class_folders(train_root)), n_train
     return tuple(class_folders(_test_root(data_dir) or train_root)), 0
+
+
+def _note_left_out(data_dir, train_root):
+    """Say how many files in class folders are no images that are read, such as HEIC."""
+    endings = set()
+    n = 0
+    for folder in class_folders(train_root).values():
+        for _, _, names in os.walk(folder):
+            others = [name for name in names if not _is_hidden(name) and not _is_image(name)]
+            n += len(others)
+            endings |= {os.path.splitext(name)[1].lower() for name in others}
+    if n:
+        kinds = _some(sorted(endings))
+        print(f"note: {data_dir}: {n} files in train/ are left out, no images: {kinds}")
 
 
 def _split_of_folder(data_dir, train):
@@ -214,6 +253,22 @@ def split_root(data_dir, train):
 
 
 def _test_root(data_dir):
-    """The folder of the test split; None without one."""
-    roots = [os.path.join(data_dir, name) for name in TEST_NAMES]
-    return next((root for root in roots if os.path.isdir(root)), None)
+    """The folder of the test split, the first of TEST_NAMES that has class folders; None without.
+
+    Raises UserError where another folder has those of train/: images would be left out unnoticed.
+    """
+    with os.scandir(data_dir) as entries:
+        found = [entry for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
+    splits = {}
+    for entry in found:
+        if any(inner.is_dir() and not _is_hidden(inner.name) for inner in os.scandir(entry.path)):
+            splits[entry.name.lower()] = entry.path
+    for name in TEST_NAMES:
+        if name in splits:
+            return splits[name]
+    train = splits.pop("train", None)
+    classes = class_folders(train) if train else {}
+    for path in splits.values():
+        if classes and any(os.path.isdir(os.path.join(path, name)) for name in classes):
+            raise UserError(f"{path}: has class folders of train/; name it test/, or move it away")
+    return None

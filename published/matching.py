@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UserError, cli
+from common import UserError, cli, pickles
 from common.models import TorchvisionClassifier
 
 # What others call the normalisation that they keep beside the weights. BatchNorm's is running_mean.
@@ -77,7 +77,7 @@ class Match:
         )
 
 
-def _sets(content, path):
+def sets_of(content, path):
     """Every Set in the content of a file, those further out first."""
     found = []
     pending = [((), content)]
@@ -88,8 +88,14 @@ def _sets(content, path):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             if isinstance(value, list | tuple) and normalisation(key) and _are_numbers(value):
                 value = torch.tensor(value)
-            if torch.is_tensor(value) and isinstance(key, str):
-                tensors[key] = value
+            if key in ("mean", "std") and {"mean", "std"} <= node.keys():
+                if type(value) in (int, float):
+                    value = torch.tensor([float(value)])
+                if isinstance(value, pickles.Object):
+                    kind = "its numbers are not read: save a list or a tensor"
+                    raise UserError(f"{path}: '{key}' is a {value.name}, {kind}")
+            if torch.is_tensor(value) and (isinstance(key, str) or not isinstance(node, dict)):
+                tensors[str(key)] = value  # a list of tensors fits no network, but will be told
             elif isinstance(value, dict | list | tuple) and len(place) < MAX_DEPTH:
                 if not OPTIMIZER.search(str(key).lower()):
                     pending.append(((*place, str(key)), value))
@@ -202,7 +208,7 @@ def find(content, model, path, weights, other_classes, flags):
     A single averaged one is preferred, and a note says so. The arguments are those of
     published.weights.load_classifier and _best_matches. Raises UserError.
     """
-    sets = _sets(content, path) if isinstance(content, dict | list | tuple) else []
+    sets = sets_of(content, path) if isinstance(content, dict | list | tuple) else []
     if all(is_beside(key) for one in sets for key in one.tensors):
         message = f"{path}: no state dict (names and tensors) for the {model.name}"
         if isinstance(content, dict) and content:
@@ -265,7 +271,9 @@ def _rank_of(name):
     """1 for what is called an average, -1 for what is said to be none, 0 for what says nothing."""
     words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     averaged = any(AVERAGED.fullmatch(word) for word in words)
-    if words & {"unaveraged", "unavg"} or (averaged and words & {"non", "no", "not"}):
+    if words & {"unaveraged", "unavg"} or (
+        averaged and words & {"non", "no", "not", "without", "wo"}
+    ):
         return -1
     return int(averaged)
 

@@ -19,6 +19,8 @@ from published.matching import is_beside, is_plain, listed, normalisation
 # What best.pt, last.pt and best.safetensors say of a classifier, beside its weights.
 DESCRIPTION = {"model_name": str, "dataset": str, "num_classes": int, "norm": str, "eps": float}
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of torchvision's published weights
+IMAGENET_STD = (0.229, 0.224, 0.225)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -34,7 +36,10 @@ def load_weights(model, path, weights=None):
     Raises UserError where the file is missing, broken, would run code, has any other difference, or
     holds NaN or inf.
     """
-    content = _published(model) if path == "torchvision" else _read(path)[0]
+    content, about = (_published(model), {}) if path == "torchvision" else _read(path)
+    named = about.get("model_name")
+    if about.keys() >= DESCRIPTION.keys() and named != model.name:
+        raise UserError(f"{path}: is a {named}, expected a {model.name}, see --model")
     flags = ("--weights",)
     state = _find_weights(content, model, path, weights, flags, other_classes=True)
     fresh = model.logits.state_dict(prefix="logits.")
@@ -46,6 +51,26 @@ def load_weights(model, path, weights=None):
         state = state | fresh
     files.load_state(model, state, path)
     return same_classes
+
+
+def normalised_as(spec, path):
+    """The Spec of a folder with the mean and deviation that weights to start from were made for.
+
+    path: as for load_weights. Where its file does not say, and of other data sets, the Spec stays.
+    """
+    if spec.name != "folder":
+        return spec
+    if path == "torchvision":
+        return dataclasses.replace(spec, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    content, about = _read(path)
+    found = {}
+    for one in [about] + [one.tensors for one in matching.sets_of(content, path)]:
+        for key, value in one.items():
+            kind = normalisation(key)
+            numbers = value.flatten().tolist() if torch.is_tensor(value) else value
+            if kind and isinstance(numbers, list) and len(numbers) == spec.channels:
+                found.setdefault(kind, tuple(map(float, numbers)))
+    return dataclasses.replace(spec, **found) if len(found) == 2 else spec
 
 
 def load_classifier(path, spec, device, name=None, weights=None, flags=()):
@@ -167,7 +192,8 @@ def _check_normalisation(sets, chosen, model, path, flags):
         around = one.name == "." or chosen.of.name.startswith(f"{one.name}.")
         if around or all(is_beside(key) for key in one.tensors):
             for key, value in one.tensors.items():  # others are some metric's mean
-                if value.dim() and value.shape.numel() == model.mean.numel():
+                n = value.shape.numel()
+                if value.dim() and (n == model.mean.numel() or (n == 1 and key in ("mean", "std"))):
                     brought.append((key, value))
     for key, value in brought:
         kind = normalisation(key)

@@ -58,6 +58,7 @@ def _load_head(path, diffusion, spec, n_noise, fresh_noise, seed):
     head = files.load(path, HEAD)
     if head["dataset"] != spec.name:
         raise UserError(f"{path}: a head for {head['dataset']}, expected one for {spec.name}")
+    spec.check_classes(path, head.get("classes"))
     if head["network_sha256"] != diffusion.sha256:
         raise UserError(f"{path}: a head on another diffusion network")
     if head["precision"] != diffusion.precision:

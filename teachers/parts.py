@@ -103,7 +103,9 @@ class Directory:
         # Others have no betas, and DDPM's would be a guess.
         if "beta_schedule" not in known or "trained_betas" not in known:
             raise UserError(f"{path}: a {named(name)}, expected a DDPM's scheduler, with betas")
-        predicts = config.get("prediction_type", "epsilon")
+        # Schedulers of diffusers before 0.5 say it in another way.
+        older = "epsilon" if config.get("predict_epsilon", True) else "sample"
+        predicts = config.get("prediction_type", older)
         if predicts not in ("epsilon", "sample", "v_prediction") or config.get("use_flow_sigmas"):
             expected = "expected epsilon, sample or v_prediction, of a DDPM's schedule"
             raise UserError(f"{path}: its prediction_type is {shown(predicts)}, {expected}")

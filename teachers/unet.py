@@ -26,7 +26,7 @@ class EDMUNet(Diffusion):
             blocks=unet_blocks(net),
         )
         self.val_size = int(config.get("val_size", 0))
-        self.classes = tuple(config.get("classes", ()))
+        self.classes = config.get("classes") or ()
         decoder = [name for name in self.blocks if name.startswith("up_blocks")]
         self.default_block = decoder[0]
         self.default_sigma = 0.1

@@ -176,6 +176,43 @@ def test_what_was_made_for_other_classes_is_refused(change, folder, made, at, tm
         assert "\n" not in str(info.value) and not (tmp_path / "x.json").exists()
 
 
+def test_a_result_is_of_its_images(folder, at, tmp_path, capsys):
+    """Other test images under the same names are no reason to print the old figure again."""
+    flags = ["--attack", "clean", "--sanity-images", "0", "--checkpoint", at / "best.pt"]
+    flags += ["--out", tmp_path / "r.json"]
+    script("evaluate", folder, *flags)
+    other = shutil.copytree(folder, tmp_path / "other")
+    shutil.copy(other / "test/cross/0.png", other / "test/circle/0.png")
+    with pytest.raises(UserError, match="data_sha256"):
+        script("evaluate", other, *flags)
+
+
+def test_a_head_is_of_its_classes(folder, made, tmp_path):
+    where = ["--blocks", "mid_block", "--sigmas", "0.1", "--save-head", tmp_path / "head.pt"]
+    diffusion = [made / "diffusion"]
+    flags = ["--diffusion", *diffusion, "--out-dir", tmp_path / "features"]
+    script("extract_features", folder, *flags, *where)
+    other = shutil.copytree(folder, tmp_path / "other")
+    for split in ("train", "test"):
+        shutil.move(other / split / "circle", other / split / "zebra")
+    flags = ["--model", "diffusion-head", "--checkpoint", tmp_path / "head.pt", "--attack", "clean"]
+    with pytest.raises(UserError, match="head.pt: made for other classes"):
+        script("evaluate", other, "--teacher", *diffusion, *flags)
+
+
+def test_weights_to_start_from_bring_their_normalisation(folder, at, tmp_path):
+    """A classifier of one folder is trained on on another, whose mean differs."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    for path in (other / "train").rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    flags = [*SMALL, "--epochs", "1", "--init", at / "best.pt", "--out-dir", tmp_path / "tuned"]
+    script("train_at", other, *flags)
+    one, two = (torch.load(d / "best.pt", weights_only=True) for d in (at, tmp_path / "tuned"))
+    assert one["mean"] == two["mean"] and one["std"] == two["std"]
+    with pytest.raises(UserError, match="best.pt: is a wrn-10-1, expected a wrn-10-2, see --model"):
+        script("train_at", other, *flags, "--model", "wrn-10-2")
+
+
 def test_images_above_64_pixels_are_decoded_by_workers(folder, tmp_path):
     flags = "--image-size 72 --epochs 1 --batch-size 16 --n-steps 1 --eval-n-steps 1 --workers 2"
     command = [*flags.split(), "--model", "wrn-10-1", "--out-dir", tmp_path / "at"]
@@ -196,7 +233,7 @@ def listed(folder):
 def told_in(printed):
     """{first word of a line: the rest of it} of what --check printed."""
     lines = printed.splitlines()
-    assert lines[-1] == "nothing is wrong, and nothing was written"
+    assert lines[-1] == "nothing is wrong, and nothing was written but the cache"
     return dict(line.split(maxsplit=1) for line in lines[-6:-1])
 
 
@@ -210,7 +247,7 @@ def test_check_tells_sizes_and_time_and_writes_nothing(name, folder, made, tmp_p
     script(name, folder, *flags[name], "--check", "--out-dir", tmp_path / "run")
     told = told_in(capsys.readouterr().out)
     synthetic = 60 if name == "train_at" else 0
-    assert told["data"] == f"108 images to train, 12 held out, {synthetic} synthetic"
+    assert told["data"] == f"108 images to train, 12 to validate, 30 to test, {synthetic} synthetic"
     assert told["classes"] == "3: circle, cross, stripes"
     assert told["steps"].startswith("500, " if name == "train_diffusion" else "24, ")
     assert "GiB of this process" in told["memory"] and told["time"].startswith("about ")
@@ -234,6 +271,20 @@ def test_check_of_a_run_that_is_there(folder, at, capsys):
     assert {path: os.stat(path).st_mtime_ns for path in listed(at)} == before
 
 
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_check_of_a_run_of_few_steps(n_steps, folder, tmp_path, capsys):
+    """Fewer than it wants to time; the validation of each is no step."""
+    flags = [*SMALL, "--epochs", str(n_steps), "--eval-every", "1", "--epoch-images", "32"]
+    script("train_at", folder, *flags, "--check", "--out-dir", tmp_path / "run")
+    assert told_in(capsys.readouterr().out)["steps"].startswith(f"{n_steps}, ")
+
+
+def test_check_finds_a_directory_of_something_else(folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match="not empty and without args.json"):
+        script("train_at", folder, *SMALL, "--check", "--out-dir", tmp_path)
+
+
 def weights_file(folder, image_size):
     """A file of weights of a wrn-10-1 with three classes."""
     spec = dataclasses.replace(DATASETS["cifar10"], num_classes=3, image_size=image_size)
@@ -255,7 +306,10 @@ def test_check_names_broken_images(image_size, folder, tmp_path):
         script("train_at", root, *size, *SMALL, "--out-dir", tmp_path / "run")
     message = str(info.value)
     assert all(name in message for name in names) and "\n" not in message
-    assert "test/" not in message
+    for name in names:
+        shutil.copy(folder / name, root / name)
+    with pytest.raises(UserError, match="test/stripes/1.jpg: cannot identify image file"):
+        script("train_at", root, *size, *SMALL, "--out-dir", tmp_path / "run")
     flags = ["--model", "wrn-10-1", "--mean", "0.3", "--std", "0.2"]
     network = weights_file(tmp_path, image_size)
     with pytest.raises(UserError, match="test/stripes/1.jpg: cannot identify image file"):

@@ -474,6 +474,7 @@ def test_tiny_imagenet_is_decoded_once_and_mapped_from_then_on(tiny, tmp_path, c
     again[0] = 0  # written to memory only
     assert np.array_equal(load_tiny(tiny)[0][0], train)
 
+    monkeypatch.undo()
     moved = shutil.move(tiny, tmp_path / "elsewhere" / "deeper" / "tiny-imagenet-200")
     (there, labels_there), _ = load_tiny(moved)
     assert np.array_equal(there, train) and np.array_equal(labels_there, labels)

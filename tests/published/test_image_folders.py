@@ -245,6 +245,63 @@ def test_folders_that_are_no_data_set(tmp_path):
     open_refused(tmp_path, "/train: one class folder, only; expected at least two")
 
 
+@pytest.mark.parametrize("name", ["Test", "TESTING", "Val"])
+def test_the_name_of_the_test_split_in_any_case(name, tmp_path):
+    write_folder(tmp_path, n=4, splits=["train", name])
+    assert len(data.load_test(open_dataset(args_of(tmp_path)), str(tmp_path))[1]) == 12
+
+
+def test_a_split_of_unknown_name_is_not_left_out_unnoticed(tmp_path, capsys):
+    write_folder(tmp_path, n=20, splits=["train", "holdout"])
+    open_refused(tmp_path, "holdout: has class folders of train/; name it test/")
+    shutil.rmtree(tmp_path / "holdout")
+    (tmp_path / "train" / "cat" / "x.heic").write_bytes(b"heic")
+    (tmp_path / "pictures").mkdir()  # of something else
+    open_dataset(args_of(tmp_path))
+    printed = capsys.readouterr().out
+    assert "no test/; 10% of train/ (" in printed and "is held out for tests" in printed
+    assert "1 files in train/ are left out, no images: .heic" in printed
+
+
+def test_unlabelled_test_images_beside_a_val_split(tmp_path):
+    """The layout of Kaggle."""
+    write_folder(tmp_path, n=4, splits=["train", "val"])
+    write_image(tmp_path / "test" / "1.png", noise(16, 16, 3))
+    assert len(data.load_test(open_dataset(args_of(tmp_path)), str(tmp_path))[1]) == 12
+
+
+def test_splits_whose_files_look_alike_are_told_apart(tmp_path):
+    """The same names, sizes and times in train/ and test/, as in archives made reproducible."""
+    for split, colour in (("train", 50), ("test", 200)):
+        for name in CLASSES:
+            for i in range(3):
+                path = tmp_path / split / name / f"{i}.bmp"
+                write_image(path, np.full((16, 16, 3), colour + i, np.uint8))
+                os.utime(path, (10**9, 10**9))
+    spec = open_dataset(args_of(tmp_path))
+    train, _ = spec.read(str(tmp_path), True)
+    test, _ = spec.read(str(tmp_path), False)
+    assert train.max() < 60 and test.min() >= 200
+    path = tmp_path / "test" / "cat" / "0.bmp"
+    write_image(path, np.full((16, 16, 3), 250, np.uint8))
+    os.utime(path, (10**9, 10**9))
+    assert spec.read(str(tmp_path), False)[0].max() == 250
+
+
+def test_a_link_in_a_circle_counts_no_image_twice(tmp_path):
+    write_folder(tmp_path, n=3)
+    (tmp_path / "train" / "cat" / "up").symlink_to("..")
+    (tmp_path / "train" / "dog" / "again").symlink_to(".")
+    paths, labels = image_folders._split_of_folder(str(tmp_path), True)
+    assert np.bincount(labels)[1] == 3
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path):
+    for form in ("NFC", "NFD"):
+        write_folder(tmp_path, n=2, splits=["train"], classes=[unicodedata.normalize(form, "zoé")])
+    open_refused(tmp_path, "/train: two class folders of one name")
+
+
 def test_a_name_is_one_class_in_both_forms_of_unicode(tmp_path):
     """macOS writes decomposed letters; the order of the labels is that of the composed ones."""
     names = ("zoé", "école", "ünder")
@@ -276,6 +333,22 @@ def test_a_changed_image_of_the_same_size_changes_the_identity(tmp_path):
             path.write_bytes(content)
         after = data.sha256(data.load_test(spec, str(tmp_path)))
         assert after != before
+
+
+def test_an_empty_channel_is_no_reason_to_refuse(tmp_path):
+    write_folder(tmp_path)
+    for path in (tmp_path / "train").rglob("*.png"):
+        pixels = np.asarray(Image.open(path)) * np.array([1, 1, 0], np.uint8)
+        Image.fromarray(pixels).save(path)
+    spec = open_dataset(args_of(tmp_path))
+    spec = data.measured(spec, data.load_train(spec, str(tmp_path), 1)[0])
+    assert spec.mean[2] == 0 and spec.std[2] == pytest.approx(max(spec.std) / 10, rel=1e-2)
+
+
+@pytest.mark.parametrize("classes", [5, {"a": 1}, [["a"], "b"], ["cat", "dog"], "cat"])
+def test_damaged_names_of_classes(classes):
+    spec = dataclasses.replace(CIFAR10, classes=CLASSES)
+    refused(lambda: spec.check_classes("x", classes), "x: ")
 
 
 def test_names_of_classes_are_held_against_those_of_what_others_made():
@@ -321,8 +394,11 @@ def test_cifar_folders_of_other_names_or_sizes(tmp_path):
     words = "cifar10 is not there, or broken; put cifar-10-batches-py/"
     refused(lambda: data.load_test(CIFAR10, str(tmp_path)), words)
     refused(lambda: data.load_test(DATASETS["cifar100"], str(tmp_path)), "cifar100 is not there")
-    shutil.copytree(tmp_path / "train", tmp_path / "copy" / "train")
-    words = f"class folders in {tmp_path} and {tmp_path}/copy; name one"
+    for name in ("copy", "other"):
+        shutil.copytree(tmp_path / "train", tmp_path / name / "train")
+    assert len(data.load_train(CIFAR10, str(tmp_path), 1)[0][1]) == 29  # its own go first
+    shutil.rmtree(tmp_path / "train")
+    words = f"class folders in {tmp_path}/copy and {tmp_path}/other; name one"
     refused(lambda: data.load_train(CIFAR10, str(tmp_path), 1), words)
 
 
@@ -412,13 +488,13 @@ def test_tiny_imagenet_as_npz_files(save, tmp_path):
         labels = np.arange(30) * 6
         save(tmp_path / f"{split}.npz", image=images, label=labels)
         made[split] = images, labels
-    (images, labels), (held_out, _) = data.load_train(TINY, str(tmp_path), 2)
-    assert np.array_equal(np.concatenate([held_out, images]), made["train"][0])
-    assert np.array_equal(labels, made["train"][1][2:]) and labels.dtype == np.int64
-    images, labels = data.load_test(TINY, str(tmp_path))
-    assert np.array_equal(images, made["val"][0]) and np.array_equal(labels, made["val"][1])
-    images[0] = 0  # in memory only
-    assert np.array_equal(data.load_test(TINY, str(tmp_path))[0], made["val"][0])
+    for split, read in (
+        ("train", data.load_train(TINY, str(tmp_path), 0)[0]),
+        ("val", data.load_test(TINY, str(tmp_path))),
+    ):
+        expected = pixels_by_label(*made[split])
+        assert pixels_by_label(*read) == expected and len(expected) == 30
+        assert not (np.diff(read[1]) > 0).all()  # mixed: the first ones are held out
     (tmp_path / "val.npz").unlink()
     words = "tiny-imagenet is not there, or broken; put tiny-imagenet-200/"
     refused(lambda: data.load_test(TINY, str(tmp_path)), words, "train.npz and val.npz")
