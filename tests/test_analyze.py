@@ -242,7 +242,7 @@ def test_one_name_for_two_kinds_of_network(trained, tmp_path):
     [
         ("--sae-k 64 --sae-latents 80", "--sae-k 64: expected less than the 64 features"),
         ("--val-size 950", "at least 64 training images, there are 50"),
-        ("--n-images 63", "at least 64 images, there are 63"),
+        ("--n-images 63", "at least 64 test images, there are 63"),
     ],
 )
 def test_numbers_that_do_not_fit(argv, match, trained, tmp_path):
