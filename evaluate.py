@@ -398,13 +398,15 @@ def normalised(spec, mean, std):
 
 
 def load_images(args, spec):
-    """(images, labels) of the test images to evaluate on; there may be more images than labels."""
+    """(images, labels) of the test images to evaluate on."""
     images, labels = run.read_once(data.load_test, spec, args.data_dir)
     if args.image_list:
         images, labels = select_listed(images, labels, args.image_list)
     if args.n_images is not None and args.n_images > len(labels):
         raise UserError(f"--n-images {args.n_images}: {spec.name} has {len(labels)} test images")
-    return images, labels[: args.n_images]
+    n = args.n_images or len(labels)
+    images = images.part(slice(n)) if spec.files else images[:n]
+    return images, labels[:n]
 
 
 def request_at(eps, args, settings, n, data_sha256):
@@ -457,10 +459,9 @@ def check_names(args):
 
 def print_check(model, images, labels, spec, args, rank, world_size, device):
     """--check: read all images, pass one chunk through the model, and tell what it will take."""
-    if spec.files:
-        check_images([images.part(slice(len(labels)))], rank, world_size)
-    x = data.to_x(images[: min(args.batch_size, len(labels))], device)
-    y = torch.from_numpy(labels[: len(x)]).to(device)
+    check_images([images], rank, world_size)
+    x = data.to_x(images[: args.batch_size], device)
+    y = torch.from_numpy(labels[: args.batch_size]).to(device)
     for _ in range(2):  # the first one warms up
         start_time = time.time()
         losses = attacks.attack_losses(model(x.requires_grad_(True)), y, "margin")
@@ -570,8 +571,7 @@ def main(args):
         print_check(model, images, labels, spec, args, rank, world_size, device)
         return run.end_processes()
 
-    attacked = images.part(slice(len(labels))) if spec.files else images[: len(labels)]
-    data_sha256 = run.once(data.sha256, (attacked, labels))
+    data_sha256 = run.once(data.sha256, (images, labels))
     results = []
     for eps in radii(args):
         if rank == 0 and trained not in (None, (args.norm, eps)):

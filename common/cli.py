@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {flag}: {value:g}, {expected}; 8/255 is written so")
 
     def error(self, message):
-        if _rank() == "0":
+        if rank() == "0":
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -238,17 +238,17 @@ def run_script(main, args):
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error
     prefix = ""
-    rank = _rank()
-    if rank != "0":
+    own_rank = rank()
+    if own_rank != "0":
         # Mostly rank 0 has found the same and ends all; what this rank alone found must be said.
         time.sleep(5)
-        prefix = f"[rank {rank}] "
+        prefix = f"[rank {own_rank}] "
     script = os.path.basename(sys.argv[0])
     print(f"{prefix}{script}: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _rank():
+def rank():
     """This process's rank, as a text; "0" where the launcher's variables are not complete."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return os.environ["RANK"] if all(os.environ.get(name) for name in names) else "0"

@@ -97,11 +97,10 @@ class Spec:
         if len(classes) != len(self.classes):
             counts = f"{len(classes)}, {self.name} has {len(self.classes)}"
             raise UserError(f"{name}: made for other classes, {counts}")
-        label = next(
-            (i for i, pair in enumerate(zip(classes, self.classes)) if len(set(pair)) > 1), 0
-        )
-        difference = f"class {label} is '{classes[label]}', '{self.classes[label]}' in {self.name}"
-        raise UserError(f"{name}: made for other classes, {difference}")
+        for label, (theirs, own) in enumerate(zip(classes, self.classes)):
+            if theirs != own:
+                difference = f"class {label} is '{theirs}', '{own}' in {self.name}"
+                raise UserError(f"{name}: made for other classes, {difference}")
 
 
 def _are_names(classes):

@@ -175,7 +175,7 @@ def is_for_users(error):
     """
     kinds = (ValueError, KeyError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
     words = "reshape|broadcast|to unpack|buffer is|operands|literal|not convert|tensors"
-    words += "|allow_pickle|TensorIn"
+    words += "|allow_pickle|TensorIn|at position"
     internal = re.search(words, str(error))
     return isinstance(error, kinds) and not internal
 

@@ -47,23 +47,15 @@ _EMPTY = {"EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_DICT": dict, "EMPTY_TUPLE
 
 
 class Unpickler:
-    """The value that a pickle describes: plain containers, and what the methods below return.
+    """The value that a pickle describes: plain containers, and what a subclass makes of the rest.
+
+    It defines find(module, name), a Global for a class or function that the file names, or
+    Forbidden; call(thing, args), what stands for a call of a Global with a tuple; and
+    build(target, state), which gives an object its state.
 
     pickletools decodes the opcodes and runs nothing. Known here are those that torch.save and
     pickle write from protocol 2 on, as the pickle module documents them.
     """
-
-    def find(self, module, name):
-        """A Global for a class or function that the file names. Raises Forbidden."""
-        raise NotImplementedError
-
-    def call(self, thing, args):
-        """What stands for a call of a function, or for an instance of a class."""
-        raise NotImplementedError
-
-    def build(self, target, state):
-        """Give an object its state."""
-        raise NotImplementedError
 
     def persistent(self, value):
         """What stands for an object that is kept outside of the pickle."""
@@ -138,7 +130,10 @@ class Unpickler:
             elif name == "STACK_GLOBAL":
                 stack.append(self.find(*pop(2)))
             elif name in ("REDUCE", "NEWOBJ"):
-                stack.append(self.call(*pop(2)))
+                thing, args = pop(2)
+                if type(thing) is not Global or type(args) is not tuple:
+                    raise ValueError("a call of what cannot be called")
+                stack.append(self.call(thing, args))
             elif name == "BINPERSID":
                 stack.append(self.persistent(*pop(1)))
             elif name == "BUILD":
@@ -243,8 +238,6 @@ class _Checkpoint(Unpickler):
         return Global(full)
 
     def call(self, thing, args):
-        if type(thing) is not Global or type(args) is not tuple:
-            raise ValueError("a call of what cannot be called")
         if thing.name in _FUNCTIONS:
             return _FUNCTIONS[thing.name](*args)
         # Those that are dicts may hold the weights.

@@ -499,8 +499,10 @@ class Run:
         Several ranks ask one another every AGREE_EVERY steps. The answer comes over the CPU, so
         that no GPU is waited for.
         """
-        if not dist.is_initialized() or self.checked():
-            return self._terminated or self.checked()
+        if self.checked():
+            return True
+        if not dist.is_initialized():
+            return self._terminated
         return self.ranks_agree() and bool(sum_over_ranks(torch.tensor(int(self._terminated))))
 
     def _on_sigterm(self, *_):

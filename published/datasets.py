@@ -217,7 +217,7 @@ def _read_tiny_imagenet(data_dir, train):
     elif os.path.isdir(os.path.join(root, "val")):
         _tiny_imagenet_val(root, list(folders))  # which has the same classes, or says so
     if train:
-        paths, labels = by_hash(*labelled_images(train_root, folders), root)
+        paths, labels = labelled_images(root, folders)
     else:
         paths, labels = _tiny_imagenet_val(root, list(folders))
     return decode_once(ImageFiles(paths, resize=None, size=64)), labels
@@ -234,7 +234,7 @@ def _tiny_imagenet_val(root, classes):
             wnids = {name: path for name, path in _folders_of(place).items() if name != "images"}
         if wnids:
             check_classes(place, wnids, classes)
-            return by_hash(*labelled_images(place, wnids), root)
+            return labelled_images(root, wnids)
     if not os.path.exists(annotations):
         raise FileNotFoundError(annotations)
     paths = []

@@ -78,10 +78,9 @@ def _some(names):
 
 
 def labelled_images(root, folders):
-    """(paths, labels int64 (N,)) of the images in class folders, in an order that mixes them.
+    """(paths, labels int64 (N,)) of the images in class folders, in the order of by_hash.
 
-    folders: of class_folders. The order is that of a hash of the path below root, the same on every
-    machine, so that the first images can be held out.
+    folders: of class_folders. root: the paths count from there.
     """
     paths = []
     labels = []
@@ -114,7 +113,10 @@ def _is_image(name):
 
 
 def by_hash(paths, labels, root):
-    """Sort paths and labels by a hash of the path below root: (paths, labels int64 (N,))."""
+    """Sort paths and labels by a hash of the path below root: (paths, labels int64 (N,)).
+
+    That mixes the classes in one order on every machine, so that the first images can be held out.
+    """
     order = sorted(range(len(paths)), key=lambda i: _digest(paths[i], root))
     return [paths[i] for i in order], np.array([labels[i] for i in order], np.int64)
 
@@ -197,22 +199,26 @@ def describe_folder(data_dir):
     Says so where there is no test split.
     """
     train_root = os.path.join(data_dir, "train")
-    if os.path.isdir(train_root):
-        n_train = len(_split_of_folder(data_dir, True)[1])
-        if _test_root(data_dir) is None:
-            n_tests = len(_split_of_folder(data_dir, False)[1])
-            held_out = f"{TEST_FRACTION:.0%} of train/ ({n_tests:,} images) is held out for tests"
-            print(f"note: {data_dir}: no test/; {held_out}, by hash of the path")
-        _note_left_out(data_dir, train_root)
-        return tuple(class_folders(train_root)), n_train
-    return tuple(class_folders(_test_root(data_dir) or train_root)), 0
+    test_root = _test_root(data_dir)
+    if test_root and not os.path.isdir(train_root):
+        return tuple(class_folders(test_root)), 0
+    folders = class_folders(train_root)
+    paths, _ = labelled_images(train_root, folders)
+    n_train = len(paths)
+    if test_root is None:
+        n_tests = held_out_for_tests(paths, train_root)
+        n_train -= n_tests
+        held_out = f"{TEST_FRACTION:.0%} of train/ ({n_tests:,} images) is held out for tests"
+        print(f"note: {data_dir}: no test/; {held_out}, by hash of the path")
+    _note_left_out(data_dir, folders)
+    return tuple(folders), n_train
 
 
-def _note_left_out(data_dir, train_root):
+def _note_left_out(data_dir, folders):
     """Say how many files in class folders are no images that are read, such as HEIC."""
     endings = set()
     n = 0
-    for folder in class_folders(train_root).values():
+    for folder in folders.values():
         for _, _, names in os.walk(folder):
             others = [name for name in names if not _is_hidden(name) and not _is_image(name)]
             n += len(others)

@@ -5,7 +5,6 @@ prefix before its names. All names of the network must be there under one prefix
 Names under other prefixes are another network's.
 """
 
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -295,7 +294,7 @@ def _note(path, complete, chosen, label, others):
         said.append(f"takes {listed([label])}, not {listed(others)}")
     if outside:
         said.append(f"leaves out {len(outside)} tensors beside it, such as {listed(outside[:1])}")
-    if said and os.environ.get("RANK", "0") == "0":
+    if said and cli.rank() == "0":
         print(f"note: {path}: {'; '.join(said)}")
 
 

@@ -9,8 +9,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torchvision
 from PIL import Image
+
+from common import UserError
 
 # What PyTorch, diffusers and Python say of their own variables.
 INTERNAL = re.compile(
@@ -19,6 +22,16 @@ INTERNAL = re.compile(
     r"|Traceback|torch\.|[a-z]Error|meta tensor|of type|of string|Tensor|instance|_[a-z]+ = "
     r"|\bself\b|attribute|allocate|not supported|operand|normalized_shape|unexpected argument"
 )
+
+
+def refused(call, *words):
+    """call() ends with a UserError of one line that holds all the words."""
+    with pytest.raises(UserError) as info:
+        call()
+    message = str(info.value)
+    assert "\n" not in message and len(message) < 600, message
+    for word in words:
+        assert word in message, message
 
 
 def md5(path):

@@ -85,7 +85,9 @@ def at(folder, tmp_path_factory):
 
 def kill_in_training(command, out):
     """Start a command, and kill it when its first checkpoint is written."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    # One thread, as in this process: with more of them sums are taken in another order.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env)
     end = time.time() + 120
     while not os.path.exists(out / "last.pt") and process.poll() is None and time.time() < end:
         time.sleep(0.01)

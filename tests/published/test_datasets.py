@@ -34,6 +34,7 @@ from data_helper import (
     in_children,
     md5,
     noise,
+    refused,
     trust_cifar,
     write_cifar,
     write_jpeg,
@@ -54,16 +55,6 @@ IMAGENET = DATASETS["imagenet"]
 REAL_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 both_cifars = pytest.mark.parametrize("spec", [CIFAR10, CIFAR100], ids=lambda spec: spec.name)
-
-
-def refused(call, *words):
-    """call() ends with a UserError of one line that holds all the words."""
-    with pytest.raises(UserError) as info:
-        call()
-    message = str(info.value)
-    assert "\n" not in message and len(message) < 600, message
-    for word in words:
-        assert word in message, message
 
 
 def load_train_refused(spec, data_dir, *words):

@@ -13,10 +13,10 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from data_helper import noise, write_jpeg
+from data_helper import noise, refused, write_jpeg
 from PIL import Image
 
-from common import UserError, data
+from common import data
 from published import image_folders
 from published.datasets import DATASETS, open_dataset
 
@@ -53,15 +53,6 @@ def write_folder(root, n=20, splits=("train", "test"), classes=CLASSES, size=16)
                 write_image(root / split / name / f"{i}.png", pixels)
                 made[split, name].append(pixels)
     return made
-
-
-def refused(call, *words):
-    with pytest.raises(UserError) as info:
-        call()
-    message = str(info.value)
-    assert "\n" not in message and len(message) < 600, message
-    for word in words:
-        assert word in message, message
 
 
 def open_refused(data_dir, *words, **flags):

@@ -419,7 +419,8 @@ def test_the_averaged_set_is_taken_and_a_note_says_so(case, networks, tmp_path, 
 
 
 def test_notes_are_printed_on_rank_0_only(networks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     weights = networks["wrn-10-1"][1]
     loaded({"model": negated(weights), "ema": weights}, tmp_path / "a.pt")
     assert capsys.readouterr().out == ""

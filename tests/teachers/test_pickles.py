@@ -120,7 +120,7 @@ STREAMS = {  # name: (opcodes after the protocol and before the stop, words of t
     "new object, extended": (LINEAR + b")}\x92", "NEWOBJ_EX"),
     "a far place in the memo": (b"Nr\xff\xff\xff\x7f", "'ema'"),
     "buffer": (b"\x97", "NEXT_BUFFER"),
-    "unknown opcode": (b"\xff", "opcode b'\\xff' unknown"),
+    "unknown opcode": (b"\xff", "not a readable"),
     "no text": (b"\x8c\x01\xff", "invalid start byte"),
     "huge bytes": (b"\x8e" + HUGE, "not a readable"),
     "huge frame": (b"\x95" + HUGE, "not a readable"),
