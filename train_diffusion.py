@@ -22,6 +22,7 @@ import dataclasses
 import math
 import os
 
+import numpy as np
 import torch
 
 from common import UserError, cli, data, diffusion, files
@@ -39,14 +40,23 @@ from common.run import (
 )
 from published.datasets import DATASETS, open_dataset
 from teachers import sampling
+from teachers.load import load_diffusion
 
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    cli.add_data_flags(parser, DATASETS)
+    add = cli.add_data_flags(parser, DATASETS).add_argument
+    add("--n-labels", type=cli.count0, help="give labels to the first so many training images only")
     add = parser.add_argument_group("network").add_argument
+    add("--init", type=cli.path, help="weights to start from: a directory of this script")
+    add(
+        "--patch",
+        type=cli.count,
+        default=1,
+        help="pixels of a square that are one place's channels",
+    )
     add("--channels", type=cli.count, nargs="+", default=[24, 48], help="of each resolution")
     add("--layers-per-block", type=cli.count, default=1, help="residual blocks per resolution")
     add = parser.add_argument_group("loss").add_argument
@@ -89,7 +99,7 @@ def edm_loss(net, x, labels, normal, noise, args):
     """
     sigma = (args.p_mean + args.p_std * normal).exp()
     noisy = x + sigma.view(-1, 1, 1, 1) * noise
-    denoised = diffusion.edm_denoise(net, noisy, sigma, labels, args.sigma_data)
+    denoised = diffusion.edm_denoise(net, noisy, sigma, labels, args.sigma_data, args.patch)
     weight = (sigma**2 + args.sigma_data**2) / (sigma * args.sigma_data) ** 2
     return weight * ((denoised - x) ** 2).mean((1, 2, 3))
 
@@ -133,15 +143,15 @@ def validate(net, x, y, mine, args):
 def samples(net, spec, args, device):
     """Images (100, C, H, W) in [0, 1]: ten of each of the first ten classes, class by class.
 
-    The noise is the same every time.
+    Ten in all where there are no classes. The noise is the same every time.
     """
-    y = torch.arange(min(10, spec.num_classes), device=device).repeat_interleave(10)
+    y = torch.arange(max(1, min(10, spec.num_classes)), device=device).repeat_interleave(10)
     shape = (len(y), spec.channels, spec.image_size, spec.image_size)
     generator = data.stream(args.seed, "grid", 0, device)
     noise = torch.randn(shape, generator=generator, device=device)
 
     def denoise(noisy, sigma):
-        return diffusion.edm_denoise(net, noisy, sigma, y, args.sigma_data)
+        return diffusion.edm_denoise(net, noisy, sigma, y, args.sigma_data, args.patch)
 
     x = sampling.heun(denoise, noise, sampling.sigma_steps(18, 0.002, 80, 7))
     return (x + 1) / 2
@@ -156,9 +166,9 @@ def build_network(spec, args):
 
     levels = len(args.channels)
     net = diffusers.UNet2DModel(
-        sample_size=spec.image_size,
-        in_channels=spec.channels,
-        out_channels=spec.channels,
+        sample_size=spec.image_size // args.patch,
+        in_channels=spec.channels * args.patch**2,
+        out_channels=spec.channels * args.patch**2,
         block_out_channels=args.channels,
         layers_per_block=args.layers_per_block,
         down_block_types=["DownBlock2D"] * levels,
@@ -170,9 +180,35 @@ def build_network(spec, args):
         sigma_data=args.sigma_data,
         label_dropout=args.label_dropout,
         val_size=args.val_size,
+        patch=args.patch,
         classes=spec.classes,
     )
     return net
+
+
+def load_init(net, args, spec):
+    """Load the weights of --init. Returns the hash of its content; raises UserError.
+
+    From a network without labels, every label starts as its null label.
+    """
+    source = load_diffusion(args.init, "cpu")
+    name = f"--init {args.init}"
+    weights = source.net.state_dict()
+    if source.num_classes:
+        spec.check_classes(name, source.classes)
+    else:
+        null = weights["class_embedding.weight"]
+        weights["class_embedding.weight"] = null.expand(spec.num_classes + 1, -1)
+    if source.net.config.get("sigma_data") != args.sigma_data:
+        raise UserError(f"{name}: not of this script, or of another --sigma-data")
+    shapes = {key: tensor.shape for key, tensor in net.state_dict().items()}
+    if {key: tensor.shape for key, tensor in weights.items()} != shapes:
+        theirs = source.net.config.block_out_channels
+        raise UserError(f"{name}: another network, its --channels are {theirs}")
+    if source.val_size < args.val_size and cli.rank() == "0":
+        print(f"note: the network of {name} may have seen the validation images")
+    net.load_state_dict(weights)
+    return source.sha256
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -197,9 +233,9 @@ def check(args, spec, world_size):
         message = "too large for this script; use a public model (hub:facebook/DiT-XL-2-256)"
         raise UserError(f"--dataset {spec.name}: {message}")
     levels = len(args.channels)
-    if spec.image_size % 2 ** (levels - 1):
-        message = f"{levels} resolutions do not divide {spec.image_size} pixels"
-        raise UserError(f"--channels {args.channels}: {message}")
+    if spec.image_size % (args.patch * 2 ** (levels - 1)):
+        message = f"{levels} resolutions of --patch {args.patch} do not divide"
+        raise UserError(f"--channels {args.channels}: {message} {spec.image_size} pixels")
 
 
 def main(args):
@@ -207,6 +243,8 @@ def main(args):
     rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = open_dataset(args)
     check(args, spec, world_size)
+    if args.n_labels == 0:  # the null label is the only one
+        spec = dataclasses.replace(spec, num_classes=0, classes=())
     mixed = autocast(device, args.precision)
 
     # Data: no crops; mirrored where the classes do not mind. Each rank makes the global batch and
@@ -214,18 +252,28 @@ def main(args):
     train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
     mine = slice(rank, None, world_size)
     x_val = data.to_x(val[0][mine], device)
-    y_val = torch.from_numpy(val[1][mine]).to(device)
+    y_val = torch.from_numpy(val[1][mine]).clamp(max=spec.num_classes).to(device)
     plain = dataclasses.replace(spec, crop_padding=0, rotation=0.0)
-    batches = data.Batches(plain, train, args.batch_size, args.seed, device)
+    images, labels = train
+    if args.n_labels is not None:
+        if args.n_labels > len(labels):
+            raise UserError(f"--n-labels {args.n_labels}: only {len(labels)} training images")
+        is_labelled = np.arange(len(labels)) < args.n_labels
+        labels = np.where(is_labelled, labels, spec.num_classes)
+    batches = data.Batches(plain, (images, labels), args.batch_size, args.seed, device)
 
     # Network, its average, optimiser.
     torch.manual_seed(data.seed_of(args.seed, "init"))
-    net = build_network(spec, args).to(device, memory_format=torch.channels_last)
+    net = build_network(spec, args)
+    init_sha256 = load_init(net, args, spec) if args.init else None
+    net.to(device, memory_format=torch.channels_last)
     ema = make_average(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
 
     # Resume.
-    inputs = {"data_sha256": data.sha256(train, val)} if rank == 0 else {}
+    inputs = {}
+    if rank == 0:
+        inputs = {"data_sha256": data.sha256(train, val), "init_sha256": init_sha256}
     run = Run(__file__, args, inputs, rank, device)
     run.track(net=net, ema=ema, optimizer=optimizer)
     run.load(args.train_steps)

@@ -170,17 +170,19 @@ def per_image(sigma, noisy):
 # --------------------------------------------------------------------------- EDM's preconditioning
 
 
-def edm_denoise(net, noisy, sigma, labels, sigma_data):
+def edm_denoise(net, noisy, sigma, labels, sigma_data, patch=1):
     """D = c_skip * noisy + c_out * F(c_in * noisy; c_noise): EDM's preconditioning, table 1.
 
     net: UNet2DModel with class embedding. noisy: (B, C, H, W). sigma: number or (B,).
     labels: (B,) int64, num_classes meaning "none". sigma_data: standard deviation of the data.
+    patch: the network sees squares of patch x patch pixels as channels of one place.
     """
     sigma = per_image(sigma, noisy)
     s = sigma.view(-1, 1, 1, 1)
     root = (s**2 + sigma_data**2).sqrt()
     c_skip = (sigma_data / root) ** 2
     c_out = s * sigma_data / root
-    scaled = (noisy / root).to(next(net.parameters()).dtype)
+    scaled = F.pixel_unshuffle((noisy / root).to(next(net.parameters()).dtype), patch)
     output = net(scaled, sigma.log() / 4, class_labels=labels, return_dict=False)[0]
-    return noisy * c_skip + output.to(noisy.dtype) * c_out
+    output = F.pixel_shuffle(output, patch).to(noisy.dtype)
+    return noisy * c_skip + output * c_out

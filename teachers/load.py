@@ -187,10 +187,11 @@ def _check_edm_config(config, path, folder):
     for key, kind, least, most in (
         ("sigma_data", float | int, 1e-6, 1e6),
         ("label_dropout", float | int, 0, 1),
-        ("num_class_embeds", int, 2, 1e6),
+        ("num_class_embeds", int, 1, 1e6),
         ("val_size", int, 0, 1e12),
+        ("patch", int, 1, 64),
     ):
-        value = config.get(key, 0 if key == "val_size" else None)
+        value = config.get(key, {"val_size": 0, "patch": 1}.get(key))
         if not isinstance(value, kind) or not least <= value <= most:
             expected = "expected that of train_diffusion.py, or a DDPM's scheduler_config.json"
             raise UserError(f"{path}: '{key}' is {parts.shown(value)}, {expected}")

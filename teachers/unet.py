@@ -17,10 +17,11 @@ class EDMUNet(Diffusion):
 
     def __init__(self, net):
         config = net.config
+        self.patch = config.get("patch", 1)
         super().__init__(
             net=net,
-            image_size=config.sample_size,
-            channels=config.in_channels,
+            image_size=config.sample_size * self.patch,
+            channels=config.in_channels // self.patch**2,
             num_classes=config.num_class_embeds - 1,
             label_dropout=config.label_dropout,
             blocks=unet_blocks(net),
@@ -32,7 +33,8 @@ class EDMUNet(Diffusion):
         self.default_sigma = 0.1
 
     def _denoise(self, noisy, sigma, labels):
-        return edm_denoise(self.net, noisy, sigma, labels, self.net.config.sigma_data)
+        sigma_data = self.net.config.sigma_data
+        return edm_denoise(self.net, noisy, sigma, labels, sigma_data, self.patch)
 
 
 class Stepwise(Diffusion):

@@ -6,10 +6,29 @@ Alone: python -m pytest tests/test_train_diffusion.py
 import dataclasses
 import math
 
+import pytest
 import torch
 
 import train_diffusion
+from common import UserError, data
 from published.datasets import DATASETS
+from teachers.load import load_diffusion
+
+DIGITS = DATASETS["digits"]
+TINY = "--train-steps 2 --channels 8 16 --batch-size 64".split()
+
+
+def train(out, *flags):
+    """Two steps on digits, and the network that they leave."""
+    train_diffusion.main(train_diffusion.parse_args([*TINY, "--out-dir", str(out), *flags]))
+    return load_diffusion(str(out), "cpu")
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory):
+    """A network trained without any label, on squares of 2 x 2 pixels: (directory, model)."""
+    out = tmp_path_factory.mktemp("unlabelled") / "net"
+    return str(out), train(out, "--n-labels", "0", "--patch", "2")
 
 
 def test_loss_is_edms():
@@ -46,3 +65,96 @@ def test_labels_are_dropped_at_the_rate_asked_for():
     assert abs(dropped.float().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 5000)
     assert torch.equal(labels[~dropped], y[~dropped])
     assert abs(normal.mean()) < 0.06 and abs(noise.std() - 1) < 0.02
+
+
+def test_the_first_images_alone_have_labels(tmp_path, monkeypatch):
+    """Of the training images that are not held out; the others have the null label, 10."""
+    (images, labels), _ = data.load_train(DIGITS, None, DIGITS.val_size)
+    label_of = {images[i].tobytes(): int(labels[i]) if i < 30 else 10 for i in range(len(images))}
+    seen = []
+    real = train_diffusion.edm_loss
+
+    def edm_loss(net, x, labels, *args):
+        pixels = ((x + 1) / 2 * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        seen.extend((label_of.get(image.tobytes()), int(y)) for image, y in zip(pixels, labels))
+        return real(net, x, labels, *args)
+
+    monkeypatch.setattr(train_diffusion, "edm_loss", edm_loss)
+    flags = ["--n-labels", "30", "--label-dropout", "0", "--eval-every", "99"]
+    train(tmp_path / "out", *flags, "--train-steps", "20")
+    training = seen[: 20 * 64]  # then come the held-out images
+    assert all(expected == y for expected, y in training)
+    assert {y for _, y in training} == set(range(11))
+
+
+def test_a_network_without_labels(unlabelled):
+    """It has features, and cannot generate images of a class."""
+    _, model = unlabelled
+    assert model.num_classes == 0
+    x = torch.rand(3, 1, 8, 8)
+    model.check_teaches("it", DIGITS, with_labels=False)
+    (feats,) = model.features(x, 0.1, None, [model.default_block], torch.randn(3, 1, 8, 8))
+    assert feats.shape[0] == 3 and feats.isfinite().all()
+    with pytest.raises(UserError, match="classes"):
+        model.check_generates("it", DIGITS)
+
+
+def test_squares_of_pixels(unlabelled):
+    """Each place of the network has the four pixels of a square: D by a loop over the places."""
+    _, model = unlabelled
+    net = model.net.double()
+    noisy = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    sigma, sd = 0.7, 0.5
+    squares = torch.zeros(2, 4, 4, 4, dtype=torch.float64)
+    root = math.sqrt(sigma**2 + sd**2)
+    for row in range(4):
+        for column in range(4):
+            square = noisy[:, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            squares[:, :, row, column] = square.reshape(2, 4) / root
+    c_noise = torch.full((2,), math.log(sigma) / 4, dtype=torch.float64)
+    with torch.no_grad():
+        denoised = model.denoise(noisy, sigma)
+        null = torch.zeros(2, dtype=torch.long)
+        output = net(squares, c_noise, class_labels=null).sample
+    for row in range(8):
+        for column in range(8):
+            channel = 2 * (row % 2) + column % 2
+            expected = noisy[:, 0, row, column] * sd**2 / root**2
+            expected = expected + sigma * sd / root * output[:, channel, row // 2, column // 2]
+            assert torch.allclose(denoised[:, 0, row, column], expected, rtol=1e-9)
+    net.float()
+
+
+def test_labels_begin_as_the_null_label(unlabelled, tmp_path, monkeypatch):
+    """--init from a network without labels; then the weights are those of --init."""
+    directory, source = unlabelled
+    args = train_diffusion.parse_args([*TINY, "--patch", "2", "--init", directory])
+    args.val_size = DIGITS.val_size
+    net = train_diffusion.build_network(DIGITS, args)
+    assert train_diffusion.load_init(net, args, DIGITS) == source.sha256
+    weights = source.net.state_dict()
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, weights[name].expand(tensor.shape)), name
+    model = train(tmp_path / "labelled", "--patch", "2", "--init", directory, "--n-labels", "50")
+    model.check_generates("it", DIGITS)
+    again = train(tmp_path / "again", "--patch", "2", "--init", str(tmp_path / "labelled"))
+    assert again.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--n-labels", "801"], "--n-labels 801: only 800 training images"),
+        (["--init", "DIR", "--channels", "8", "8", "--patch", "2"], "its --channels are"),
+        (["--init", "DIR"], "another network"),
+        (["--init", "DIR", "--patch", "2", "--sigma-data", "1"], "another --sigma-data"),
+        (["--patch", "3"], "2 resolutions of --patch 3 do not divide 8 pixels"),
+        (["--patch", "8"], "do not divide 8 pixels"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(flags, words, unlabelled, tmp_path):
+    flags = [unlabelled[0] if flag == "DIR" else flag for flag in flags]
+    with pytest.raises(UserError) as info:
+        train(tmp_path / "out", *flags)
+    assert words in str(info.value) and "\n" not in str(info.value)
+    assert not (tmp_path / "out").exists()
