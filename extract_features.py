@@ -276,6 +276,8 @@ def report(accuracies, blocks, args, n):
     result = {
         "blocks": blocks,
         "sigmas": args.sigmas,
+        "split": args.probe_split,
+        "n": n,
         "precision": args.precision,
         **tables,
         "titles": titles,

@@ -7,12 +7,7 @@ The tables go into docs/results.md and that of the 2 x 2 into README.md, between
 figures go into docs/. The text around the markers is written by hand. What is kept of a run stands
 in runs/store.py, the table of the quickstart in runs/report.py.
 
-There are two 95 % intervals. The one over seeds is Student's, of one value per seed, and holds for
-these test images. The one over seeds and images takes both as random samples, crossed, since all
-seeds meet the same images; it holds for other images of their kind. The difference of two cells is
-taken seed by seed and image by image. Cells of one seed have the same initial weights and the same
-random streams; cells that differ in DRA alone have the same batches, crops and attack starts too.
-All seeds share the split, the diffusion model and its images: no interval covers their chance.
+How seeds and images are paired stands in runs/effects.py.
 """
 
 import matplotlib
@@ -20,11 +15,21 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import t
 
 from common import UserError, cli, files, stats
+from runs import pupils
+from runs.effects import (
+    MEASURES,
+    accuracies,
+    effect,
+    markdown,
+    n_seeds,
+    save_figure,
+    shared_seeds,
+    show,
+)
 from runs.report import COLOURS, ROWS
-from runs.store import ABLATIONS, CURVE, STORE, TITLES, add_runs, by_cell
+from runs.store import ABLATIONS, CURVE, STORE, TITLES, add_runs, by_cell, read_store
 
 PAGE = "docs/results.md"
 PAGE_MARKERS = ("<!-- runs/results.py writes from here -->\n", "<!-- to here -->\n")
@@ -34,6 +39,7 @@ README_MARKERS = ("<!-- runs/results.py: the 2 x 2 -->\n", "<!-- end of the 2 x 
 MAIN = "digits-100"
 OTHER_SPLIT = "digits-100-other"
 FASHION = "fashion-6400"
+CIFAR = {"cifar-1000": "1,000 labels", "cifar-5000": "5,000 labels", "cifar-all": "all labels"}
 CELL_COLOURS = COLOURS | {"shuffled": "#999999", "zero": "#000000"}
 
 IMAGES = "**synthetic images**, mean of both"
@@ -48,16 +54,8 @@ EFFECTS = {  # name: pairs of cells (A, B); the effect is the mean of A - B over
     "both, against neither": [("dm_at_dra", "at")],
     "DRA, against shuffled targets": [("dm_at_dra", "shuffled")],
     "shuffled targets, against no DRA": [("shuffled", "dm_at")],
+    "DRA, against an untrained teacher": [("dm_at_dra", "untrained")],
 }
-MEASURES = {
-    "held_out": "held out, PGD-20",
-    "last": "the same, last step",
-    "clean": "clean",
-    "two_attacks": "APGD-CE+T",
-    "autoattack": "AutoAttack",
-}
-HELD_OUT = ("held_out", "last")  # measured in training; the others on test images
-LEAST_VERDICT = {"clean": 1, "two_attacks": 3, "autoattack": 5}  # that counts as right
 
 # Cells named <cell>,<difference>,...: the first seed that counts. Earlier ones chose the form.
 FIRST_SEED = {"at_dra,align_loss=contrastive": 3}
@@ -71,117 +69,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------- statistics
-
-
-def has(run, measure):
-    """Whether a run was measured so."""
-    if measure in HELD_OUT:
-        return True
-    if "verdicts" not in run:
-        return False
-    return measure != "autoattack" or run["attack"] == "autoattack"
-
-
-def shared_seeds(cells, measure):
-    """The seeds, ascending, for which each of the cells {seed: run} has the measure."""
-    measured = [{seed for seed, run in cell.items() if has(run, measure)} for cell in cells]
-    return sorted(set.intersection(*measured))
-
-
-def outcomes(cell, seeds, measure):
-    """Accuracies of a cell in %, an array (seeds, images): 100 where best.pt is right, else 0.
-
-    Of held-out images only their mean is kept: (seeds, 1).
-    """
-    rows = []
-    for seed in seeds:
-        run = cell[seed]
-        if measure in HELD_OUT:
-            course = [100 * robust_acc for _, _, robust_acc in run["held_out"]]
-            rows.append([max(course) if measure == "held_out" else course[-1]])
-        else:
-            right = [int(verdict) >= LEAST_VERDICT[measure] for verdict in run["verdicts"]]
-            rows.append([100.0 * value for value in right])
-    return np.array(rows)
-
-
-def accuracies(cells, cell, measure):
-    """The `outcomes` of all seeds that a cell has; (0, 1) where there is none."""
-    seeds = shared_seeds([cells.get(cell, {})], measure)
-    return outcomes(cells[cell], seeds, measure) if seeds else np.zeros((0, 1))
-
-
-def effect(cells, pairs, measure):
-    """The mean of A - B over pairs of cells (A, B), in points: an array (seeds, images).
-
-    It is of the seeds that all these cells have; (0, 1) where there is none.
-    """
-    used = [cells.get(name, {}) for pair in pairs for name in pair]
-    seeds = shared_seeds(used, measure)
-    if not seeds:
-        return np.zeros((0, 1))
-    pair_differences = []
-    for a, b in pairs:
-        difference = outcomes(cells[a], seeds, measure) - outcomes(cells[b], seeds, measure)
-        pair_differences.append(difference)
-    return np.mean(pair_differences, 0)
-
-
-def over_seeds_and_images(values):
-    """Half the width of a 95 % interval of the mean of (seeds, images), both random.
-
-    The variance is that of a two-way layout, from mean squares, where a negative component counts
-    as 0; the degrees of freedom are Satterthwaite's.
-    """
-    n_seeds, n_images = values.shape
-    seed_means = values.mean(1, keepdims=True)
-    image_means = values.mean(0, keepdims=True)
-    residuals = values - seed_means - image_means + values.mean()
-    rest_freedom = (n_seeds - 1) * (n_images - 1)
-    rest = (residuals**2).sum() / rest_freedom
-    seeds = max(n_images * seed_means.var(ddof=1), rest)
-    images = max(n_seeds * image_means.var(ddof=1), rest)
-    total = seeds + images - rest
-    if total == 0:
-        return 0.0
-    freedom = total**2 / (
-        seeds**2 / (n_seeds - 1) + images**2 / (n_images - 1) + rest**2 / rest_freedom
-    )
-    return t.ppf(0.975, freedom) * (total / values.size) ** 0.5
-
-
-def show(values, sign=""):
-    """The mean ± half the interval over seeds (that over seeds and images, never less).
-
-    values: (seeds, images). sign: "+" for effects.
-    """
-    if len(values) == 0:
-        return "-"
-    if len(values) == 1:
-        return f"{values.mean():{sign}.1f}"
-    mean, low, _ = stats.t_interval(values.mean(1))
-    half = mean - low
-    text = f"{mean:{sign}.1f} ± {half:.1f}"
-    if values.shape[1] > 1:
-        text += f" ({max(over_seeds_and_images(values), half):.1f})"
-    return text
-
-
 # -------------------------------------------------------------------------------------- tables
-
-
-def markdown(titles, rows):
-    """The lines of a table, and an empty one."""
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return [*lines, ""]
-
-
-def n_seeds(samples):
-    """The number of seeds: "10", or "10 or 3" where some measures were taken on fewer of them."""
-    counts = {len(values) for values in samples}
-    return " or ".join(map(str, sorted(counts, reverse=True)))
 
 
 def accuracy_table(cells, names, measures):
@@ -335,11 +223,18 @@ def without_choosing_seeds(cells, name):
 # ------------------------------------------------------------------------------------ the page
 
 
-def section(runs):
+def section(runs, probes):
     """The text of docs/results.md between the markers, from the rows of docs/results.json."""
     experiments = by_cell(runs)
+    lines = cifar_tables(experiments)
+    learners = pupils.pupils_of(experiments, probes)
+    if learners:
+        lines += ["**The teacher's lead**: what it knows beyond its pupil, and what DRA gives.", ""]
+        lines += pupils.table(learners)
+        picture = "The effect of DRA against the lead of the teacher's probe"
+        lines += [f"![{picture}](results-pupils.png)", ""]
     cells = experiments[MAIN]
-    lines = in_short(cells)
+    lines += in_short(cells)
     lines += caption(cells, "**100 digits.**")
     lines += accuracy_table(cells, TITLES, MEASURES) + effects_table(cells, MEASURES)
     lines += zero_line(cells)
@@ -370,6 +265,18 @@ def section(runs):
         lines += caption(fashion, title)
         lines += accuracy_table(fashion, TITLES, measures) + effects_table(fashion, measures)
     return "\n".join([*lines, work(runs), ""])
+
+
+def cifar_tables(experiments):
+    """Accuracies and effects per number of labels, where two seeds or more were attacked."""
+    lines = []
+    for name, labels in CIFAR.items():
+        cells = experiments.get(name, {})
+        if len(accuracies(cells, "at", "two_attacks")) > 1:
+            measures = ("held_out", "last", "clean", "two_attacks")
+            lines += caption(cells, f"**CIFAR-10 as JPEG**, {labels}.")
+            lines += accuracy_table(cells, TITLES, measures) + effects_table(cells, measures)
+    return lines
 
 
 def caption(cells, title):
@@ -477,10 +384,10 @@ def cells_figure(cells, path):
         robust_acc = course[..., 2].mean(0)
         style = {"color": CELL_COLOURS[cell], "marker": "o", "markersize": 3}
         axes[2].plot(steps, 100 * robust_acc, label=TITLES[cell], **style)
-    title = "held-out images, PGD-20, mean over seeds"
+    title = "held-out images, PGD, mean over seeds"
     axes[2].set(xlabel="step", ylabel="accuracy, %", title=title)
     axes[2].legend(fontsize=8)
-    save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
 def curve_figure(curve, path):
@@ -504,7 +411,7 @@ def curve_figure(curve, path):
         axis.set_xticks(sizes, map(str, sizes))
         axis.minorticks_off()
         axis.legend(fontsize=8)
-    save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
 def ablation_figure(cells, name, settings, path):
@@ -522,16 +429,7 @@ def ablation_figure(cells, name, settings, path):
         axis.set_xticks(range(len(settings)), labels, fontsize=8)
         axis.set(ylabel="points above the default", xlabel=f"{name} (0: {default})")
         axis.set_title(f"{TITLES[default_cell]}, {MEASURES[measure]}")
-    save(figure, axes, path)
-
-
-def save(figure, axes, path):
-    """Write a figure, with a grid behind its axes."""
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    with files.atomic(path) as file:
-        figure.savefig(file, format="png", dpi=80)
-    plt.close(figure)
+    save_figure(figure, axes, path)
 
 
 # ---------------------------------------------------------------------------------------- main
@@ -549,7 +447,7 @@ def write_between(path, markers, text):
 
 
 def main(args):
-    runs = add_runs(args.add) if args.add else files.read_json(STORE)["runs"]
+    runs, probes = add_runs(args.add) if args.add else read_store()
     experiments = by_cell(runs)
     if MAIN not in experiments:
         raise UserError(f"{STORE}: no run of {MAIN} yet")
@@ -560,10 +458,13 @@ def main(args):
         curve_figure(curve, "docs/results-curve.png")
     for name, settings in varied(cells).items():
         ablation_figure(cells, name, settings, f"docs/ablation-{name}.png")
-    write_between(PAGE, PAGE_MARKERS, section(runs))
+    learners = pupils.pupils_of(experiments, probes)
+    if learners:
+        pupils.figure(learners, "docs/results-pupils.png")
+    write_between(PAGE, PAGE_MARKERS, section(runs, probes))
     two_by_two = accuracy_table(cells, ROWS, ("clean", "autoattack"))
     write_between(README, README_MARKERS, "\n".join(two_by_two))
-    print(section(runs))
+    print(section(runs, probes))
 
 
 if __name__ == "__main__":

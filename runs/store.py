@@ -8,6 +8,9 @@ own files say: all its settings, accuracies, times, versions, and the verdict on
 one digit each: 0 is wrong without an attack, k is fooled by the k-th attack, and one more than the
 number of attacks is robust to all of them.
 
+Beside the runs stand linear probes of their teachers, fitted on the labels that an experiment's
+classifiers have: what extract_features.py --probe --probe-split test left in features-<experiment>.
+
 Settings are compared as they are; nothing is filled in from the defaults of today's scripts.
 - Paths are kept and not compared.
 - Rows made before a flag existed lack it. ADDED_LATER says what such a row did.
@@ -36,6 +39,7 @@ TITLES = {  # of cells; others are variations of these
     **ROWS,
     "shuffled": "DM-AT+DRA, targets shuffled",
     "zero": "DM-AT+DRA, weight 0",
+    "untrained": "DM-AT+DRA, untrained teacher",
 }
 
 # Cells named <setting>=<value>: the default value, the cell that has it, and the cell
@@ -75,7 +79,7 @@ VARIED = {
 # Ablations that have another synthetic set, or another teacher, than the rest of the experiment.
 OTHER_INPUT = {
     "synthetic_sha256": {"n_images", "diffusion_steps", "diffusion_seed", "guidance_scale"},
-    "teacher_sha256": {"teacher_steps", "teacher_images"},
+    "teacher_sha256": {"teacher_steps", "teacher_images", "untrained"},
 }
 
 
@@ -164,11 +168,28 @@ def attack_results(folder, settings, attack):
     return paths
 
 
+def read_probe(folder):
+    """What is kept of the probes in a directory of extract_features.py, a dict."""
+    probe = files.read_json(f"{folder}/probe.json")
+    manifest = files.read_json(f"{folder}/manifest.json")
+    if probe.get("split") != "test":
+        raise UserError(f"{folder}/probe.json: not of test images, give --probe-split test")
+    kept = {key: probe[key] for key in ("n", "precision", "blocks", "sigmas", "accuracy")}
+    return kept | {key: manifest[key] for key in ("dataset", "n_train", "network_sha256")}
+
+
+def read_store():
+    """(rows of runs {name: row}, probes {experiment: probe}) of docs/results.json."""
+    stored = files.read_json(STORE)
+    return stored["runs"], stored.get("probes", {})
+
+
 def add_runs(root):
-    """Write every trained run below a directory into docs/results.json. Returns all its rows."""
-    rows = {}
-    if os.path.exists(STORE):
-        rows = files.read_json(STORE)["runs"]
+    """Write every trained run, and the probes, below a directory into docs/results.json.
+
+    Returns what read_store does.
+    """
+    rows, probes = read_store() if os.path.exists(STORE) else ({}, {})
     paths = sorted(glob.glob(f"{glob.escape(root)}/*/*/*/args.json"))
     if not paths:
         raise UserError(f"--add {root}: no runs <experiment>/<cell>/<seed> there")
@@ -180,12 +201,20 @@ def add_runs(root):
             rows[os.path.relpath(folder, root)] = row
             n_trained += 1
     by_cell(rows)  # raises where they do not belong together, before anything is written
-    lines = [f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows)]
-    text = ",\n".join(lines)  # a line per run, so that `git diff` shows what changed
-    files.write_text(f'{{"runs": {{\n{text}\n}}}}\n', STORE)
+    for path in sorted(glob.glob(f"{glob.escape(root)}/features-*/probe.json")):
+        folder = os.path.dirname(path)
+        probes[os.path.basename(folder).removeprefix("features-")] = read_probe(folder)
+    text = f'{{"runs": {{{_lines(rows)}}},\n"probes": {{{_lines(probes)}}}}}\n'
+    files.write_text(text, STORE)
     counts = f"below {root} {n_trained} trained, {len(paths)} begun"
     print(f"{STORE}: {len(rows)} runs; {counts}")
-    return rows
+    return rows, probes
+
+
+def _lines(rows):
+    """A dict as JSON without its brackets, an entry a line: `git diff` shows what changed."""
+    lines = [f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows)]
+    return "\n" + ",\n".join(lines) + "\n"
 
 
 # ------------------------------------------------------------------- which runs can be compared

@@ -4,6 +4,7 @@ Alone: python -m pytest tests/test_results.py
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,14 +12,21 @@ from conftest import ROOT
 from scipy.stats import t
 
 import evaluate
+import extract_features
 import train_at
 import train_at_aux
 from common import UserError, stats
-from runs import results, store
+from runs import effects, pupils, results, store
+
+
+def stored():
+    """(runs, probes) of docs/results.json."""
+    content = json.loads((ROOT / store.STORE).read_text())
+    return content["runs"], content.get("probes", {})
 
 
 def stored_runs():
-    return json.loads((ROOT / store.STORE).read_text())["runs"]
+    return stored()[0]
 
 
 # ---------------------------------------------------------------------------------- statistics
@@ -41,15 +49,15 @@ def test_verdicts_are_counted_from_the_attack_that_they_fell_to():
     cells = {"at": {0: made("0012233345", "autoattack"), 1: made("0012233333")}}
 
     def means(measure):
-        return results.accuracies(cells, "at", measure).mean(1).tolist()
+        return effects.accuracies(cells, "at", measure).mean(1).tolist()
 
     assert means("clean") == [80, 80]
     assert means("two_attacks") == [50, 50]
     assert means("autoattack") == [10]
     assert means("held_out") == means("last") == [30, 50]
     cells["at"][0]["held_out"] += [[15, 0.6, 0.25]]
-    assert results.accuracies(cells, "at", "held_out").tolist() == [[30], [50]]
-    assert results.accuracies(cells, "at", "last").tolist() == [[25], [50]]
+    assert effects.accuracies(cells, "at", "held_out").tolist() == [[30], [50]]
+    assert effects.accuracies(cells, "at", "last").tolist() == [[25], [50]]
 
 
 def test_effects_are_paired_by_seed_and_image():
@@ -61,30 +69,30 @@ def test_effects_are_paired_by_seed_and_image():
         "dm_at_dra": {0: made("3331111111"), 1: made("3333333333"), 3: made("0000000000")},
     }
     cells["dm_at"][2] = made("1113333333", "autoattack")
-    images = results.effect(cells, [("dm_at", "at")], "two_attacks")
+    images = effects.effect(cells, [("dm_at", "at")], "two_attacks")
     np.testing.assert_array_equal(images[0], [0, 0, 0, 100, 0, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(images[2], [-100, -100, -100, 0, 0, 100, 100, 100, 100, 100])
     np.testing.assert_allclose(images.mean(1), [10, 20, 20])
-    both = results.effect(cells, results.EFFECTS[results.IMAGES], "two_attacks")
+    both = effects.effect(cells, results.EFFECTS[results.IMAGES], "two_attacks")
     np.testing.assert_allclose(both.mean(1), [(10 + 10) / 2, (20 + 20) / 2])
-    dra = results.effect(cells, results.EFFECTS[results.DRA], "held_out")
+    dra = effects.effect(cells, results.EFFECTS[results.DRA], "held_out")
     np.testing.assert_allclose(dra, [[-10], [10]])
-    assert results.effect(cells, [("dm_at", "at")], "autoattack").shape == (0, 1)
-    assert results.effect(cells, [("shuffled", "at")], "clean").shape == (0, 1)
-    held_out = results.effect(cells, [("dm_at", "at")], "held_out")
-    assert results.show(held_out, "+") == "+16.7 ± 14.3"  # 4.303 * 5.77 / sqrt(3)
-    assert results.show(images[:1], "+") == "+10.0"
-    assert results.show(images[:0]) == "-"
+    assert effects.effect(cells, [("dm_at", "at")], "autoattack").shape == (0, 1)
+    assert effects.effect(cells, [("shuffled", "at")], "clean").shape == (0, 1)
+    held_out = effects.effect(cells, [("dm_at", "at")], "held_out")
+    assert effects.show(held_out, "+") == "+16.7 ± 14.3"  # 4.303 * 5.77 / sqrt(3)
+    assert effects.show(images[:1], "+") == "+10.0"
+    assert effects.show(images[:0]) == "-"
 
 
 def test_interval_over_seeds_alone_is_students_and_so_is_that_over_images_alone():
     rng = np.random.default_rng(0)
     seeds, images = rng.normal(size=(5, 1)), rng.normal(size=(1, 40))
     half = t.ppf(0.975, 4) * seeds.std(ddof=1) / 5**0.5
-    np.testing.assert_allclose(results.over_seeds_and_images(seeds + np.zeros((5, 40))), half)
+    np.testing.assert_allclose(effects.over_seeds_and_images(seeds + np.zeros((5, 40))), half)
     half = t.ppf(0.975, 39) * images.std(ddof=1) / 40**0.5
-    np.testing.assert_allclose(results.over_seeds_and_images(images + np.zeros((5, 40))), half)
-    assert results.over_seeds_and_images(np.ones((5, 40))) == 0
+    np.testing.assert_allclose(effects.over_seeds_and_images(images + np.zeros((5, 40))), half)
+    assert effects.over_seeds_and_images(np.ones((5, 40))) == 0
 
 
 @pytest.mark.parametrize(
@@ -98,7 +106,7 @@ def test_interval_over_seeds_and_images_covers(seed_std, image_std, rest_std):
         seeds = seed_std * rng.normal(size=(10, 1))
         images = image_std * rng.normal(size=(1, 60))
         values = seeds + images + rest_std * rng.normal(size=(10, 60))
-        covered.append(abs(values.mean()) <= results.over_seeds_and_images(values))
+        covered.append(abs(values.mean()) <= effects.over_seeds_and_images(values))
     assert 0.93 <= np.mean(covered) <= 0.995
 
 
@@ -138,7 +146,7 @@ def evidence(tmp_path, diffusion_dir, monkeypatch):
 
 
 def n_right(run, measure):
-    return round(len(run["verdicts"]) * results.accuracies({"at": {0: run}}, "at", measure).mean())
+    return round(len(run["verdicts"]) * effects.accuracies({"at": {0: run}}, "at", measure).mean())
 
 
 def test_runs_are_added_when_trained(evidence, capsys):
@@ -167,10 +175,10 @@ def test_runs_are_added_when_trained(evidence, capsys):
     stem.with_name(f"{stem.name}.json").unlink()
     apgd_path = cells / "at" / "0" / "results-best-apgd-linf-0.15-n30.json"
     two = json.loads(apgd_path.read_text())
-    at = store.add_runs(str(evidence))["few/at/0"]
+    at = store.add_runs(str(evidence))[0]["few/at/0"]
     assert n_right(at, "clean") == 100 * two["clean_correct"]
     assert n_right(at, "two_attacks") == 100 * two["robust_correct"]
-    assert not results.has(at, "autoattack")
+    assert not effects.has(at, "autoattack")
 
     kept = path.read_bytes()
     again = apgd_path.with_name("results-best-apgd-linf-0.15-n9.json")
@@ -354,7 +362,7 @@ def test_the_documents_say_what_the_results_hold(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results.main(results.parse_args([]))
     text = between(page, results.PAGE_MARKERS)
-    assert text == results.section(stored_runs())
+    assert text == results.section(*stored())
     assert text == between(tmp_path / results.PAGE, results.PAGE_MARKERS)
     table = between(readme, results.README_MARKERS)
     assert table == between(tmp_path / results.README, results.README_MARKERS)
@@ -383,12 +391,67 @@ def test_a_store_that_is_half_full_gives_a_section():
     runs = stored_runs()
     first = {name: runs[name] for name in ("digits-100/at/0", "digits-100/zero/0")}
     first["fashion-6400/at/0"] = first["digits-100/zero/0"]  # not attacked
-    text = results.section(first)
+    text = results.section(first, {})
     assert "| AT | 1 |" in text
     for word in ("nan", "weight 0", "0 seeds", "Fashion"):
         assert word not in text
     for run in first.values():
         run.pop("verdicts", None)
         run.pop("n", None)
-    text = results.section(first)
+    text = results.section(first, {})
     assert "AutoAttack" in text and "test images" not in text
+
+
+# ----------------------------------------------------------------------- the teacher's lead
+
+
+def probe_of(accuracy, n_train):
+    return {
+        "dataset": "cifar10",
+        "n": 100,
+        "n_train": n_train,
+        "network_sha256": "b",
+        "precision": "bf16",
+        "blocks": ["mid_block", "up"],
+        "sigmas": [0.1, 0.3],
+        "accuracy": [[0.1, 0.2], [0.3, accuracy]],
+    }
+
+
+def test_the_lead_of_a_teacher_is_its_probe_above_the_clean_accuracy(tmp_path):
+    """At the block and noise level of DRA's runs; the effects are those of runs/effects.py."""
+    at = {seed: made("0012233333") for seed in (0, 1)}
+    settings = {"settings": {"block": "up", "sigma": 0.3}}
+    at_dra = {0: made("0112233333") | settings, 1: made("0012333333") | settings}
+    experiments = {"cifar-1000": {"at": at, "at_dra": at_dra, "dm_at": at}}
+    probes = {"cifar-1000": probe_of(0.85, 1000), "cifar-1000-untrained": probe_of(0.25, 1000)}
+    (pupil,) = pupils.pupils_of(experiments, probes)
+    assert pupil.teacher == 85 and pupil.untrained == 25
+    assert pupil.ahead == pytest.approx(5)
+    assert pupil.effects["clean"].mean(1).tolist() == [10, 0]
+    assert pupil.effects["two_attacks"].mean(1).tolist() == [0, 10]
+    row = pupils.table([pupil])[2].split(" | ")
+    start = ["| CIFAR-10", "1,000", "AT", "25.0", "85.0", "80.0 ± 0.0 (0.0)", "+5.0", "2"]
+    assert row[: len(start)] == [*start[:5], row[5], *start[6:]] and row[5].startswith("80.0 ± 0.0")
+    assert row[8].startswith("+5.0 ± 63.5") and row[9].startswith("+5.0 ± 63.5")
+    pupils.figure([pupil], tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    assert pupils.pupils_of(experiments, {}) == []
+
+
+def test_probes_are_kept_beside_the_runs(evidence, diffusion_dir):
+    """Of test images only; they stay when other runs are added."""
+    flags = ["--diffusion", diffusion_dir, "--probe", "--sigmas", "0.1", "--out-dir"]
+    folder = evidence / "features-few"
+    for split in ("val", "test"):
+        argv = [*flags, str(folder), "--probe-split", split]
+        extract_features.main(extract_features.parse_args(argv))
+        if split == "val":
+            with pytest.raises(UserError, match="--probe-split test"):
+                store.add_runs(str(evidence))
+    runs, probes = store.add_runs(str(evidence))
+    kept = json.loads((folder / "probe.json").read_text())
+    assert probes["few"]["n"] == 797 and probes["few"]["accuracy"] == kept["accuracy"]
+    assert probes["few"]["network_sha256"] == runs["few/zero/0"]["settings"]["teacher_sha256"]
+    shutil.rmtree(folder)
+    assert store.add_runs(str(evidence)) == (runs, probes) == store.read_store()
