@@ -48,7 +48,7 @@ SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = cli.add_data_flags(parser, DATASETS).add_argument
-    add("--n-labels", type=cli.count0, help="give labels to the first so many training images only")
+    add("--n-labels", type=cli.count0, help="only the first so many training images have a label")
     add = parser.add_argument_group("network").add_argument
     add("--init", type=cli.path, help="weights to start from: a directory of this script")
     add(
@@ -186,6 +186,22 @@ def build_network(spec, args):
     return net
 
 
+def partly_labelled(images, labels, n_labels, null):
+    """(images, labels) where the first n_labels images keep their label and others get `null`.
+
+    Those with a label are repeated until they are about half of all: a thousand labels among fifty
+    thousand images would hardly be met.
+    """
+    if n_labels > len(labels):
+        raise UserError(f"--n-labels {n_labels}: only {len(labels)} training images")
+    is_labelled = np.arange(len(labels)) < n_labels
+    labels = np.where(is_labelled, labels, null)
+    n_copies = len(labels) // n_labels - 2 if n_labels else 0
+    copies = np.tile(np.arange(n_labels), max(0, n_copies))
+    rows = np.concatenate([np.arange(len(labels)), copies])
+    return images[rows], labels[rows]
+
+
 def load_init(net, args, spec):
     """Load the weights of --init. Returns the hash of its content; raises UserError.
 
@@ -256,10 +272,7 @@ def main(args):
     plain = dataclasses.replace(spec, crop_padding=0, rotation=0.0)
     images, labels = train
     if args.n_labels is not None:
-        if args.n_labels > len(labels):
-            raise UserError(f"--n-labels {args.n_labels}: only {len(labels)} training images")
-        is_labelled = np.arange(len(labels)) < args.n_labels
-        labels = np.where(is_labelled, labels, spec.num_classes)
+        images, labels = partly_labelled(images, labels, args.n_labels, spec.num_classes)
     batches = data.Batches(plain, (images, labels), args.batch_size, args.seed, device)
 
     # Network, its average, optimiser.

@@ -6,6 +6,7 @@ Alone: python -m pytest tests/test_train_diffusion.py
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,19 @@ def test_the_first_images_alone_have_labels(tmp_path, monkeypatch):
     training = seen[: 20 * 64]  # then come the held-out images
     assert all(expected == y for expected, y in training)
     assert {y for _, y in training} == set(range(11))
+
+
+@pytest.mark.parametrize("n_labels, n_rows", [(0, 100), (3, 100 + 31 * 3), (40, 100), (100, 100)])
+def test_images_with_labels_are_about_half(n_labels, n_rows):
+    images = np.arange(100)
+    labels = np.arange(100) % 10
+    seen, seen_labels = train_diffusion.partly_labelled(images, labels, n_labels, 10)
+    assert len(seen) == n_rows and set(seen.tolist()) == set(range(100))
+    assert (seen_labels == np.where(seen < n_labels, seen % 10, 10)).all()
+    counts = np.bincount(seen, minlength=100)
+    assert (counts[n_labels:] == 1).all() and len(set(counts[:n_labels].tolist())) <= 1
+    if n_rows > 100:
+        assert 0.45 < (seen_labels < 10).mean() < 0.55
 
 
 def test_a_network_without_labels(unlabelled):
