@@ -62,15 +62,16 @@ def check_parses(words):
 # -------------------------------------------------------------------------------- shell files
 
 RECORD = """#!/bin/sh
-printf '%s\\n' "${0##*/}" "$@" > "$(mktemp "$RECORDS/XXXXXXXX")"
+number=$(printf %05d "$(ls "$RECORDS" | wc -l)")
+printf '%s\\n' "${0##*/}" "$@" > "$(mktemp "$RECORDS/$number-XXXXXXXX")"
 """
 
 
 def run_recorded(shell_file, tmp_path):
     """Run a shell file where python and torchrun only write down their arguments.
 
-    Returns the command lines, lists of words. It runs in a copy of runs/, so that it can neither
-    find nor leave anything in the project.
+    Returns the command lines, lists of words, in their order. It runs in a copy of runs/, so that
+    it can neither find nor leave anything in the project.
     """
     shutil.copytree(ROOT / "runs", tmp_path / "runs", dirs_exist_ok=True)
     (tmp_path / "records").mkdir()
@@ -86,7 +87,8 @@ def run_recorded(shell_file, tmp_path):
     command = ["bash", str(tmp_path / "runs" / shell_file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return [path.read_text().splitlines() for path in (tmp_path / "records").iterdir()]
+    records = sorted((tmp_path / "records").iterdir())
+    return [path.read_text().splitlines() for path in records]
 
 
 @pytest.mark.parametrize("shell_file", SHELL_FILES)

@@ -4,7 +4,10 @@ import importlib
 import os
 
 import pytest
+from data_helper import write_jpeg
 from test_commands import run_recorded
+
+from published.datasets import DATASETS
 
 # Arguments that name a file or a directory that is read, whole or with =SHARE behind it.
 READ = ("checkpoint", "classifier", "teacher", "diffusion", "synthetic")
@@ -33,3 +36,36 @@ def test_what_is_read_has_been_made(name, tmp_path):
                 read.add(os.path.dirname(path) if path.endswith(".pt") else path)
     missing = {path for path in read if path.startswith("out/")} - made
     assert read and not missing
+
+
+TOY = {  # flags behind those of a command; of a flag given twice, the last counts
+    "train_diffusion.py": "--channels 8 8 8 8 --layers-per-block 2 --train-steps 2 --batch-size 8",
+    "generate_synthetic.py": "--n-images 20 --shard-size 10 --n-steps 2 --batch-size 10",
+    "train_at.py": "--model wrn-10-1 --epochs 1 --eval-every 1 --epoch-images 16 --batch-size 8"
+    " --n-steps 1 --eval-n-steps 1",
+    "evaluate.py": "--n-images 6 --batch-size 6 --sanity-images 0",
+}
+TOY["train_at_aux.py"] = f"{TOY['train_at.py']} --head-width 16"
+
+
+def test_the_hour_at_toy_size(tmp_path, monkeypatch):
+    """Every command of runs/cifar10_hour.sh, in its order, on a small CIFAR-10."""
+    folders = tmp_path / "data"
+    for split, n in (("train", 6), ("test", 1)):
+        for name in DATASETS["cifar10"].classes:
+            (folders / split / name).mkdir(parents=True)
+            for i in range(n):
+                write_jpeg(folders / split / name / f"{i}.jpg", seed=i, size=(32, 32))
+    commands = run_recorded("cifar10_hour.sh", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        script = words[1]
+        toy = [*TOY[script].split(), "--data-dir", str(folders)]
+        module = importlib.import_module(script.removesuffix(".py"))
+        if script != "evaluate.py":
+            toy += ["--val-size", "10"]
+        module.main(module.parse_args([*words[2:], *toy]))
+    assert len(commands) == 10
+    results = sorted(tmp_path.glob("out/cifar10-hour/*/results-best-autoattack-*.json"))
+    names = [path.parent.name for path in results]
+    assert names == ["at", "at_dra", "dm_at", "dm_at_dra"]
