@@ -9,11 +9,13 @@ trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
 out=out/evidence
 
-# A diffusion model and its images: diffusion NAME VAL_SIZE N_TRAIN STEPS
+# A diffusion model, its images and its probe: diffusion NAME VAL_SIZE N_TRAIN STEPS
 diffusion() {
   local digits="--val-size $2 --n-train $3"
   python train_diffusion.py $digits --train-steps $4 --out-dir $out/diffusion-$1
   python generate_synthetic.py $digits --diffusion $out/diffusion-$1 --out-dir $out/synthetic-$1
+  python extract_features.py $digits --diffusion $out/diffusion-$1 --sigmas 0.1 \
+    --probe --probe-split test --out-dir $out/features-digits-$1
 }
 # One cell: cell EXPERIMENT/CELL/SEED SCRIPT FLAG...
 cell() {

@@ -19,8 +19,9 @@ from edm_helper import EDM_CONFIGS, random_edm
 
 import train_at_aux
 import train_diffusion
-from common import UserError, cli
+from common import UserError, cli, files
 from published.datasets import DATASETS
+from runs import keep_teacher
 from teachers import edm
 from teachers.load import load_diffusion
 
@@ -531,3 +532,17 @@ def test_written_networks_follow_the_umask(umask, nvlabs, tmp_path):
     written = [tmp_path / n for n in ("config.json", f"{NAME}.safetensors")]
     written += [tmp_path / "converted" / n for n in ("config.json", "model.safetensors")]
     assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
+
+
+def test_a_network_kept_in_bf16(diffusion_dir, tmp_path, capsys):
+    """runs/keep_teacher.py: half the bytes; opened in fp32 it computes with rounded weights."""
+    kept = tmp_path / "kept"
+    keep_teacher.main(keep_teacher.parse_args([diffusion_dir, str(kept)]))
+    weights = kept / f"{NAME}.safetensors"
+    assert weights.stat().st_size < 0.6 * Path(diffusion_dir, weights.name).stat().st_size
+    assert files.sha256(str(weights)) in capsys.readouterr().out
+    original, copy = load_diffusion(diffusion_dir, "cpu"), load_diffusion(str(kept), "cpu")
+    assert copy.label_dropout == original.label_dropout and copy.val_size == original.val_size
+    for parameter, rounded in zip(original.net.parameters(), copy.net.parameters()):
+        assert rounded.dtype == torch.float32
+        assert torch.equal(parameter.bfloat16().float(), rounded)
