@@ -41,6 +41,7 @@ from common.run import (
 from published.datasets import DATASETS, open_dataset
 from teachers import sampling
 from teachers.load import load_diffusion
+from teachers.unet import EDMUNet
 
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -209,14 +210,14 @@ def load_init(net, args, spec):
     """
     source = load_diffusion(args.init, "cpu")
     name = f"--init {args.init}"
+    if not isinstance(source, EDMUNet) or source.net.config.sigma_data != args.sigma_data:
+        raise UserError(f"{name}: not of this script, or of another --sigma-data")
     weights = source.net.state_dict()
     if source.num_classes:
         spec.check_classes(name, source.classes)
     else:
         null = weights["class_embedding.weight"]
         weights["class_embedding.weight"] = null.expand(spec.num_classes + 1, -1)
-    if source.net.config.get("sigma_data") != args.sigma_data:
-        raise UserError(f"{name}: not of this script, or of another --sigma-data")
     shapes = {key: tensor.shape for key, tensor in net.state_dict().items()}
     if {key: tensor.shape for key, tensor in weights.items()} != shapes:
         theirs = source.net.config.block_out_channels

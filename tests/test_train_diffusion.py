@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers_helper import tiny_ddpm
 
 import train_diffusion
 from common import UserError, data
@@ -172,3 +173,9 @@ def test_what_does_not_fit_is_one_line(flags, words, unlabelled, tmp_path):
         train(tmp_path / "out", *flags)
     assert words in str(info.value) and "\n" not in str(info.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_others_is_no_start(tmp_path):
+    tiny_ddpm(tmp_path / "ddpm")
+    with pytest.raises(UserError, match="ddpm: not of this script"):
+        train(tmp_path / "out", "--init", str(tmp_path / "ddpm"))
