@@ -8,7 +8,29 @@ import torch
 
 from teachers.unet import Stepwise
 
-AT_ONCE = 32  # images in one VAE call: at 256 x 256 pixels its activations are what fills a GPU
+# Pixels in one VAE call, and images: at 32 of 256 x 256 its activations are what fills a GPU.
+PIXELS_AT_ONCE = 32 * 256**2
+AT_ONCE = 32
+
+
+def _at_once(pixels):
+    """The number of images of so many pixels in one VAE call."""
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // pixels))
+
+
+def encode_latents(vae, images):
+    """The likeliest latents (B, c, h, w) of images (B, C, H, W) in the VAE's own range."""
+    latents = []
+    for part in images.split(_at_once(images[0, 0].numel())):
+        latents.append(vae.encode(part.to(vae.dtype)).latent_dist.mode().to(images.dtype))
+    return torch.cat(latents)
+
+
+def decode_latents(vae, latents):
+    """Images (B, C, H, W) in the VAE's own range of latents (B, c, h, w)."""
+    pixels = latents[0, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)
+    parts = latents.to(vae.dtype).split(_at_once(pixels))
+    return torch.cat([vae.decode(part).sample for part in parts]).to(latents.dtype)
 
 
 class DiT(Stepwise):
@@ -34,16 +56,10 @@ class DiT(Stepwise):
         self.default_sigma = levels[100 * len(levels) // 1000].item()  # t = 100 of 1000
 
     def encode(self, x):
-        latents = []
-        for part in x.split(AT_ONCE):
-            images = (2 * part - 1).to(self.vae.dtype)
-            latents.append(self.vae.encode(images).latent_dist.mode().to(x.dtype))
-        return torch.cat(latents) * self.vae.config.scaling_factor
+        return encode_latents(self.vae, 2 * x - 1) * self.vae.config.scaling_factor
 
     def decode(self, clean):
-        latents = (clean / self.vae.config.scaling_factor).to(self.vae.dtype)
-        images = [self.vae.decode(part).sample for part in latents.split(AT_ONCE)]
-        return torch.cat(images).to(clean.dtype)
+        return decode_latents(self.vae, clean / self.vae.config.scaling_factor)
 
     def _denoise(self, noisy, sigma, labels):
         x_t, t = self._scaled(noisy, sigma)

@@ -1,10 +1,10 @@
-"""The networks of NVlabs' EDM (Karras et al., arXiv 2206.00364), and how their files are opened.
+"""The networks of NVlabs' EDM (Karras et al., arXiv 2206.00364), and how NVlabs' files are opened.
 
     python -m teachers.edm convert NETWORK.pkl OUT_DIR
 
 writes OUT_DIR/model.safetensors (float32) and OUT_DIR/config.json (the constructor's arguments).
 load() opens such a directory, or the pickle itself. How a pickle is read without running it stands
-in teachers/pickles.py.
+in teachers/pickles.py. Files of EDM2 are opened here as well; its networks stand in edm2.py.
 
 Opens the networks at nvlabs-fi-cdn.nvidia.com/edm/pretrained (edm-cifar10-32x32-uncond-vp.pkl,
 edm-imagenet-64x64-cond-adm.pkl, ..., and baseline/), and those that others trained with NVlabs'
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, cli, files
-from common.diffusion import Diffusion
-from teachers import parts, pickles
+from common.diffusion import Diffusion, one_hot
+from teachers import edm2, parts, pickles
 
 # ------------------------------------------------------------------------------------- the networks
 
@@ -347,6 +347,7 @@ class Precond(nn.Module):
         self.kind = kind
         self.model = model
         self.args = args
+        self.title = f"{kind} around {args['model_type']}"
         self.img_resolution = args["img_resolution"]
         self.img_channels = args["img_channels"]
         self.label_dim = args["label_dim"]
@@ -422,10 +423,7 @@ class EDMNetwork(Diffusion):
         self.default_sigma = 0.06  # the 4th of 18 sampling levels, from below
 
     def _denoise(self, noisy, sigma, labels):
-        one_hot = None
-        if self.num_classes:
-            one_hot = F.one_hot(labels, self.num_classes + 1)[:, :-1].to(noisy.dtype)
-        return self.net(noisy, sigma, one_hot)
+        return self.net(noisy, sigma, one_hot(labels, self.num_classes, noisy.dtype))
 
 
 # ---------------------------------------------------------------------- a network by its settings
@@ -438,11 +436,13 @@ PRECONDS = {  # the constructors' arguments in their order, with their defaults
     | {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "model_type": "SongUNet"},
     "VEPrecond": _COMMON | {"sigma_min": 0.02, "sigma_max": 100, "model_type": "SongUNet"},
     "iDDPMPrecond": _COMMON | {"C_1": 0.001, "C_2": 0.008, "M": 1000, "model_type": "DhariwalUNet"},
+    "Precond": _COMMON | {"use_fp16": True, "sigma_data": 0.5, "logvar_channels": 128},  # of EDM2
 }
 _SONG_ARGS = inspect.signature(UNet).parameters.keys() - {"adm", "in_channels", "out_channels"}
 _SONG_ALONE = set(
     "embedding_type channel_mult_noise encoder_type decoder_type resample_filter".split()
 )
+_EDM2_ARGS = {"model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout"}
 _ADM_DEFAULTS = {
     "model_channels": 192,
     "channel_mult": [1, 2, 3, 4],
@@ -493,7 +493,8 @@ def _check(name, value):
 def build(config):
     """A Precond with random weights.
 
-    config: {"kind": "nvlabs-edm", "precond": a name of PRECONDS, "init": its arguments by name}.
+    config: {"kind": "nvlabs-edm", "precond": a name of PRECONDS, "init": its arguments by name};
+    for EDM2's Precond also "encoder", one of edm2.ENCODERS.
     Raises ValueError where an entry is missing, unknown or cannot be.
     """
     kind = config.get("precond")
@@ -503,19 +504,28 @@ def build(config):
         expected = f"expected {', '.join(PRECONDS)} and its arguments"
         raise ValueError(f"the network is {pickles.show(kind)}, {expected}")
     args = PRECONDS[kind] | init
-    _check("model_type", args["model_type"])
-    adm = args["model_type"] == "DhariwalUNet"
-    names = _SONG_ARGS - _SONG_ALONE if adm else _SONG_ARGS
+    where = kind
+    names = _EDM2_ARGS
+    if kind != "Precond":
+        _check("model_type", args["model_type"])
+        where = f"{kind} around a {args['model_type']}"
+        adm = args["model_type"] == "DhariwalUNet"
+        names = _SONG_ARGS - _SONG_ALONE if adm else _SONG_ARGS
     for name in ("img_resolution", "img_channels", *init):
         if name not in names and name not in PRECONDS[kind]:
-            where = f"{kind} around a {args['model_type']}"
             raise ValueError(f"unknown argument {pickles.show(name)} of {where}")
         _check(name, args[name])
-    in_channels = args["img_channels"]
-    out_channels = 2 * in_channels if kind == "iDDPMPrecond" else in_channels
-    defaults = _ADM_DEFAULTS if adm else {}
-    unet_args = defaults | {name: args[name] for name in args if name in names}
+    encoder = config.get("encoder")
+    if kind == "Precond" and encoder not in edm2.ENCODERS:
+        expected = f"expected {' or '.join(edm2.ENCODERS)}"
+        raise ValueError(f"its encoder is {pickles.show(encoder)}, {expected}")
     try:
+        if kind == "Precond":
+            return edm2.Precond(encoder, args)
+        in_channels = args["img_channels"]
+        out_channels = 2 * in_channels if kind == "iDDPMPrecond" else in_channels
+        defaults = _ADM_DEFAULTS if adm else {}
+        unet_args = defaults | {name: args[name] for name in args if name in names}
         model = UNet(adm=adm, in_channels=in_channels, out_channels=out_channels, **unet_args)
         return Precond(kind, model, args)
     except (RuntimeError, ArithmeticError) as error:
@@ -545,8 +555,9 @@ def _filled(config, state, path):
 # ---------------------------------------------------------------------------- pickles, directories
 
 
-def _config(network):
-    """The config, as build takes it, of a network in a pickle."""
+def _config(content):
+    """The config, as build takes it, of the network in a pickle's content."""
+    network = content.get("ema") if type(content) is dict else None
     if not isinstance(network, pickles.Object) or type(network.state) is not dict:
         raise ValueError("it has no entry 'ema' with a network")
     names = list(PRECONDS.get(network.name, ()))
@@ -561,7 +572,21 @@ def _config(network):
         init[name] = list(value) if type(value) is tuple else value
     if init.get("sigma_max") == math.inf:  # which JSON cannot say; nothing here reads it
         del init["sigma_max"]
-    return {"kind": "nvlabs-edm", "precond": network.name, "init": init}
+    config = {"kind": "nvlabs-edm", "precond": network.name, "init": init}
+    if network.name == "Precond":
+        config["encoder"] = _encoder(content.get("encoder"))
+    return config
+
+
+def _encoder(encoder):
+    """The class of what makes a network's images of pixels. Files without one are of pixels."""
+    if encoder is None:
+        return edm2.ENCODERS[0]
+    if not isinstance(encoder, pickles.Object) or type(encoder.state) is not dict:
+        raise ValueError(f"its encoder is {pickles.show(encoder)}, expected an object")
+    if encoder.state.get("_init_args") or encoder.state.get("_init_kwargs"):
+        raise ValueError("its encoder has arguments of its own, which no published file has")
+    return encoder.name
 
 
 def _tensors(module, prefix, seen):
@@ -587,16 +612,15 @@ def _tensors(module, prefix, seen):
 
 
 def read_pickle(path):
-    """(config, network with its float32 tensors) of an NVlabs EDM .pkl. build takes the config.
+    """(config, network with its float32 tensors) of a .pkl of EDM or EDM2. build takes the config.
 
     Raises UserError where the file is missing, broken, holds no such network, or asks for anything
     that could run.
     """
     content = pickles.read(path)
     with files.reading(path, "a readable NVlabs EDM network"):
-        network = content.get("ema") if type(content) is dict else None
-        config = _config(network)
-        tensors = dict(_tensors(network, "", set()))
+        config = _config(content)
+        tensors = dict(_tensors(content["ema"], "", set()))
         if sum(tensor.numel() for tensor in tensors.values()) > os.path.getsize(path):
             raise ValueError("more numbers than the file has bytes")
         return config, _filled(config, tensors, path)
@@ -630,8 +654,10 @@ def convert(pickle_path, out_dir):
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"{out_dir}: is a file, expected a directory")
     os.makedirs(out_dir, exist_ok=True)
-    # What a killed conversion leaves ends in .writing, and is no obstacle.
+    # What a killed conversion leaves ends in .writing, and is no obstacle. The VAE of a network on
+    # latents may have been there first.
     names = [name for name in sorted(os.listdir(out_dir)) if not name.endswith(".writing")]
+    names = [name for name in names if name != "vae"]
     same = "config.json" in names and files.read_json(config_path) == config
     if names and not same:
         expected = f"not a conversion of {pickle_path}; give a new directory"
@@ -643,7 +669,7 @@ def convert(pickle_path, out_dir):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("command", choices=["convert"], help="what to do")
-    parser.add_argument("network", metavar="NETWORK.pkl", help="pickle of NVlabs' EDM")
+    parser.add_argument("network", metavar="NETWORK.pkl", help="pickle of NVlabs' EDM or EDM2")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="directory to write")
     return parser.parse_args(argv)
 
@@ -651,12 +677,15 @@ def parse_args(argv=None):
 def main(args):
     convert(args.network, args.out_dir)
     net, _ = load(args.out_dir)
-    network = f"{net.kind} around {net.args['model_type']}"
     images = f"{net.img_resolution} x {net.img_resolution}, {net.img_channels} channels"
     n_parameters = sum(p.numel() for p in net.parameters())
     blocks = f"blocks {net.blocks[0]} to {net.blocks[-1]}"
     classes = f"{net.label_dim} classes"
-    print(f"{args.out_dir}: {network}, {images}, {classes}, {n_parameters:,} parameters, {blocks}")
+    network = f"{net.title}, {images}, {classes}"
+    print(f"{args.out_dir}: {network}, {n_parameters:,} parameters, {blocks}")
+    vae = os.path.join(args.out_dir, "vae")
+    if isinstance(net, edm2.Precond) and net.on_latents and not os.path.exists(vae):
+        print(f"its images are latents; put the VAE {edm2.VAE} into {vae}")
 
 
 if __name__ == "__main__":

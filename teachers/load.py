@@ -12,6 +12,7 @@ import torch
 from common import UserError, files
 from teachers import advice, edm, parts
 from teachers.dit import DiT
+from teachers.edm2 import EDM2, VAE
 from teachers.unet import DDPM, EDMUNet
 
 KINDS = "expected a UNet2DModel, a DiTPipeline or an NVlabs EDM network"
@@ -35,7 +36,7 @@ def load_diffusion(name, device, precision="fp32"):
     else:
         path = os.path.expanduser(name).rstrip("/") or name
         if path.lower().endswith(".pkl") and not os.path.isdir(path):
-            model = edm.EDMNetwork(edm.load(path)[0])
+            model = _open_nvlabs(path)
             model.sha256 = files.sha256(path)
         else:
             model = _open_directory(path)
@@ -99,7 +100,7 @@ def _open_directory(path):
     config = directory.settings(part) if directory.has(part, "config.json") else {}
     if part == "" and config.get("kind") == "nvlabs-edm":
         directory.file("", "model.safetensors")
-        return _finished(edm.EDMNetwork(edm.load(path)[0]), directory, part)
+        return _finished(_open_nvlabs(path, directory), directory, part)
     _check_class(config, pipeline, path, part)
     return _finished(_open_unet(directory, part, config), directory, part)
 
@@ -119,24 +120,40 @@ def _check_class(config, pipeline, path, part):
         raise UserError(f"{where}: {what}, {KINDS}{advice.whole(path)}")
 
 
-def _open_dit(directory):
+def _open_nvlabs(path, directory=None):
+    """The model of an NVlabs file, or of its conversion in a directory, where a VAE can be."""
+    net = edm.load(path)[0]
+    if isinstance(net, edm.Precond):
+        return edm.EDMNetwork(net)
+    if not net.on_latents:
+        return EDM2(net)
+    if directory is None:
+        how = f"convert it (python -m teachers.edm convert), and put {VAE} beside it, into vae/"
+        raise UserError(f"{path}: a network on latents, which needs a VAE; {how}")
+    if not directory.has("vae", "config.json"):
+        raise UserError(
+            f"{path}/vae/config.json: no such file, expected the VAE {VAE} in {path}/vae"
+        )
+    vae = _open_vae(directory, net.img_channels)
+    return _through_vae(lambda: EDM2(net, vae), directory, vae)
+
+
+def _open_vae(directory, channels):
+    """The VAE of a directory, on the CPU. channels: of its latents."""
     import diffusers
 
-    net = directory.network(diffusers.DiTTransformer2DModel, "transformer")
     vae = directory.network(diffusers.AutoencoderKL, "vae")
-    levels, predicts = directory.schedule("scheduler")
-    path = directory.file("transformer", "config.json")
-    channels = net.config.in_channels
-    _check_channels(net.out_channels, (channels, 2 * channels), path)
     path = directory.file("vae", "config.json")
     _check_channels(vae.config.latent_channels, (channels,), path, "latent_channels")
     _check_channels(vae.config.out_channels, (vae.config.in_channels,), path)
-    factor = vae.config.scaling_factor
-    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        expected = "expected a number above 0"
-        raise UserError(f"{path}: scaling_factor is {parts.shown(factor)}, {expected}")
+    return vae
+
+
+def _through_vae(make, directory, vae):
+    """make(), a model on latents of this VAE, which has been run once on a small image."""
+    path = directory.file("vae", "config.json")
     with parts.describing(path, "a VAE that cannot be run", type(vae), vae.config):
-        model = DiT(net, vae, levels, predicts)
+        model = make()
         size = 2 * model.image_size // model.noise_shape[1]
         image = torch.zeros(1, model.channels, size, size)
         with torch.no_grad():
@@ -144,6 +161,23 @@ def _open_dit(directory):
     if again.shape != image.shape:
         raise UserError(f"{path}: a VAE that does not give back images of their size")
     return model
+
+
+def _open_dit(directory):
+    import diffusers
+
+    net = directory.network(diffusers.DiTTransformer2DModel, "transformer")
+    levels, predicts = directory.schedule("scheduler")
+    path = directory.file("transformer", "config.json")
+    channels = net.config.in_channels
+    _check_channels(net.out_channels, (channels, 2 * channels), path)
+    vae = _open_vae(directory, channels)
+    factor = vae.config.scaling_factor
+    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        path = directory.file("vae", "config.json")
+        expected = "expected a number above 0"
+        raise UserError(f"{path}: scaling_factor is {parts.shown(factor)}, {expected}")
+    return _through_vae(lambda: DiT(net, vae, levels, predicts), directory, vae)
 
 
 def _open_unet(directory, part, config):

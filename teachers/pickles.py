@@ -66,6 +66,10 @@ def _scalar(dtype, data):
     return np.frombuffer(data, np.dtype("<" + dtype.name)).item()
 
 
+def _array(*args):
+    return Object("numpy.ndarray")  # of EDM2's encoder, whose numbers nobody needs
+
+
 _FUNCTIONS = {  # what a pickle may call, and what is called in its place
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "torch.storage._load_from_bytes": _storage,
@@ -74,7 +78,12 @@ _FUNCTIONS = {  # what a pickle may call, and what is called in its place
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "numpy.dtype": _dtype,
+    "numpy.core.multiarray._reconstruct": _array,
+    "numpy._core.multiarray._reconstruct": _array,
+    "numpy.core.numeric._frombuffer": _array,
+    "numpy._core.numeric._frombuffer": _array,
 }
+_CLASSES = ("numpy.ndarray",)
 _DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 
 
@@ -85,9 +94,10 @@ class _Network(Unpickler):
         self.room = size
 
     def find(self, module, name):
-        """A name on the list. Classes of torch.nn are containers, here objects with a state."""
+        """A name on the list. Its classes, and torch.nn's, are here objects with a state."""
         full = full_name(module, name)
-        if full not in _FUNCTIONS and full not in _DICTS and not full.startswith("torch.nn."):
+        known = full in (*_FUNCTIONS, *_CLASSES, *_DICTS) or full.startswith("torch.nn.")
+        if not known:
             raise Forbidden(full)
         return Global(full)
 
