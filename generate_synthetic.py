@@ -8,6 +8,12 @@ Sampling is Heun's deterministic method (Karras et al., arXiv 2206.00364, algori
 
     D_w(x; sigma, y) = D(x; sigma, none) + w (D(x; sigma, y) - D(x; sigma, none))
 
+With --guide another network, D_guide, stands in place of the one without a label: autoguidance
+(Karras et al., arXiv 2406.02507), whose guide is a smaller or less trained network of the same
+images. A guide without classes is not told the label.
+
+    D_w(x; sigma, y) = D_guide(x; sigma, y) + w (D(x; sigma, y) - D_guide(x; sigma, y))
+
 Image number `id` has the label id % num_classes and a random generator of its own, seeded by
 (seed, id). So no image depends on another one, on the number of processes or on where a run was
 interrupted. Shards that exist are skipped: the same command resumes.
@@ -57,6 +63,7 @@ def parse_args(argv=None):
     add("--sigma-max", type=cli.positive, default=80.0, help="highest noise level")
     add("--rho", type=cli.positive, default=7.0, help="exponent of the noise levels' spacing")
     add("--guidance-scale", type=cli.non_negative, default=1.0, help="w, see above; 1 is off")
+    add("--guide", type=cli.path, help="network D_guide, see above; as --diffusion is given")
     add("--s-churn", type=cli.non_negative, default=0.0, help="stochasticity; 0 is deterministic")
     add("--s-tmin", type=cli.non_negative, default=0.05, help="lowest noise level that is churned")
     add("--s-tmax", type=cli.positive, default=50.0, help="highest noise level that is churned")
@@ -74,7 +81,11 @@ def parse_args(argv=None):
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     if (args.keep_fraction is None) != (args.classifier is None):
         parser.error("--keep-fraction and --classifier go together")
-    parser.refuse_unused(argv, {"--weights": ("--classifier", args.classifier)})
+    uses = {
+        "--weights": ("--classifier", args.classifier),
+        "--guide": ("a --guidance-scale other than 1", args.guidance_scale != 1),
+    }
+    parser.refuse_unused(argv, uses)
     if args.keep_fraction == 0:
         parser.error("argument --keep-fraction: 0 would keep nothing")
     if args.sigma_min >= args.sigma_max:
@@ -90,10 +101,10 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------------- the method
 
 
-def guided(model, y, scale):
+def guided(model, y, scale, guide=None):
     """The guided denoiser D_w of the module docstring, a function of (noisy, sigma).
 
-    y: labels (B,). scale: w. Guidance doubles the batch of each network call.
+    y: labels (B,). scale: w. Guidance doubles the batch of each network call, or calls the guide.
     """
     no_label = torch.full_like(y, model.num_classes)
     both_labels = torch.cat([y, no_label])
@@ -101,6 +112,10 @@ def guided(model, y, scale):
     def denoise(noisy, sigma):
         if scale == 1:
             return model.denoise(noisy, sigma, y)
+        if guide is not None:
+            denoised_by_guide = guide.denoise(noisy, sigma, y if guide.num_classes else None)
+            difference = model.denoise(noisy, sigma, y) - denoised_by_guide
+            return denoised_by_guide + scale * difference
         denoised = model.denoise(noisy.repeat(2, 1, 1, 1), sigma, both_labels)
         conditional, unconditional = denoised.chunk(2)
         return unconditional + scale * (conditional - unconditional)
@@ -108,13 +123,15 @@ def guided(model, y, scale):
     return denoise
 
 
-def sigma_limits(model, args):
-    """The lowest and highest noise level: those asked for, as far as the network knows them."""
-    lowest, highest = model.sigma_range
-    return max(args.sigma_min, lowest), min(args.sigma_max, highest)
+def sigma_limits(model, args, guide=None):
+    """The lowest and highest noise level: those asked for, as far as the networks know them."""
+    known = [network.sigma_range for network in (model, guide) if network is not None]
+    sigma_min = max(args.sigma_min, *(lowest for lowest, _ in known))
+    sigma_max = min(args.sigma_max, *(highest for _, highest in known))
+    return sigma_min, sigma_max
 
 
-def sample(model, ids, args):
+def sample(model, ids, args, guide=None):
     """Generate the images with the given ids, an int64 array (B,).
 
     Returns uint8 images (B, H, W, C) and int64 labels (B,). Raises UserError where samples are not
@@ -127,9 +144,9 @@ def sample(model, ids, args):
         return data.normal_of(generators, model.noise_shape).to(model.device)
 
     y = torch.from_numpy(ids % model.num_classes).to(model.device)
-    sigma_min, sigma_max = sigma_limits(model, args)
+    sigma_min, sigma_max = sigma_limits(model, args, guide)
     x = sampling.heun(
-        guided(model, y, args.guidance_scale),
+        guided(model, y, args.guidance_scale, guide),
         draw_noise(),
         sampling.sigma_steps(args.n_steps, sigma_min, sigma_max, args.rho),
         args.s_churn,
@@ -192,9 +209,34 @@ def nearest_distances(images, train, device):
 # ------------------------------------------------------------------------------------ plumbing
 
 
-def manifest_of(args, spec, model):
+def load_guide(args, spec, model):
+    """The network of --guide, None without one.
+
+    Raises UserError where it does not denoise what --diffusion denoises, or of other classes.
+    """
+    if args.guide is None:
+        return None
+    guide = load_diffusion(args.guide, model.device, args.precision)
+    own = (guide.image_size, *guide.noise_shape, guide.num_classes)
+    expected = (model.image_size, *model.noise_shape, model.num_classes)
+    if own[:-1] != expected[:-1] or guide.num_classes not in (0, model.num_classes):
+        message = f"(pixels, shape of the noise, classes) = {own}, --diffusion has {expected}"
+        raise UserError(f"--guide {args.guide}: {message}")
+    spec.check_classes(f"--guide {args.guide}", guide.classes)
+    # Two kinds of latents may have one shape. They are told apart by the images they give.
+    n_channels = model.noise_shape[0]
+    clean = torch.linspace(-1, 1, 4 * n_channels, device=model.device).view(1, n_channels, 2, 2)
+    with torch.no_grad():
+        same = torch.allclose(guide.decode(clean), model.decode(clean), atol=0.02)
+    if not same:
+        message = "its latents are not those of --diffusion: they give other images"
+        raise UserError(f"--guide {args.guide}: {message}")
+    return guide
+
+
+def manifest_of(args, spec, model, guide=None):
     """All that the shards' bytes depend on. Selecting images adds an entry "selection"."""
-    sigma_min, sigma_max = sigma_limits(model, args)
+    sigma_min, sigma_max = sigma_limits(model, args, guide)
     sampler = {
         "n_steps": args.n_steps,
         "sigma_min": sigma_min,
@@ -222,6 +264,9 @@ def manifest_of(args, spec, model):
         "held_out": model.val_size,
         "sampler": sampler,
     }
+    if guide is not None:
+        manifest["guide_sha256"] = guide.sha256
+        manifest["held_out"] = min(model.val_size, guide.val_size)
     return manifest | {"classes": spec.classes} if spec.classes else manifest
 
 
@@ -236,7 +281,7 @@ def is_made(out_dir, shard):
     return all(os.path.exists(path) for path in shard_paths(out_dir, shard))
 
 
-def generate(model, shards, args, rank):
+def generate(model, shards, args, rank, guide=None):
     """Generate and write the given shards."""
     n_images = sum(len(shard_ids(shard, args)) for shard in shards)
     with run.progress(rank=rank, desc="generate", unit="image", total=n_images) as bar:
@@ -244,7 +289,7 @@ def generate(model, shards, args, rank):
             ids = shard_ids(shard, args)
             images, labels = [], []
             for batch in np.split(ids, range(args.batch_size, len(ids), args.batch_size)):
-                batch_images, batch_labels = sample(model, batch, args)
+                batch_images, batch_labels = sample(model, batch, args, guide)
                 images.append(batch_images)
                 labels.append(batch_labels)
                 bar.update(len(batch))
@@ -308,12 +353,16 @@ def main(args):
     spec = open_dataset(args)
     model = load_diffusion(args.diffusion, device, args.precision)
     model.check_generates(f"--diffusion {args.diffusion}", spec)
-    sigma_min, sigma_max = sigma_limits(model, args)
+    guide = load_guide(args, spec, model)
+    sigma_min, sigma_max = sigma_limits(model, args, guide)
     if rank == 0 and (sigma_min, sigma_max) != (args.sigma_min, args.sigma_max):
-        lowest, highest = model.sigma_range
-        known = f"{args.diffusion} knows noise levels {lowest:.4g} to {highest:.4g}"
+        if guide is None:
+            lowest, highest = model.sigma_range
+            known = f"{args.diffusion} knows noise levels {lowest:.4g} to {highest:.4g}"
+        else:
+            known = "--diffusion and --guide do not know all noise levels"
         print(f"note: {known}; sampling from {sigma_max:g} to {sigma_min:g}")
-    if args.guidance_scale != 1 and model.label_dropout == 0:
+    if args.guidance_scale != 1 and guide is None and model.label_dropout == 0:
         message = f"{args.diffusion} was trained without label dropout"
         raise UserError(f"--guidance-scale {args.guidance_scale}: {message}")
 
@@ -333,7 +382,7 @@ def main(args):
     if rank == 0:
         run.claim_directory(
             args.out_dir,
-            manifest_of(args, spec, model),
+            manifest_of(args, spec, model, guide),
             name="manifest.json",
             not_compared=["selection"],
         )
@@ -342,7 +391,7 @@ def main(args):
     missing = [shard for shard in range(n_shards) if not is_made(args.out_dir, shard)]
     run.barrier()
     # Whole shards are shared out over ranks: a shard's batches are the same for any number of them.
-    generate(model, missing[rank::world_size], args, rank)
+    generate(model, missing[rank::world_size], args, rank, guide)
     run.barrier()
 
     if classifier is not None:

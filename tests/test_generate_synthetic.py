@@ -1,15 +1,21 @@
-"""generate_synthetic.py: guidance, what a sample depends on, and the check for memorised images.
+"""generate_synthetic.py: guidance, by the network itself and by another one, what a sample depends
+on, and the check for memorised images.
 
 Alone: python -m pytest tests/test_generate_synthetic.py
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from diffusers_helper import tiny_ddpm, tiny_unet
+from edm2_helper import EDM2_CONFIGS, edm2_config, edm2_dir
 
 import generate_synthetic
-from common import data
+from common import UserError, data
 from published.datasets import DATASETS
+from teachers import sampling
 from teachers.load import load_diffusion
 
 
@@ -25,6 +31,108 @@ def test_guidance_extrapolates_from_the_unconditional_denoiser(diffusion_dir):
             guided = generate_synthetic.guided(model, y, scale)(noisy, 0.7)
             expected = unconditional + scale * (conditional - unconditional)
             assert torch.allclose(guided, expected, atol=1e-10)
+
+
+class Gaussian:
+    """The exact denoiser of classes that are normal, each around a mean of its own.
+
+    means: (classes, C, 1, 1). As an unconditional one it has a single mean.
+    """
+
+    def __init__(self, means, std, num_classes):
+        self.means = means
+        self.std = std
+        self.num_classes = num_classes
+
+    def denoise(self, noisy, sigma, y=None):
+        mean = self.means[0] if y is None else self.means[y]
+        return (self.std**2 * noisy + sigma**2 * mean) / (self.std**2 + sigma**2)
+
+
+@pytest.mark.parametrize("guide_classes", [3, 0])
+def test_autoguidance_is_its_formula(guide_classes):
+    """D_guide + w (D - D_guide) of known denoisers, in float64, and what is sampled with it."""
+    means = torch.randn(3, 2, 1, 1, dtype=torch.float64)
+    model = Gaussian(means, 0.3, 3)
+    guide_means = means + 0.2 if guide_classes else means.mean(0, keepdim=True)
+    guide = Gaussian(guide_means, 0.5, guide_classes)
+    y = torch.tensor([0, 1, 2, 1])
+    noisy = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    own_mean = guide_means[y] if guide_classes else guide_means
+    for sigma in (0.01, 0.7, 40.0):
+        by_model = (0.3**2 * noisy + sigma**2 * means[y]) / (0.3**2 + sigma**2)
+        by_guide = (0.5**2 * noisy + sigma**2 * own_mean) / (0.5**2 + sigma**2)
+        for w in (1, 2.1, 0):
+            found = generate_synthetic.guided(model, y, w, guide)(noisy, sigma)
+            expected = by_guide + w * (by_model - by_guide)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    # With one deviation for both, D_w is the denoiser of the means' extrapolation.
+    guide.std = 0.3
+    extrapolated = Gaussian(own_mean + 2.1 * (means[y] - own_mean), 0.3, 4)
+    sigmas = sampling.sigma_steps(8, 0.002, 80.0, 7.0)
+    found = sampling.heun(generate_synthetic.guided(model, y, 2.1, guide), noisy, sigmas)
+    each = torch.arange(4)
+    expected = sampling.heun(lambda x, s: extrapolated.denoise(x, s, each), noisy, sigmas)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def generate(out, *argv):
+    """Run the script for four digits; returns (images, manifest)."""
+    argv = [*"--n-images 4 --n-steps 3 --out-dir".split(), str(out), *map(str, argv)]
+    generate_synthetic.main(generate_synthetic.parse_args(argv))
+    images = np.load(out / "shard-00000-images.npy").astype(int)
+    return images, json.loads((out / "manifest.json").read_text())
+
+
+def test_a_guide_is_part_of_the_set(diffusion_dir, tmp_path):
+    """Its hash and held-out images stand in the manifest, and it needs no label dropout."""
+    config = edm2_config(
+        img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=[1, 2]
+    )
+    main = edm2_dir(tmp_path / "main", config)
+    guide = edm2_dir(tmp_path / "guide", config, seed=1)
+    uncond = edm2_dir(tmp_path / "uncond", config | {"init": config["init"] | {"label_dim": 0}})
+    plain, manifest = generate(tmp_path / "0", "--diffusion", main)
+    assert "guide_sha256" not in manifest
+    made = [plain]
+    for name in (guide, uncond, main, diffusion_dir):
+        out = tmp_path / str(len(made))
+        argv = ["--diffusion", main, "--guidance-scale", "2", "--guide", name]
+        images, manifest = generate(out, *argv)
+        assert manifest["guide_sha256"] == load_diffusion(name, "cpu").sha256
+        assert manifest["sampler"]["guidance_scale"] == 2 and manifest["held_out"] == 0
+        made.append(images)
+    assert np.abs(made[3] - plain).max() <= 1  # guided by itself
+    for images in (made[1], made[2], made[4]):
+        assert np.abs(images - plain).mean() > 1
+    with pytest.raises(UserError, match="guide_sha256"):
+        generate(tmp_path / "1", *argv)
+
+
+def test_guides_that_do_not_fit_are_one_line(diffusion_dir, dit_dir, tmp_path, capsys):
+    def fails(words, guide, *argv):
+        with pytest.raises(UserError) as info:
+            generate(tmp_path / "out", "--guidance-scale", "2", "--guide", guide, *argv)
+        message = str(info.value)
+        assert message.startswith(f"--guide {guide}: ") and "\n" not in message
+        assert words in message, message
+        assert not (tmp_path / "out").exists()
+
+    own = ["--diffusion", diffusion_dir]
+    sizes = edm2_dir(tmp_path / "sizes", EDM2_CONFIGS["pixels"])
+    fails("(16, 3, 16, 16, 3), --diffusion has (8, 1, 8, 8, 10)", sizes, *own)
+    tiny_ddpm(tmp_path / "classes", tiny_unet())
+    fails("(8, 1, 8, 8, 3), --diffusion has (8, 1, 8, 8, 10)", tmp_path / "classes", *own)
+    latents = edm2_config(
+        "StabilityVAEEncoder", img_resolution=8, img_channels=4, label_dim=1000, model_channels=8
+    )
+    other = edm2_dir(tmp_path / "latents", latents)
+    fails("its latents are not those", other, "--diffusion", dit_dir, "--dataset", "imagenet")
+    with pytest.raises(SystemExit):
+        generate_synthetic.parse_args([*own, "--guide", sizes])
+    words = "--guide: does nothing here, it goes with a --guidance-scale other than 1"
+    assert words in capsys.readouterr().err
 
 
 def test_samples_depend_on_seed_id_and_churn_and_on_nothing_else(diffusion_dir):
