@@ -363,7 +363,7 @@ def main(args):
             known = "--diffusion and --guide do not know all noise levels"
         print(f"note: {known}; sampling from {sigma_max:g} to {sigma_min:g}")
     if args.guidance_scale != 1 and guide is None and model.label_dropout == 0:
-        message = f"{args.diffusion} was trained without label dropout"
+        message = f"{args.diffusion} was trained without label dropout; --guide takes another"
         raise UserError(f"--guidance-scale {args.guidance_scale}: {message}")
 
     # Shards that could not be opened together are not generated in the first place.

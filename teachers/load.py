@@ -15,7 +15,7 @@ from teachers.dit import DiT
 from teachers.edm2 import EDM2, VAE
 from teachers.unet import DDPM, EDMUNet
 
-KINDS = "expected a UNet2DModel, a DiTPipeline or an NVlabs EDM network"
+KINDS = "expected a UNet2DModel, a DiTPipeline or a network of NVlabs' EDM or EDM2"
 
 
 def load_diffusion(name, device, precision="fp32"):
