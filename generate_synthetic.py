@@ -153,6 +153,7 @@ def sample(model, ids, args, guide=None):
         (args.s_tmin, args.s_tmax),
         args.s_noise,
         draw_noise,
+        model.round_sigma,
     )
     if not x.isfinite().all():  # as bytes they would be black images with a label
         reason = "samples not finite, a broken network or too large a --guidance-scale"

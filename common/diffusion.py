@@ -67,6 +67,13 @@ class Diffusion:
             y = torch.full((len(noisy),), self.num_classes, device=noisy.device)
         return self._denoise(noisy, sigma, y)
 
+    def round_sigma(self, sigma):
+        """The noise level, a number, nearest to `sigma` that the network can be told.
+
+        That is sigma itself, but for networks that were trained on a ladder of levels.
+        """
+        return sigma
+
     def encode(self, x):
         """Clean images, or latents, of images x in [0, 1] that have the network's size."""
         return 2 * x - 1

@@ -386,9 +386,12 @@ class Precond(nn.Module):
             t = (root - beta_min) / args["beta_d"]
             c_noise = (args["M"] - 1) * t
         else:
-            nearest = (self.u - sigma[:, None]).abs().argmin(1)
-            c_noise = (args["M"] - 1 - nearest).to(sigma)
+            c_noise = (args["M"] - 1 - self.nearest(sigma)).to(sigma)
         return one, -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
+
+    def nearest(self, sigma):
+        """iDDPM's indices (B,) of the levels u that are nearest to noise levels (B,)."""
+        return (self.u - sigma[:, None]).abs().argmin(1)
 
 
 def iddpm_levels(M, C_1, C_2):
@@ -416,11 +419,18 @@ class EDMNetwork(Diffusion):
         self.hooked = net.model
         if net.kind == "VEPrecond":
             self.sigma_range = (net.args["sigma_min"], net.args["sigma_max"])
+        if net.kind == "iDDPMPrecond":
+            self.sigma_range = (net.u[-2].item(), net.u[0].item())
         decoder = [name for name in self.blocks if name.startswith("dec.16x16_block")]
         if not decoder:
             decoder = [name for name in self.blocks if name.startswith("dec.")]
         self.default_block = decoder[min(1, len(decoder) - 1)]
         self.default_sigma = 0.06  # the 4th of 18 sampling levels, from below
+
+    def round_sigma(self, sigma):
+        if self.net.kind != "iDDPMPrecond":
+            return sigma
+        return self.net.u[self.net.nearest(self.net.u.new_tensor([sigma]))].item()
 
     def _denoise(self, noisy, sigma, labels):
         return self.net(noisy, sigma, one_hot(labels, self.num_classes, noisy.dtype))

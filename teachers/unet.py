@@ -6,6 +6,8 @@ scheduler in one folder, or in unet/ and scheduler/). Other families have files 
 
 import re
 
+import torch
+
 from common.diffusion import Diffusion, edm_denoise
 
 
@@ -56,9 +58,16 @@ class Stepwise(Diffusion):
         super().to(device)
         self.levels = self.levels.to(device)
 
+    def round_sigma(self, sigma):
+        return self.levels[self._step(torch.tensor([sigma], device=self.device))].item()
+
+    def _step(self, sigma):
+        """t (B,) int64 of noise levels (B,)."""
+        return (self.levels.log() - sigma.double().log()[:, None]).abs().argmin(1)
+
     def _scaled(self, noisy, sigma):
         """(x_t, t) of noisy images, t (B,) int64."""
-        t = (self.levels.log() - sigma.double().log()[:, None]).abs().argmin(1)
+        t = self._step(sigma)
         x_t = noisy / (1 + sigma**2).sqrt().view(-1, 1, 1, 1)
         return x_t, t
 
