@@ -96,8 +96,7 @@ class Diffusion:
             def hook(module, inputs, output):
                 if output.dtype != torch.float64:
                     output = output.float()  # averages of bf16 are taken in float32
-                space = (2, 3) if output.dim() == 4 else 1
-                outputs[name] = output.mean(space)
+                outputs[name] = self.pooled(output)
                 if len(outputs) == len(set(blocks)):
                     raise _Reached
 
@@ -116,6 +115,10 @@ class Diffusion:
             for handle in handles:
                 handle.remove()
         return [outputs[name] for name in blocks]
+
+    def pooled(self, output):
+        """The average (B, channels) of a block's output over space or tokens."""
+        return output.mean((2, 3) if output.dim() == 4 else 1)
 
     def resize(self, x):
         """Images of the network's size; x itself where it has that size."""

@@ -54,12 +54,17 @@ def _file(path):
     for place, settings in ((parent, SETTINGS[0]), (folder, SETTINGS[0]), (folder, SETTINGS[1])):
         if os.path.exists(os.path.join(place, settings)) and name.endswith(ENDINGS):
             return f"a file of a model, expected its directory: {place}"
+    if name == "checkpoint-last.pth":
+        return f"a checkpoint; python -m teachers.jit convert makes a directory of JiT's {name}"
     if re.match(r"training-state.*\.pt$", name):
         return "a training state of NVlabs' EDM, expected a network-snapshot .pkl beside it"
     if "lora" in name.lower():
         return f"a LoRA, which changes another network, {EXPECTED}"
     if name.endswith(ENDINGS[:-1]):
         what = "a file of weights alone, which does not say of which network"
+        for family in ("sit", "jit"):
+            if family in name.lower():
+                return f"{what}; python -m teachers.{family} convert makes a directory of {name}"
         if "dit" in name.lower():
             return f"{what}; DiT-XL/2 is read as hub:facebook/DiT-XL-2-256"
         return f"{what}, {EXPECTED}"

@@ -6,6 +6,7 @@ of their own here.
 
 import torch
 
+from common.diffusion import Diffusion
 from teachers.unet import Stepwise
 
 # Pixels in one VAE call, and images: at 32 of 256 x 256 its activations are what fills a GPU.
@@ -33,7 +34,23 @@ def decode_latents(vae, latents):
     return torch.cat([vae.decode(part).sample for part in parts]).to(latents.dtype)
 
 
-class DiT(Stepwise):
+class OnLatents(Diffusion):
+    """A model on the scaled latents of a VAE, diffusers' AutoencoderKL."""
+
+    def use_vae(self, vae, noise_shape):
+        """noise_shape: (C, H, W) of its latents."""
+        self.vae = vae
+        self.modules = [self.net, vae]
+        self.noise_shape = noise_shape
+
+    def encode(self, x):
+        return encode_latents(self.vae, 2 * x - 1) * self.vae.config.scaling_factor
+
+    def decode(self, clean):
+        return decode_latents(self.vae, clean / self.vae.config.scaling_factor)
+
+
+class DiT(OnLatents, Stepwise):
     """A DiT on scaled VAE latents, whose label num_classes is the null label."""
 
     def __init__(self, net, vae, levels, predicts="epsilon"):
@@ -49,17 +66,9 @@ class DiT(Stepwise):
             label_dropout=0.1,  # DiT's rate; diffusers' config does not have it
             blocks=[f"transformer_blocks.{i}" for i in range(n_blocks)],
         )
-        self.vae = vae
-        self.modules = [net, vae]
-        self.noise_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.use_vae(vae, (config.in_channels, config.sample_size, config.sample_size))
         self.default_block = self.blocks[n_blocks // 2 - 1]  # transformer_blocks.13 of DiT-XL's 28
         self.default_sigma = levels[100 * len(levels) // 1000].item()  # t = 100 of 1000
-
-    def encode(self, x):
-        return encode_latents(self.vae, 2 * x - 1) * self.vae.config.scaling_factor
-
-    def decode(self, clean):
-        return decode_latents(self.vae, clean / self.vae.config.scaling_factor)
 
     def _denoise(self, noisy, sigma, labels):
         x_t, t = self._scaled(noisy, sigma)

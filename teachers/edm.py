@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError, cli, files
+from common import cli, files
 from common.diffusion import Diffusion, one_hot
 from teachers import edm2, parts, pickles
 
@@ -544,24 +544,6 @@ def build(config):
         raise ValueError(f"its arguments describe no network ({reason})") from error
 
 
-def _filled(config, state, path):
-    """build(config) with the tensors of `state`, all of them and no others, as float32.
-
-    Raises ValueError as build does, and UserError where a tensor of the file `path` does not fit.
-    """
-    with torch.device("meta"):  # no memory before the tensors are known to fit
-        net = build(config)
-    parts.check_fit(state, net.state_dict(), path)
-    weights = {}
-    for name, tensor in state.items():
-        # A copy of each: two names may share a storage, which safetensors does not write.
-        weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if not weights[name].isfinite().all():
-            raise UserError(f"{path}: tensor {name} is not finite")
-    net.load_state_dict(weights, assign=True)
-    return net
-
-
 # ---------------------------------------------------------------------------- pickles, directories
 
 
@@ -633,7 +615,7 @@ def read_pickle(path):
         tensors = dict(_tensors(content["ema"], "", set()))
         if sum(tensor.numel() for tensor in tensors.values()) > os.path.getsize(path):
             raise ValueError("more numbers than the file has bytes")
-        return config, _filled(config, tensors, path)
+        return config, parts.filled(lambda: build(config), tensors, path)
 
 
 def load(path):
@@ -649,7 +631,7 @@ def load(path):
         config = files.read_json(config_path)
         tensors = files.read_safetensors(weights_path)
         with files.reading(config_path, "the settings of an NVlabs EDM network"):
-            net = _filled(config, tensors, weights_path)
+            net = parts.filled(lambda: build(config), tensors, weights_path)
     return net.eval().requires_grad_(False), config
 
 
@@ -660,20 +642,8 @@ def convert(pickle_path, out_dir):
     """
     config, net = read_pickle(pickle_path)
     config["pickle_sha256"] = files.sha256(pickle_path)
-    config_path = os.path.join(out_dir, "config.json")
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        raise UserError(f"{out_dir}: is a file, expected a directory")
-    os.makedirs(out_dir, exist_ok=True)
-    # What a killed conversion leaves ends in .writing, and is no obstacle. The VAE of a network on
-    # latents may have been there first.
-    names = [name for name in sorted(os.listdir(out_dir)) if not name.endswith(".writing")]
-    names = [name for name in names if name != "vae"]
-    same = "config.json" in names and files.read_json(config_path) == config
-    if names and not same:
-        expected = f"not a conversion of {pickle_path}; give a new directory"
-        raise UserError(f"{out_dir}: holds {names[0]}, {expected}")
-    files.write_safetensors(net.state_dict(), os.path.join(out_dir, "model.safetensors"))
-    files.write_json(config, config_path)
+    contents = {"model.safetensors": net.state_dict(), "config.json": config}
+    parts.write_converted(contents, out_dir, pickle_path)
 
 
 def parse_args(argv=None):

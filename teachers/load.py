@@ -10,12 +10,12 @@ import re
 import torch
 
 from common import UserError, files
-from teachers import advice, edm, parts
+from teachers import advice, edm, jit, parts, sit
 from teachers.dit import DiT
 from teachers.edm2 import EDM2, VAE
 from teachers.unet import DDPM, EDMUNet
 
-KINDS = "expected a UNet2DModel, a DiTPipeline or a network of NVlabs' EDM or EDM2"
+KINDS = "expected a UNet2DModel, a DiTPipeline, a network of NVlabs' EDM or EDM2, a SiT or a JiT"
 
 
 def load_diffusion(name, device, precision="fp32"):
@@ -101,6 +101,8 @@ def _open_directory(path):
     if part == "" and config.get("kind") == "nvlabs-edm":
         directory.file("", "model.safetensors")
         return _finished(_open_nvlabs(path, directory), directory, part)
+    if part == "" and config.get("kind") in ("sit", "jit"):
+        return _finished(_open_flow(directory, config), directory, part)
     _check_class(config, pipeline, path, part)
     return _finished(_open_unet(directory, part, config), directory, part)
 
@@ -134,33 +136,7 @@ def _open_nvlabs(path, directory=None):
         raise UserError(
             f"{path}/vae/config.json: no such file, expected the VAE {VAE} in {path}/vae"
         )
-    vae = _open_vae(directory, net.img_channels)
-    return _through_vae(lambda: EDM2(net, vae), directory, vae)
-
-
-def _open_vae(directory, channels):
-    """The VAE of a directory, on the CPU. channels: of its latents."""
-    import diffusers
-
-    vae = directory.network(diffusers.AutoencoderKL, "vae")
-    path = directory.file("vae", "config.json")
-    _check_channels(vae.config.latent_channels, (channels,), path, "latent_channels")
-    _check_channels(vae.config.out_channels, (vae.config.in_channels,), path)
-    return vae
-
-
-def _through_vae(make, directory, vae):
-    """make(), a model on latents of this VAE, which has been run once on a small image."""
-    path = directory.file("vae", "config.json")
-    with parts.describing(path, "a VAE that cannot be run", type(vae), vae.config):
-        model = make()
-        size = 2 * model.image_size // model.noise_shape[1]
-        image = torch.zeros(1, model.channels, size, size)
-        with torch.no_grad():
-            again = model.decode(model.encode(image))
-    if again.shape != image.shape:
-        raise UserError(f"{path}: a VAE that does not give back images of their size")
-    return model
+    return _on_latents(directory, net.img_channels, lambda vae: EDM2(net, vae))
 
 
 def _open_dit(directory):
@@ -171,13 +147,41 @@ def _open_dit(directory):
     path = directory.file("transformer", "config.json")
     channels = net.config.in_channels
     _check_channels(net.out_channels, (channels, 2 * channels), path)
-    vae = _open_vae(directory, channels)
+    return _on_latents(directory, channels, lambda vae: DiT(net, vae, levels, predicts))
+
+
+def _open_flow(directory, config):
+    """A converted SiT or JiT."""
+    config_path = directory.file("", "config.json")
+    path = directory.file("", "model.safetensors")
+    family = sit if config["kind"] == "sit" else jit
+    opened = family.build(config, files.read_safetensors(path), config_path, path)
+    if family is jit:
+        return opened
+    return _on_latents(directory, opened.channels, lambda vae: sit.SiT(opened, vae))
+
+
+def _on_latents(directory, channels, make):
+    """The model make(vae) of a directory with a vae/ whose latents have some channels."""
+    import diffusers
+
+    vae = directory.network(diffusers.AutoencoderKL, "vae")
+    path = directory.file("vae", "config.json")
+    _check_channels(vae.config.latent_channels, (channels,), path, "latent_channels")
+    _check_channels(vae.config.out_channels, (vae.config.in_channels,), path)
     factor = vae.config.scaling_factor
     if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        path = directory.file("vae", "config.json")
         expected = "expected a number above 0"
         raise UserError(f"{path}: scaling_factor is {parts.shown(factor)}, {expected}")
-    return _through_vae(lambda: DiT(net, vae, levels, predicts), directory, vae)
+    with parts.describing(path, "a VAE that cannot be run", type(vae), vae.config):
+        model = make(vae)
+        size = 2 * model.image_size // model.noise_shape[1]
+        image = torch.zeros(1, model.channels, size, size)
+        with torch.no_grad():
+            again = model.decode(model.encode(image))
+    if again.shape != image.shape:
+        raise UserError(f"{path}: a VAE that does not give back images of their size")
+    return model
 
 
 def _open_unet(directory, part, config):

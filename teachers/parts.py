@@ -270,7 +270,17 @@ def _read_tensors(path):
             raise UserError(f"{path}: a pointer of git-lfs; git lfs pull fetches the file itself")
     if path.endswith(FORMATS[0]):
         return files.read_safetensors(path)
+    return read_checkpoint(path)
+
+
+def read_checkpoint(path, entry=None):
+    """The tensors by name of a file of torch.save, read as data; those under `entry` if it has it.
+
+    Raises UserError where there are none.
+    """
     state = files.load(path, {}, expected="a file of weights of torch.save")
+    if isinstance(state, dict) and entry in state:
+        state = state[entry]
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected tensors by name, found none")
     for name, tensor in state.items():
@@ -303,3 +313,49 @@ def check_fit(weights, wanted, path):
             differences.append(f"{name} is not of floating-point numbers")
     if differences:
         raise UserError(f"{path}: weights do not fit the settings ({differences[0]})")
+
+
+def filled(build, weights, path):
+    """The network build() with weights, tensors by name, all of them and no others, as float32.
+
+    Raises UserError where a tensor of the file `path` does not fit, and whatever build raises.
+    """
+    with torch.device("meta"):  # no memory before the tensors are known to fit
+        net = build()
+    check_fit(weights, net.state_dict(), path)
+    copies = {}
+    for name, tensor in weights.items():
+        # A copy of each: two names may share a storage, which safetensors does not write.
+        copies[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if not copies[name].isfinite().all():
+            raise UserError(f"{path}: tensor {name} is not finite")
+    net.load_state_dict(copies, assign=True)
+    return net
+
+
+# ----------------------------------------------------------------------- converted directories
+
+
+def write_converted(contents, out_dir, source):
+    """Write the files of a converted network. config.json, which marks their end, is the last.
+
+    contents: {name: tensors of a .safetensors file, or entries of a .json file}. source: the path
+    of what is converted. Raises UserError where the directory holds anything else than this.
+    """
+    config_path = os.path.join(out_dir, "config.json")
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise UserError(f"{out_dir}: is a file, expected a directory")
+    os.makedirs(out_dir, exist_ok=True)
+    # What a killed conversion leaves ends in .writing, and is no obstacle. The VAE of a network on
+    # latents may have been there first.
+    names = [name for name in sorted(os.listdir(out_dir)) if not name.endswith(".writing")]
+    names = [name for name in names if name != "vae"]
+    same = "config.json" in names and files.read_json(config_path) == contents["config.json"]
+    if names and not same:
+        expected = f"not a conversion of {source}; give a new directory"
+        raise UserError(f"{out_dir}: holds {names[0]}, {expected}")
+    for name, content in contents.items():
+        path = os.path.join(out_dir, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write = files.write_json if name.endswith(".json") else files.write_safetensors
+        write(content, path)
