@@ -12,6 +12,7 @@ network trained otherwise, edit noise_scale in config.json.
 """
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -228,7 +229,9 @@ def parse_args(argv=None):
 
 def main(args):
     convert(args.checkpoint, args.out_dir)
-    print(f"{args.out_dir}: written")
+    config = files.read_json(os.path.join(args.out_dir, "config.json"))
+    facts = ", ".join(f"{name} {config[name]}" for name in SETTINGS.split())
+    print(f"{args.out_dir}: a JiT ({facts})")
 
 
 if __name__ == "__main__":

@@ -286,6 +286,8 @@ def read_checkpoint(path, entry=None):
     for name, tensor in state.items():
         if not torch.is_tensor(tensor) or not isinstance(name, str):
             raise UserError(f"{path}: its entry {named(name)} is no tensor")
+    if sum(tensor.numel() for tensor in state.values()) > os.path.getsize(path):
+        raise UserError(f"{path}: refused, its tensors have more numbers than the file has bytes")
     return state
 
 

@@ -10,10 +10,11 @@ dict, or one under `ema`. It is read weights-only, as data. Two settings are not
 number of heads, which follows from the width, and that its path is the linear one, its default.
 
 diffusers' DiTTransformer2DModel would not do: its frequencies of t are 10000^(-i/127), SiT's
-10000^(-i/128), which changes outputs by a thousandth, and it holds the embeddings in every block.
+10000^(-i/128), which changes outputs by 1e-4, and it holds the embeddings in every block.
 """
 
 import math
+import os
 
 import torch
 from torch import nn
@@ -171,7 +172,9 @@ def parse_args(argv=None):
 
 def main(args):
     convert(args.checkpoint, args.vae_dir, args.out_dir)
-    print(f"{args.out_dir}: written")
+    config = files.read_json(os.path.join(args.out_dir, "config.json"))
+    facts = ", ".join(f"{name} {config[name]}" for name in SETTINGS.split())
+    print(f"{args.out_dir}: a SiT ({facts})")
 
 
 if __name__ == "__main__":
