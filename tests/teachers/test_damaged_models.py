@@ -16,8 +16,10 @@ import torch
 from data_helper import INTERNAL
 from diffusers_helper import tiny_ddpm, tiny_dit
 from edm_helper import EDM_CONFIGS, random_edm
+from flow_helper import jit_tensors, sit_tensors, tiny_vae
 
 from common import UserError
+from teachers import jit, sit
 from teachers.load import load_diffusion
 
 VALUES = [
@@ -35,12 +37,21 @@ def converted_edm(folder):
     (folder / "config.json").write_text(json.dumps(EDM_CONFIGS["vp"]))
 
 
+def converted_flows(folder):
+    tiny_vae(folder / "vae")
+    torch.save(sit_tensors(depth=1), folder / "SiT.pt")
+    torch.save(jit_tensors(), folder / "JiT.pth")
+    sit.convert(str(folder / "SiT.pt"), str(folder / "vae"), str(folder / "sit"))
+    jit.convert(str(folder / "JiT.pth"), str(folder / "jit"))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, diffusion_dir):
     folder = tmp_path_factory.mktemp("models")
     tiny_ddpm(folder / "ddpm", variance_type="learned_range")
     tiny_dit(folder / "dit")
     converted_edm(folder / "nvlabs")
+    converted_flows(folder)
     (folder / "edm").mkdir()
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         shutil.copy(f"{diffusion_dir}/{name}", folder / "edm")
@@ -108,7 +119,7 @@ def opened(folder):
     return None
 
 
-@pytest.mark.parametrize("family", ["ddpm", "dit", "nvlabs", "edm"])
+@pytest.mark.parametrize("family", ["ddpm", "dit", "nvlabs", "edm", "sit", "jit"])
 def test_changed_models_open_or_are_one_line(family, models, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(models / family, folder)

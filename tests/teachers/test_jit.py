@@ -143,11 +143,11 @@ def test_it_generates_and_teaches(jit_dir, tmp_path):
     argv = f"--diffusion {jit_dir} --n-images 4 --n-steps 2 --guidance-scale 2 --out-dir"
     args = generate_synthetic.parse_args([*argv.split(), str(tmp_path / "set")])
     generate_synthetic.main(args)
-    images = np.load(tmp_path / "set" / "shard-00000-images.npy")
-    assert images.shape == (4, 8, 8, 1)
-    argv = f"--diffusion {jit_dir} --train-steps 1 --batch-size 4 --n-steps 1 --out-dir"
+    assert np.load(tmp_path / "set" / "shard-00000-images.npy").shape == (4, 8, 8, 1)
+    argv = f"--teacher {jit_dir} --epochs 1 --epoch-images 8 --batch-size 4 --n-steps 1"
+    argv += " --block blocks.5 --eval-n-steps 1 --out-dir"
     train_at_aux.main(train_at_aux.parse_args([*argv.split(), str(tmp_path / "run")]))
-    assert (tmp_path / "run" / "last.pt").exists()
+    assert (tmp_path / "run" / "best.safetensors").exists()
 
 
 def test_bf16_is_nearly_the_same(jit_dir):

@@ -15,6 +15,7 @@ from flow_helper import sit_reference, sit_tensors, tiny_vae
 from torch import nn
 
 import generate_synthetic
+import train_at_aux
 from common import UserError
 from teachers import sit
 from teachers.load import load_diffusion
@@ -134,6 +135,19 @@ def test_images_are_generated(sit_dir):
     images, labels = generate_synthetic.sample(model, np.arange(4), args)
     assert images.shape == (4, 8, 8, 3) and labels.tolist() == [0, 1, 2, 0]
     assert not (images[0] == images[3]).all()
+
+
+def test_it_generates_and_teaches(tmp_path):
+    tiny_vae(tmp_path / "vae", channels=1)
+    torch.save(sit_tensors(num_classes=10), tmp_path / "SiT.pt")
+    convert(tmp_path / "SiT.pt", tmp_path / "vae", tmp_path / "sit")
+    argv = f"--diffusion {tmp_path}/sit --n-images 4 --n-steps 2 --out-dir {tmp_path}/set"
+    generate_synthetic.main(generate_synthetic.parse_args(argv.split()))
+    assert np.load(tmp_path / "set" / "shard-00000-images.npy").shape == (4, 8, 8, 1)
+    argv = f"--teacher {tmp_path}/sit --epochs 1 --epoch-images 8 --batch-size 4 --n-steps 1"
+    argv += f" --block blocks.0 --eval-n-steps 1 --out-dir {tmp_path}/run"
+    train_at_aux.main(train_at_aux.parse_args(argv.split()))
+    assert (tmp_path / "run" / "best.safetensors").exists()
 
 
 def test_bf16_is_nearly_the_same(sit_dir):
