@@ -3,6 +3,9 @@
 Both are DiT's transformer (Peebles & Xie, arXiv 2212.09748): tokens of patches, and blocks whose
 norms are scaled and shifted by an embedding of time and label. Parameters have the names of the
 published files, so that those load strictly.
+
+Licence: this code is our own, written from the papers and from facts of the file formats (names and
+shapes of the parameters).
 """
 
 import math
@@ -56,7 +59,7 @@ class Flow(Diffusion):
 # ------------------------------------------------------------------------- parts of transformers
 
 
-class Embedding(nn.Module):
+class TimeEmbedding(nn.Module):
     """Embeddings (B, width) of times t (B,) in [0, 1]: an MLP on cosines and sines."""
 
     def __init__(self, width):

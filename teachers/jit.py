@@ -5,7 +5,7 @@
 writes OUT_DIR/model.safetensors and OUT_DIR/config.json, which load_diffusion opens.
 
 The .pth file is that of github.com/LTH14/JiT (MIT licence): its first average of the weights,
-`model_ema1`, which the paper's figures are of, or a state dict alone. It is read weights-only, as
+`model_ema1`, which its own evaluation takes, or a state dict alone. It is read weights-only, as
 data. Two settings are not in its tensors. Before which block the class tokens come follows from the
 depth. The noise's scale is 1, and 2 at 512 pixels, as that repository's README has it; for a
 network trained otherwise, edit noise_scale in config.json.
@@ -23,10 +23,10 @@ from teachers import parts
 from teachers.flow import (
     Attention,
     Block,
-    Embedding,
     FinalLayer,
     Flow,
     LabelEmbedding,
+    TimeEmbedding,
     check_sizes,
     image_of,
     n_blocks,
@@ -34,7 +34,10 @@ from teachers.flow import (
 )
 
 CONTEXT_START = {12: 4, 24: 8, 32: 10}  # of each depth: B, L and H
-SETTINGS = "size channels patch width depth heads num_classes bottleneck context context_start"
+SETTINGS = [
+    *"size channels patch width depth heads num_classes".split(),
+    *"bottleneck context context_start".split(),
+]
 
 
 class RotaryAttention(Attention):
@@ -132,7 +135,7 @@ class JiTNet(nn.Module):
             return nn.RMSNorm(width, 1e-6)
 
         self.x_embedder = PatchEmbedding(channels, bottleneck, width, patch)
-        self.t_embedder = Embedding(width)
+        self.t_embedder = TimeEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, (size // patch) ** 2, width))
         self.in_context_posemb = nn.Parameter(torch.zeros(1, context, width))
@@ -198,7 +201,7 @@ def read_checkpoint(path):
 
 def build(config, tensors, config_path, path):
     """A JiT of settings and tensors, of the files config_path and path. Raises UserError."""
-    init = settings(config, SETTINGS.split(), config_path)
+    init = settings(config, SETTINGS, config_path)
     noise_scale = config.get("noise_scale")
     if type(noise_scale) not in (int, float) or not 0.01 <= noise_scale <= 100:
         expected = "expected a number from 0.01 to 100"
@@ -230,7 +233,7 @@ def parse_args(argv=None):
 def main(args):
     convert(args.checkpoint, args.out_dir)
     config = files.read_json(os.path.join(args.out_dir, "config.json"))
-    facts = ", ".join(f"{name} {config[name]}" for name in SETTINGS.split())
+    facts = ", ".join(f"{name} {config[name]}" for name in SETTINGS)
     print(f"{args.out_dir}: a JiT ({facts})")
 
 

@@ -7,7 +7,7 @@ diffusers AutoencoderKL; SiT's is stabilityai/sd-vae-ft-ema (latents x 0.18215).
 
 The .pt file is that of github.com/willisma/SiT, whose weights are under the MIT licence: a state
 dict, or one under `ema`. It is read weights-only, as data. Two settings are not in its tensors: the
-number of heads, which follows from the width, and that its path is the linear one, its default.
+number of heads, which follows from the width, and the path, which is the linear one, the default.
 
 diffusers' DiTTransformer2DModel would not do: its frequencies of t are 10000^(-i/127), SiT's
 10000^(-i/128), which changes outputs by 1e-4, and it holds the embeddings in every block.
@@ -25,10 +25,10 @@ from teachers.dit import OnLatents
 from teachers.flow import (
     Attention,
     Block,
-    Embedding,
     FinalLayer,
     Flow,
     LabelEmbedding,
+    TimeEmbedding,
     check_sizes,
     image_of,
     n_blocks,
@@ -36,7 +36,7 @@ from teachers.flow import (
 )
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of each width: S, B, L and XL
-SETTINGS = "size channels out_channels patch width depth heads num_classes"
+SETTINGS = "size channels out_channels patch width depth heads num_classes".split()
 
 
 class MLP(nn.Module):
@@ -81,7 +81,7 @@ class SiTNet(nn.Module):
             return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
         self.x_embedder = PatchEmbedding(channels, width, patch)
-        self.t_embedder = Embedding(width)
+        self.t_embedder = TimeEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, (size // patch) ** 2, width))
         self.blocks = nn.ModuleList(
@@ -134,7 +134,7 @@ def read_checkpoint(path):
 
 def build(config, tensors, config_path, path):
     """A SiTNet of settings and tensors, of the files config_path and path. Raises UserError."""
-    init = settings(config, SETTINGS.split(), config_path)
+    init = settings(config, SETTINGS, config_path)
     with files.reading(config_path, "the settings of a SiT"):
         return parts.filled(lambda: SiTNet(**init), tensors, path)
 
@@ -173,7 +173,7 @@ def parse_args(argv=None):
 def main(args):
     convert(args.checkpoint, args.vae_dir, args.out_dir)
     config = files.read_json(os.path.join(args.out_dir, "config.json"))
-    facts = ", ".join(f"{name} {config[name]}" for name in SETTINGS.split())
+    facts = ", ".join(f"{name} {config[name]}" for name in SETTINGS)
     print(f"{args.out_dir}: a SiT ({facts})")
 
 
