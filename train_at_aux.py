@@ -6,10 +6,9 @@ feature that a frozen diffusion network has of the clean image, less its mean ov
 
     L = L_AT(x, x_adv, y) + aux_weight * mean_i [ 1 - cos( h(f(z_i)), g(x_i + sigma * n_i) ) ]
 
-z is x_adv, x or both (--align). n_i is fresh Gaussian noise. g is the pooled output of --block,
-where the network's pass is stopped. The attack ignores the alignment, and the head is not exported.
---align-loss contrastive, not the paper's, is InfoNCE in place of 1 - cos.
-All else is train_at.py's, word for word: `diff train_at.py train_at_aux.py` shows DRA alone.
+z is x_adv, x or both (--align). n_i is fresh Gaussian noise. i is each image, or every K-th
+(--teacher-every K). g is the pooled output of --block, where the network's pass is stopped. The
+attack ignores all this, and h is not exported. `diff train_at.py train_at_aux.py` shows DRA alone.
 
     python train_diffusion.py && python train_at_aux.py                # AT+DRA, digits, 5 minutes
     torchrun --nproc_per_node 8 train_at_aux.py --dataset imagenet     # from a public DiT-XL/2
@@ -86,10 +85,10 @@ RECIPE = dict(
     eval_every=1,
     eval_n_steps=40,
     deterministic=False,
+    teacher_every=1,
     aux_weight=1.0,
     head_width=2048,
 )
-TEMPERATURE = 0.1  # of --align-loss contrastive
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 SYNTHETIC_FRACTION = 0.7  # where there is a synthetic set; DM-AT takes 0.8 above 1 M images
 PRESETS = {
@@ -103,8 +102,6 @@ PRESETS = {
         eval_every=10,
         eval_n_steps=20,
         deterministic=True,
-        block="up_blocks.0.resnets.0",
-        sigma=0.1,
         head_width=256,
     ),
     # DM-AT counts an epoch's steps from all training images, held-out ones included: 98 steps of
@@ -185,6 +182,7 @@ def parse_args(argv=None):
     add("--block", help="block of the teacher that gives the target; without it, by its family")
     add("--sigma", type=cli.positive, help="noise level of the teacher's input, images in [-1, 1]")
     add("--teacher-label", choices=["none", "true"], default="none", help="label the teacher gets")
+    add("--teacher-every", type=cli.count, help="K: each K-th image of a micro-batch is aligned")
     add("--aux-weight", type=cli.non_negative, help="weight of the alignment loss")
     add("--align", choices=["adv", "clean", "both"], default="adv", help="images that are aligned")
     add("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="or InfoNCE")
@@ -284,8 +282,9 @@ class Teacher:
         self.with_label = args.teacher_label == "true"
         self.mean = 0
 
-    def noise(self, n, generator):
-        """Standard normal noise for n images, on the generator's device."""
+    def noise(self, n, seed, use, step):
+        """Standard normal noise for n images, of the stream (seed, use, step)."""
+        generator = data.stream(seed, use, step, self.network.device)
         shape = (n, *self.network.noise_shape)
         return torch.randn(shape, generator=generator, device=generator.device)
 
@@ -304,8 +303,7 @@ class Teacher:
             rows = slice(first + rank, first + 250, world_size)
             x = data.to_x(images[rows], self.network.device)
             y = torch.from_numpy(labels[rows]).to(x.device)
-            generator = data.stream(seed, "teacher-mean", first, x.device)
-            noise = self.noise(min(250, n - first), generator)[rank::world_size]
+            noise = self.noise(min(250, n - first), seed, "teacher-mean", first)[rank::world_size]
             total = total + self.targets(x, y, noise).sum(0) if len(y) else total
         self.mean = sum_over_ranks(total) / n
 
@@ -326,15 +324,15 @@ def cosine_loss(output, targets):
     return 1 - F.cosine_similarity(output.float(), targets.float(), dim=1).mean()
 
 
-def contrastive_loss(output, targets):
+def contrastive_loss(output, targets, temperature=0.1):
     """InfoNCE (arXiv 1807.03748): cross-entropy of finding an image's own target in the batch.
 
-    The logits are cosines / TEMPERATURE, in float32. output, targets: (B, C).
+    The logits are cosines / temperature, in float32. output, targets: (B, C).
     """
     with torch.autocast(output.device.type, enabled=False):
         output = F.normalize(output.float(), dim=1)
         targets = F.normalize(targets.float(), dim=1)
-        logits = output @ targets.T / TEMPERATURE
+        logits = output @ targets.T / temperature
         return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
@@ -528,8 +526,10 @@ def check(args, spec, world_size):
         raise UserError(f"--batch-size {args.batch_size}: {message}, see --mixup and --cutmix")
     if args.val_size < world_size:
         raise UserError(f"--val-size {args.val_size}: fewer images than processes ({world_size})")
-    if args.align_loss == "contrastive" and args.batch_size == world_size * args.accumulate:
-        raise UserError(f"--batch-size {args.batch_size}: too small, see --align-loss contrastive")
+    least = args.teacher_every if args.align_loss == "cosine" else args.teacher_every + 1
+    if args.batch_size < least * world_size * args.accumulate:
+        flags = f"--teacher-every {args.teacher_every} and --align-loss {args.align_loss}"
+        raise UserError(f"--batch-size {args.batch_size}: too small for {flags}")
     models.check_model(args.model, spec)
 
 
@@ -635,7 +635,7 @@ def main(args):
     teacher = load_teacher(args, spec, device, rank)
     if args.center_targets:
         teacher.center(*train, args.seed, rank, world_size)
-    noise = teacher.noise(args.val_size, data.stream(args.seed, "validation-teacher", 0, device))
+    noise = teacher.noise(args.val_size, args.seed, "validation-teacher", 0)
     parts = zip(x_val.split(256), y_val.split(256), noise[batches.mine].split(256))
     val_targets = torch.cat([teacher.targets(*part) for part in parts])
     if not val_targets.isfinite().all():
@@ -659,7 +659,8 @@ def main(args):
     inputs = hashes(args, train, val, synthetic) if rank == 0 else {}
     inputs.update(teacher_sha256=teacher.network.sha256, block=teacher.block, sigma=teacher.sigma)
     run = Run(__file__, args, inputs, rank, device)
-    run.track(model=raw_model, head=raw_head, ema=ema, optimizer=optimizer)
+    run.track(model=raw_model, ema=ema, optimizer=optimizer)
+    run.track(head=raw_head)
     run.load(train_steps)
     if run.step == train_steps:
         if rank == 0:
@@ -677,6 +678,8 @@ def main(args):
     meters = Meters()
     first_compiled = max(run.step, 1)  # BatchNorm's momentum changes after step 0
     at_once = 2 * args.batch_size // (world_size * args.accumulate)  # what a step's two passes hold
+    # Rows with a target. Other numbers of processes choose others, but each image keeps its noise.
+    kth = slice(None, None, args.teacher_every)
     while run.step < train_steps:
         if args.compile and run.step == first_compiled:
             raw_model.compile()
@@ -686,8 +689,7 @@ def main(args):
             seed = data.seed_of(args.seed, "mix", run.step)
             x, y = data.mix(x, y, spec.num_classes, args.mixup, args.cutmix, seed)
         start = attack_start(x, run.step, batches.mine, args)
-        generator = data.stream(args.seed, "teacher", run.step, device)
-        noise = teacher.noise(args.batch_size, generator)[batches.mine]
+        noise = teacher.noise(args.batch_size, args.seed, "teacher", run.step)[batches.mine]
         shuffle = data.stream(args.seed, "shuffle", run.step, device)
 
         attacks.update_twin(twin, raw_model)
@@ -698,7 +700,7 @@ def main(args):
             start_micro = start[micro].contiguous(memory_format=torch.channels_last)
             more = part < args.accumulate - 1
             # DRA: the target is the clean image's, whichever image is aligned with it.
-            targets = teacher.targets(x_micro, y[micro], noise[micro])
+            targets = teacher.targets(x_micro[kth], y[micro][kth], noise[micro][kth])
             if args.shuffle_targets:
                 targets = targets[torch.randperm(len(targets), generator=shuffle, device=device)]
             with no_sync(model, when=more), no_sync(head, when=more):
@@ -706,10 +708,11 @@ def main(args):
                     loss, metrics, x_adv, feats = adversarial_loss(
                         model, twin, x_micro, y[micro], start_micro, args
                     )
-                    loss_aux = alignment_loss(head, feats, targets, args)
+                    loss_aux = alignment_loss(head, [f[kth] for f in feats], targets, args)
                     loss = loss + args.aux_weight * loss_aux
                 (loss / args.accumulate).backward()
-            meters.update(loss=loss, loss_aux=loss_aux, **metrics)
+            meters.update(loss=loss, **metrics)
+            meters.update(loss_aux=loss_aux)
             examples = x_micro, x_adv  # for samples.png
 
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters()])

@@ -138,7 +138,7 @@ def our_step(script, flags, folder, network=None, device=CPU):
     if network:
         teacher = script.Teacher(network, args)
         x, y = batches(0)
-        targets = teacher.targets(x, y, teacher.noise(len(y), torch.Generator(device)))
+        targets = teacher.targets(x, y, teacher.noise(len(y), args.seed, "teacher", 0))
         head = script.alignment_head(model.num_features, targets.shape[1], args).to(device)
         trained.append(head)
     optimizer = script.make_optimizer(trained, args)
@@ -155,12 +155,14 @@ def our_step(script, flags, folder, network=None, device=CPU):
         attacks.update_twin(twin, model)
         optimizer.zero_grad(set_to_none=True)
         if network:
-            noise = teacher.noise(len(y), data.stream(args.seed, "teacher", number, device))
-            targets = teacher.targets(x, y, noise)
+            kth = slice(None, None, args.teacher_every)
+            noise = teacher.noise(len(y), args.seed, "teacher", number)
+            targets = teacher.targets(x[kth], y[kth], noise[kth])
         with mixed:
-            loss, metrics, _, *feats = script.adversarial_loss(model, twin, x, y, start, args)
+            loss, metrics, _, *more = script.adversarial_loss(model, twin, x, y, start, args)
             if network:
-                loss_aux = script.alignment_loss(head, *feats, targets, args)
+                feats = [f[kth] for f in more[0]]
+                loss_aux = script.alignment_loss(head, feats, targets, args)
                 loss = loss + args.aux_weight * loss_aux
         loss.backward()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])

@@ -200,8 +200,19 @@ FLAGS = [
     (
         "train_at_aux",
         ["--align-loss", "contrastive", "--batch-size", "4", "--accumulate", "4"],
-        ["--batch-size 4", "too small"],
+        ["--batch-size 4", "too small", "--align-loss contrastive"],
     ),
+    (
+        "train_at_aux",
+        ["--align-loss", "contrastive", "--batch-size", "4", "--teacher-every", "4"],
+        ["--batch-size 4", "too small", "--teacher-every 4"],
+    ),
+    (
+        "train_at_aux",
+        ["--teacher-every", "65", "--batch-size", "128", "--accumulate", "2"],
+        ["--batch-size 128", "too small", "--teacher-every 65"],
+    ),
+    ("train_at_aux", ["--teacher-every", "0"], ["--teacher-every", "at least 1"]),
     (
         "train_at",
         ["--loss", "pgd", "--beta", "3"],

@@ -98,7 +98,8 @@ def waits(monkeypatch):
     "flags",
     [
         "",
-        "--precision bf16 --align both --shuffle-targets --clip-norm 1 --accumulate 2",
+        "--precision bf16 --align both --shuffle-targets --clip-norm 1 --accumulate 2"
+        " --teacher-every 3",
         "--loss pgd --attack apgd --attack-bn running --mixup 0.8 --cutmix 1 --align clean",
         "--align-loss contrastive --teacher-label true --norm l2 --optimizer adamw",
     ],

@@ -246,8 +246,10 @@ def test_targets_are_the_frozen_networks_centred_features_of_the_noised_clean_im
     teacher = teacher_of(diffusion_dir, "--sigma", "0.2")
     x = torch.rand(3, 1, 8, 8)
     y = torch.tensor([1, 2, 3])
-    noise = teacher.noise(3, torch.Generator())
+    noise = teacher.noise(3, 0, "teacher", 5)
     assert noise.shape == x.shape
+    expected = torch.randn(x.shape, generator=data.stream(0, "teacher", 5))
+    assert torch.equal(noise, expected)
     teacher.mean = torch.randn(16)
     targets = teacher.targets(x, y, noise)
     feats = teacher.network.features(x, 0.2, None, ["mid_block"], noise)[0]
@@ -263,6 +265,64 @@ def test_target_mean_is_that_of_the_training_images(diffusion_dir):
     noiseless = teacher.network.features(data.to_x(images), 0.01, None, ["mid_block"], noise)[0]
     teacher.center(images, labels, seed=0, rank=0, world_size=1)
     assert torch.allclose(teacher.mean, noiseless.mean(0), rtol=0.02, atol=1e-3)
+
+
+def test_every_third_image_is_aligned(diffusion_dir, synthetic_dir, tmp_path, monkeypatch):
+    """One step of the script itself against plain code in float64: loss and gradient.
+
+    The features that are aligned come from a pass of their own: no other loss has a gradient there.
+    """
+    seen = {"feats": [], "losses": []}
+    loss_of, align, load = (
+        train_at_aux.adversarial_loss,
+        train_at_aux.alignment_loss,
+        train_at_aux.load_teacher,
+    )
+
+    def with_features(model, twin, x, *others):
+        loss, metrics, x_adv, feats = loss_of(model, twin, x, *others)
+        feats[0].retain_grad()
+        seen["feats"].append((x, feats[0]))
+        return loss, metrics, x_adv, feats
+
+    def with_head(head, *others):
+        seen["head"] = head
+        seen["losses"].append(align(head, *others))
+        return seen["losses"][-1]
+
+    def with_teacher(*others):
+        seen["teacher"] = load(*others)
+        return seen["teacher"]
+
+    monkeypatch.setattr(train_at_aux, "adversarial_loss", with_features)
+    monkeypatch.setattr(train_at_aux, "alignment_loss", with_head)
+    monkeypatch.setattr(train_at_aux, "load_teacher", with_teacher)
+    # The rate is as good as 0: the head's weights after the step are those in it.
+    argv = "--epochs 1 --epoch-images 14 --batch-size 14 --accumulate 2 --loss pgd --align clean"
+    argv += " --n-steps 1 --eval-n-steps 1 --lr 1e-30 --block mid_block --teacher-every 3"
+    argv += f" --teacher {diffusion_dir} --synthetic {synthetic_dir} --out-dir {tmp_path / 'run'}"
+    train_at_aux.main(train_at_aux.parse_args(argv.split()))
+
+    teacher = seen["teacher"]
+    noise = torch.randn(14, 1, 8, 8, generator=data.stream(0, "teacher", 0))
+    head = copy.deepcopy(seen["head"]).double()
+    head.zero_grad()
+    for part, (x, feats) in enumerate(seen["feats"]):
+        f = feats.detach().double().requires_grad_(True)
+        losses = []
+        for i in (0, 3, 6):
+            one = noise[2 * i + part][None]
+            target = teacher.network.features(x[i : i + 1], teacher.sigma, None, ["mid_block"], one)
+            target = (target[0][0] - teacher.mean).double()
+            h = head(f[i])
+            losses.append(1 - (h @ target) / (h @ h).sqrt() / (target @ target).sqrt())
+        loss = sum(losses) / 3
+        (loss / 2).backward()
+        assert seen["losses"][part].item() == pytest.approx(loss.item(), abs=1e-6)
+        assert (feats.grad - f.grad).norm() < 1e-5 * f.grad.norm()
+        assert not feats.grad[[1, 2, 4, 5]].any() and feats.grad[[0, 3, 6]].any()
+    for mine, plain in zip(seen["head"].parameters(), head.parameters()):
+        assert (mine.grad - plain.grad).norm() < 1e-5 * plain.grad.norm()
 
 
 def test_head_is_a_three_layer_silu_mlp():

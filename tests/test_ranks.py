@@ -45,6 +45,21 @@ def test_training_on_two_ranks_equals_one(script, tmp_path, diffusion_dir, synth
         assert one == pytest.approx(two, abs=1e-3)
 
 
+def test_which_images_have_a_target(tmp_path, diffusion_dir):
+    """It depends on processes x --accumulate alone, and an image's noise on neither."""
+    argv = [*SHORT, "--teacher", diffusion_dir, "--block", "mid_block", "--teacher-every", "2"]
+    argv += "--epochs 1 --epoch-images 300 --warmup-fraction 1".split()
+    states = []
+    for ranks, accumulate in ((1, "2"), (2, "1"), (1, "1")):
+        out = tmp_path / f"{ranks}-{accumulate}"
+        flags = [*argv, "--accumulate", accumulate, "--out-dir", out]
+        python("tests/ranks_helper.py", "train_at_aux.py", "groupnorm", *flags, ranks=ranks)
+        states.append(files.load(out / "last.pt", {})["head"])
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], atol=1e-5), key
+    assert not torch.allclose(states[0]["0.weight"], states[2]["0.weight"], atol=1e-5)
+
+
 def test_ranks_end_bit_equal_and_rank_0_alone_writes(tmp_path, diffusion_dir):
     """The real command, BatchNorm and all; each rank leaves a digest of its model, average and
     head.

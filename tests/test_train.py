@@ -86,7 +86,7 @@ def test_weight_zero_gives_the_very_weights_of_train_at(tmp_path, plain_run, dif
     """Bit for bit: DRA's randomness has streams of its own, and its head no say in clipping or
     decay of the classifier.
     """
-    state = run_aux(tmp_path / "aux", diffusion_dir, "--aux-weight", "0")
+    state = run_aux(tmp_path / "aux", diffusion_dir, "--aux-weight", "0", "--teacher-every", "3")
     for key in ("model", "ema", "best", "step"):
         assert_equal_states(state[key], plain_run[1][key])
     one = run_aux(tmp_path / "one", diffusion_dir, "--aux-weight", "1")
@@ -189,7 +189,7 @@ def test_resume_equals_no_interruption(
     """Stopped, then started by the same command: the same weights, averages, optimiser state, best
     score and log lines.
     """
-    argv = ["--synthetic", synthetic_dir] if script == "aux" else []
+    argv = ["--synthetic", synthetic_dir, "--teacher-every", "3"] if script == "aux" else []
 
     def start(name):
         return (
