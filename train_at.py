@@ -182,7 +182,7 @@ def parse_args(argv=None):
     cli.add_check_flag(add)
     cli.add_precision_flag(add)
     add("--deterministic", action=SWITCH, help="equal runs are equal to the bit, on a GPU too")
-    add("--compile", action=SWITCH, default=False, help="torch.compile classifier and attack")
+    add("--compile", action=SWITCH, default=False, help="torch.compile networks and attack")
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
     args = parser.parse_with_presets(argv, RECIPE, PRESETS, MODEL_PRESETS)

@@ -116,6 +116,19 @@ class Diffusion:
                 handle.remove()
         return [outputs[name] for name in blocks]
 
+    def compile(self):
+        """Compile what `features` runs, the blocks and a VAE's encoder, module by module.
+
+        A module's own forward is compiled, without what calls its hooks, so that these stay eager.
+        """
+        parts = [self.hooked.get_submodule(name) for name in self.blocks]
+        parts += [vae.encoder for vae in self.modules[1:]]
+        # Blocks of one class share their code, and the number of graphs of one code is limited.
+        limit = torch._dynamo.config.cache_size_limit
+        torch._dynamo.config.cache_size_limit = max(limit, 2 * len(parts))
+        for part in parts:
+            part.forward = torch.compile(part.forward, dynamic=False)
+
     def pooled(self, output):
         """The average (B, channels) of a block's output over space or tokens."""
         return output.mean((2, 3) if output.dim() == 4 else 1)

@@ -36,7 +36,7 @@ def _at_least_float32(x):
 
 def _normalize(x, dims):
     """x over its root mean square along some dimensions, which is 1 then."""
-    n_entries = math.prod(x.shape[dim] for dim in dims)
+    n_entries = math.prod([x.shape[dim] for dim in dims])
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=_at_least_float32(x))
     root_mean_square = norm * n_entries**-0.5
     return x / (1e-4 + root_mean_square).to(x.dtype)
