@@ -701,7 +701,7 @@ def main(args):
             start_micro = start[micro].contiguous(memory_format=torch.channels_last)
             more = part < args.accumulate - 1
             # DRA: the target is the clean image's, whichever image is aligned with it.
-            targets = teacher.targets(x_micro[kth], y[micro][kth], noise[micro][kth])
+            targets = run.timed(teacher.targets, x_micro[kth], y[micro][kth], noise[micro][kth])
             if args.shuffle_targets:
                 targets = targets[torch.randperm(len(targets), generator=shuffle, device=device)]
             with no_sync(model, when=more), no_sync(head, when=more):

@@ -359,6 +359,7 @@ class Run:
         self.last_path = os.path.join(self.out_dir, "last.pt")
         self.checking = args.check
         self.marks = []  # of --check: times at which steps ended
+        self.teaching = []  # of --check: seconds of the teacher in each step
         self.validated = 0.0  # of --check: when the last validation ended
         self.step = 0
         self.best = []
@@ -461,11 +462,25 @@ class Run:
         self.bar.update()
         self._mark()
 
+    def timed(self, function, *args):
+        """function(*args), the teacher's pass; --check tells its share of a step."""
+        if not self.checking:
+            return function(*args)
+        begin = self._now()
+        result = function(*args)
+        self.teaching[-1] += self._now() - begin
+        return result
+
     def _mark(self):
         if self.checking:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.marks.append(time.time())
+            self.marks.append(self._now())
+            self.teaching.append(0.0)
+
+    def _now(self):
+        """The time when the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
 
     def checked(self):
         """Whether this is --check, and its steps are done: the first warms up, others are timed."""
@@ -478,13 +493,15 @@ class Run:
         """
         times = [end - begin for begin, end in zip(self.marks, self.marks[1:])]
         step_seconds = min(times)  # the first one warms up, another may hold a validation
+        teaching = self.teaching[times.index(step_seconds)] / step_seconds
+        of_teacher = f", of which the teacher takes {teaching:.0%}" if teaching else ""
         seconds = (train_steps - self.step) * step_seconds
         seconds += n_passes * (self.validated - self.marks[-1])
         to_train, held_out, to_test, synthetic = n_images
         images = f"{to_train:,} images to train, {held_out:,} to validate, {to_test:,} to test"
         print(f"data      {images}, {synthetic:,} synthetic")
         print(f"classes   {describe_classes(spec)}")
-        print(f"steps     {train_steps:,}, {step_seconds:.3g} s each")
+        print(f"steps     {train_steps:,}, {step_seconds:.3g} s each{of_teacher}")
         print(f"memory    {peak_memory(self.device)}")
         print(f"time      about {in_words(seconds)}, with {n_passes:,} batches of validation")
         print("nothing is wrong, and nothing was written but the cache")

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -249,9 +250,12 @@ def test_check_tells_sizes_and_time_and_writes_nothing(name, folder, made, tmp_p
     script(name, folder, *flags[name], "--check", "--out-dir", tmp_path / "run")
     told = told_in(capsys.readouterr().out)
     synthetic = 60 if name == "train_at" else 0
+    with_teacher = name == "train_at_aux"
     assert told["data"] == f"108 images to train, 12 to validate, 30 to test, {synthetic} synthetic"
     assert told["classes"] == "3: circle, cross, stripes"
     assert told["steps"].startswith("500, " if name == "train_diffusion" else "24, ")
+    shares = re.findall(r", of which the teacher takes [1-9]\d?%", told["steps"])
+    assert len(shares) == with_teacher
     assert "GiB of this process" in told["memory"] and told["time"].startswith("about ")
     assert listed(tmp_path) == []
 

@@ -51,6 +51,46 @@ def test_a_directory_belongs_to_one_identity(tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["data_dir"] == "here"
 
 
+def checked_run(monkeypatch, clock, checking=True):
+    """A Run of --check whose time is the number in the list `clock`, and nothing else of a Run."""
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: clock[0]))
+    training = object.__new__(run.Run)
+    training.device = torch.device("cpu")
+    training.checking = checking
+    training.marks = []
+    training.teaching = []
+    training.step = 3
+    return training
+
+
+def test_the_share_of_the_teacher(monkeypatch, capsys):
+    """Of the step that is told, the fastest, with two passes of the teacher in it."""
+    clock = [100.0]
+    training = checked_run(monkeypatch, clock)
+
+    def passes(seconds, result):
+        clock[0] += seconds
+        return result
+
+    training._mark()
+    for rest, of_a_pass in ((9.0, 1.0), (3.0, 0.5), (2.0, 3.0)):
+        for part in range(2):
+            assert training.timed(passes, of_a_pass, part) == part
+        clock[0] += rest
+        training._mark()
+    training.validated = clock[0]
+    spec = SimpleNamespace(classes=(), num_classes=10)
+    training.print_check(spec, (1, 2, 3, 4), 100, 0)
+    assert "steps     100, 4 s each, of which the teacher takes 25%\n" in capsys.readouterr().out
+
+
+def test_only_a_check_waits_for_the_teacher(monkeypatch):
+    training = checked_run(monkeypatch, [], checking=False)  # without a clock
+    training._mark()
+    assert training.timed(max, 3, 4) == 4
+    assert training.marks == training.teaching == []
+
+
 def test_the_command_does_not_say_where_the_project_lies(monkeypatch):
     for script, kept in (
         (f"{run.ROOT}/benchmarks/__main__.py", "benchmarks/__main__.py"),
