@@ -11,7 +11,7 @@ z is x_adv, x or both (--align). n_i is fresh Gaussian noise. i is each image, o
 attack ignores all this, and h is not exported. `diff train_at.py train_at_aux.py` shows DRA alone.
 
     python train_diffusion.py && python train_at_aux.py                # AT+DRA, digits, 5 minutes
-    torchrun --nproc_per_node 8 train_at_aux.py --dataset imagenet     # from a public DiT-XL/2
+    torchrun --nproc_per_node 8 train_at_aux.py --dataset imagenet     # JiT-B/16: teachers/jit.py
 
 The loss L_AT is TRADES' (Zhang et al., arXiv 1901.08573, equation 5) with label smoothing in CE.
 p is the softmax of the classifier's logits:
@@ -85,7 +85,6 @@ RECIPE = dict(
     eval_every=1,
     eval_n_steps=40,
     deterministic=False,
-    teacher_every=1,
     aux_weight=1.0,
     head_width=2048,
 )
@@ -138,7 +137,8 @@ PRESETS = {
         epochs=50,
         batch_size=1024,
         ema_decay=0.9999,
-        teacher="hub:facebook/DiT-XL-2-256",
+        teacher="out/jit-b-16",
+        teacher_every=2,
         eval_n_steps=10,
     ),
 }
@@ -182,7 +182,7 @@ def parse_args(argv=None):
     add("--block", help="block of the teacher that gives the target; without it, by its family")
     add("--sigma", type=cli.positive, help="noise level of the teacher's input, images in [-1, 1]")
     add("--teacher-label", choices=["none", "true"], default="none", help="label the teacher gets")
-    add("--teacher-every", type=cli.count, help="K: each K-th image of a micro-batch is aligned")
+    add("--teacher-every", type=cli.count, default=1, help="K: each K-th image has a target")
     add("--aux-weight", type=cli.non_negative, help="weight of the alignment loss")
     add("--align", choices=["adv", "clean", "both"], default="adv", help="images that are aligned")
     add("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="or InfoNCE")

@@ -23,6 +23,8 @@ from published.datasets import DATASETS
 from teachers import edm
 from teachers.dit import DiT
 from teachers.edm import EDMNetwork
+from teachers.edm2 import EDM2
+from teachers.jit import JiT, JiTNet
 
 # One H100 SXM, dense, by NVIDIA's data sheet; fp32 without tensor cores.
 PEAK = {"fp32": 67e12, "bf16": 989e12}
@@ -39,7 +41,9 @@ FAMILIES = {
     "convnext_tiny": "depthwise convolutions",
     "vit_b_16": "transformers",
     "DDPM++": "diffusion U-Nets",
+    "EDM2-img64-s": "diffusion U-Nets",
     "DiT-XL/2": "transformers",
+    "JiT-B/16": "transformers",
     "VAE": "diffusion U-Nets",  # DiT's encoder and decoder, whose layers are a U-Net's
 }
 IMAGENET_SIZE = 1_281_167  # training images; for the other data sets --epoch-images is preset
@@ -57,6 +61,11 @@ DDPM = {  # settings of EDM's DDPM++ for CIFAR-10 that differ from their default
     "model_channels": 128,
     "channel_mult": [2, 2, 2],
 }
+EDM2_S = {  # settings of EDM2-S for 64 pixels that have no default
+    "img_resolution": 64,
+    "img_channels": 3,
+    "label_dim": 1000,
+}
 
 
 def rows():
@@ -68,7 +77,11 @@ def rows():
         training("SVHN, WRN-28-10", "--dataset svhn"),
         training("TinyImageNet, WRN-28-10", "--dataset tiny-imagenet"),
         training("ImageNet, ConvNeXt-T", "--dataset imagenet"),
-        training("the same with DRA", "--dataset imagenet", "DiT-XL/2"),
+        training("the same with DRA, K = 2 (default)", "--dataset imagenet", "JiT-B/16"),
+        training(
+            "the same with DRA, K = 5", "--dataset imagenet --teacher-every 5", "EDM2-img64-s"
+        ),
+        training("the same with DRA, K = 1", "--dataset imagenet --teacher-every 1", "DiT-XL/2"),
         training("ImageNet, ViT-B/16", "--dataset imagenet --model vit_b_16"),
         # Heun's method calls the network twice a step and once at the last; guidance doubles that.
         generation("1 M images of CIFAR-10, 20 steps", "DDPM++", 1_000_000, 39),
@@ -120,10 +133,15 @@ def classifier(name, dataset):
 
 
 def build_diffusion(name):
-    """DDPM++ or DiT-XL/2 with random weights, on the current device."""
+    """A diffusion network of FAMILIES with random weights, on the current device."""
     if name == "DDPM++":
         config = {"kind": "nvlabs-edm", "precond": "EDMPrecond", "init": DDPM}
         return EDMNetwork(edm.build(config))
+    if name == "EDM2-img64-s":
+        config = {"kind": "nvlabs-edm", "precond": "Precond", "init": EDM2_S}
+        return EDM2(edm.build(config | {"encoder": "StandardRGBEncoder"}))
+    if name == "JiT-B/16":
+        return JiT(JiTNet(256, 3, 16, 768, 12, 12, 1000, 128, 32, 4), noise_scale=1.0)
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
     vae = AutoencoderKL(
@@ -151,7 +169,8 @@ def training(words, flags, teacher=None):
 
     flop = {args.model: count(step)}
     if teacher:
-        flop |= teacher_flop(teacher, x, args)
+        for name, of_target in teacher_flop(teacher, x, args).items():
+            flop[name] = of_target / args.teacher_every
     epoch_images = args.epoch_images or IMAGENET_SIZE - DATASETS["imagenet"].val_size
     n_steps = args.epochs * math.ceil(epoch_images / args.batch_size)
     return words, n_steps * args.batch_size, flop, ["fp32", "bf16"]

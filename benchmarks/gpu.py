@@ -63,7 +63,7 @@ def parts(args):
         step(15, "wrn-28-10", 64, "bf16"),
         step(30, "wrn-28-10", 512, "tf32"),
         ("DRA, wrn-28-10", 40, partial(alignment, args, "wrn-28-10", 128, "DDPM++")),
-        ("DRA, convnext_tiny", 60, partial(alignment, args, "convnext_tiny", 64, "DiT-XL/2")),
+        ("DRA, convnext_tiny", 60, partial(alignment, args, "convnext_tiny", 64, "JiT-B/16")),
         ("AutoAttack", 20, partial(autoattack_rates, args)),
         ("generation, bf16", 15, partial(generation, args, "bf16")),
         ("generation, fp32", 30, partial(generation, args, "fp32")),
@@ -138,11 +138,11 @@ def step_flop(dataset, model):
 
 
 def build_network(args, name):
-    """DDPM++ with ten classes, or DiT-XL/2, with random weights, on the current device."""
+    """DDPM++ with ten classes, or JiT-B/16, with random weights, on the current device."""
     init = cost.DDPM | {"label_dim": 10}
     if name == "DDPM++" and args.toy:
         return train_step.small_network()
-    if name == "DiT-XL/2":
+    if name == "JiT-B/16":
         if not args.toy:
             return cost.build_diffusion(name)
         init |= {"img_resolution": 64, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}

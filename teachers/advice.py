@@ -38,6 +38,9 @@ def _missing(path):
     made = re.search(r"(?:^|/)out/diffusion-([\w-]+)$", path)
     if made:
         return f"no such directory; run train_diffusion.py --dataset {made[1]} first"
+    if re.search(r"(?:^|/)out/jit-b-16$", path):
+        how = f"python -m teachers.jit convert checkpoint-last.pth {path}"
+        return f"no such directory; {how} makes it of JiT-B/16 of github.com/LTH14/JiT"
     if "://" in path:
         return f"an address, {EXPECTED}"
     owner = path.split("/")[0]

@@ -91,6 +91,11 @@ FLAGS = [
     ("generate_synthetic", ["--keep-fraction", "0.2"], ["--keep-fraction", "--classifier"]),
     ("generate_synthetic", ["--sigma-min", "90"], ["--sigma-min", "--sigma-max"]),
     ("extract_features", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
+    (
+        "train_at_aux",
+        ["--teacher", "out/jit-b-16"],
+        ["out/jit-b-16: no such directory", "python -m teachers.jit convert", "LTH14/JiT"],
+    ),
     ("train_at_aux", ["--teacher", "nowhere.pkl"], ["nowhere.pkl: no such file"]),
     ("evaluate", ["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such file"]),
     ("evaluate", ["--checkpoint", "x.pt", "--attack", "fgsm"], ["--attack", "fgsm", "autoattack"]),

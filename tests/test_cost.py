@@ -57,7 +57,12 @@ def test_other_classifiers_count_as_published(name, gmac):
 
 @pytest.mark.parametrize(
     "name, dataset, whole, cut",
-    [("DDPM++", "cifar10", 21.2, 8.9), ("DiT-XL/2", "imagenet", 118.6, 59.3)],
+    [
+        ("DDPM++", "cifar10", 21.2, 8.9),
+        ("DiT-XL/2", "imagenet", 118.6, 59.3),
+        ("JiT-B/16", "imagenet", 25.2, 12.05),
+        ("EDM2-img64-s", "imagenet", 100.8, 41.8),
+    ],
 )
 def test_diffusion_networks_count_as_published(name, dataset, whole, cut):
     """In GMAC; a teacher's target costs less than a whole pass."""
@@ -69,11 +74,26 @@ def test_diffusion_networks_count_as_published(name, dataset, whole, cut):
     assert flop[name] / 2e9 == pytest.approx(cut, rel=0.01)
 
 
-def test_ddpm_has_as_many_parameters_as_published():
-    """By EDM's paper, 55.7 million."""
+@pytest.mark.parametrize(
+    "name, millions", [("DDPM++", 55.7), ("EDM2-img64-s", 280), ("JiT-B/16", 131)]
+)
+def test_networks_have_as_many_parameters_as_published(name, millions):
+    """By the papers of EDM, EDM2 and JiT."""
     with torch.device("meta"):
-        net = cost.build_diffusion("DDPM++").net
-    assert sum(p.numel() for p in net.parameters()) == pytest.approx(55.7e6, rel=0.002)
+        net = cost.build_diffusion(name).net
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.003)
+
+
+def test_dra_on_imagenet_costs_a_quarter_more_at_most():
+    """With the default teacher and K; with EDM2-S, 5 is the least K that does."""
+    ratios = []
+    for teacher, k in (("JiT-B/16", 2), ("EDM2-img64-s", 5), ("EDM2-img64-s", 4)):
+        flags = f"--dataset imagenet --teacher-every {k}"
+        _, _, flop, _ = cost.training("", flags, teacher)
+        ratios.append(sum(flop.values()) / flop["convnext_tiny"])
+    default = train_at_aux.parse_args(["--dataset", "imagenet"])
+    assert (default.teacher, default.teacher_every) == ("out/jit-b-16", 2)
+    assert ratios == pytest.approx([1.17, 1.235, 1.294], abs=0.01)
 
 
 class Robust(nn.Module):
