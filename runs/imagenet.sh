@@ -10,11 +10,14 @@
 # resumes or skips what is finished; run a line alone as you like. One row is one seed: add --seed 1
 # and another name for the next.
 #
-# Put train/ and val/ of ILSVRC-2012 into data/imagenet. Teacher and generator are DiT-XL/2 at 256
-# pixels, fetched from the hub (its model card has the licence). As a teacher it is dear beside a
-# ConvNeXt-T: its VAE encodes each image at 256 pixels, and the two cost several times the
-# adversarial step. The ADM teacher of 64 pixels, in the ablations, costs about as much as the step.
+# Put train/ and val/ of ILSVRC-2012 into data/imagenet. The teacher is JiT-B/16 at 256 pixels, which
+# needs no VAE: with a target for every second image it adds a sixth to the FLOP of a ConvNeXt-T's
+# step. The generator is DiT-XL/2, fetched from the hub (its model card has the licence). As a
+# teacher it would cost five times the step, because its VAE encodes each image. The ADM teacher of
+# 64 pixels, in the ablations, has a target for every fifth image.
 # Files to fetch yourself:
+#   data/jit-b-16/checkpoint-last.pth
+#     JiT-B/16, by the links of github.com/LTH14/JiT, MIT licence
 #   data/edm-imagenet-64x64-cond-adm.pkl, for that ablation alone
 #     from https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/, CC BY-NC-SA 4.0: not for commercial use
 #   data/imagenet_test_image_ids.txt
@@ -41,12 +44,15 @@ ablation() {
   $launch evaluate.py $attack --attack apgd --checkpoint $out/ablation/$1/best.pt
 }
 
+# ---- Teacher
+python -m teachers.jit convert data/jit-b-16/checkpoint-last.pth out/jit-b-16
+
 # ---- Synthetic set: as many images as there are real ones, with mild guidance
 $launch generate_synthetic.py $imagenet --diffusion hub:facebook/DiT-XL-2-256 \
   --guidance-scale 1.5 --n-images 1280000 --batch-size 50 --out-dir $out/synthetic
 
 dm="--synthetic $out/synthetic --synthetic-fraction 0.5"
-dra="--teacher hub:facebook/DiT-XL-2-256"
+dra="--teacher out/jit-b-16"
 
 # ---- The table: ConvNeXt-T. At the right: clean / AutoAttack of others, %; "-": no figure of
 # others is known to us. (AT with a ConvStem, which torchvision's network has not: 72.7 / 49.5.)
@@ -66,12 +72,14 @@ row swin_b-dm_at_dra train_at_aux.py --model swin_b $dm $dra  # -
 for weight in 0 0.3 1 3; do ablation weight-$weight train_at_aux.py $dra --aux-weight $weight; done
 # Control: everything of DRA, with the target of another image
 ablation shuffled train_at_aux.py $dra --shuffle-targets
-# Noise level (the default is t = 100 of 1,000) and block (the default is transformer_blocks.13)
+# Noise level (the default is 0.33) and block (the default is blocks.5)
 for sigma in 0.1 1; do ablation sigma-$sigma train_at_aux.py $dra --sigma $sigma; done
-for n in 6 20; do ablation block-$n train_at_aux.py $dra --block transformer_blocks.$n; done
+for n in 2 8; do ablation block-$n train_at_aux.py $dra --block blocks.$n; done
+# Images that have a target (the default is every second)
+for k in 1 4; do ablation every-$k train_at_aux.py $dra --teacher-every $k; done
 # Teacher: ADM at 64 pixels (never trained on the null label: the script warns)
 python -m teachers.edm convert data/edm-imagenet-64x64-cond-adm.pkl out/teacher-imagenet-64
-ablation teacher-adm train_at_aux.py --teacher out/teacher-imagenet-64
+ablation teacher-adm train_at_aux.py --teacher out/teacher-imagenet-64 --teacher-every 5
 # Share of synthetic images in a batch, DM-AT
 for share in 0.3 0.7; do
   ablation dm_at-fraction-$share train_at.py --synthetic $out/synthetic --synthetic-fraction $share
