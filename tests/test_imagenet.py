@@ -1,7 +1,7 @@
-"""The ImageNet command as a whole: JPEGs, workers, two ranks, a DiT teacher, kill -9, resume,
-evaluation.
+"""The ImageNet command as a whole: JPEGs, workers, two ranks, a DiT or EDM2 teacher, kill -9,
+resume, evaluation.
 
-On the CPU, with a made ImageFolder of 1,000 classes and a DiT of four blocks.
+On the CPU, with a made ImageFolder of 1,000 classes, a DiT of four blocks and a small EDM2.
 Alone: python -m pytest tests/test_imagenet.py
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, assert_equal_states, python, read_log
+from edm2_helper import edm2_config, edm2_dir
 from PIL import Image
 
 from common import files
@@ -64,8 +65,11 @@ def kill_all(word):
                 os.kill(int(process.parent.name), signal.SIGKILL)
 
 
-def test_a_run_killed_and_resumed_is_the_straight_run(straight, train_command, tmp_path):
-    cut = tmp_path / "cut"
+def kill_and_resume(train_command, straight, cut, step):
+    """Run a command into `cut`, killed after its first checkpoint, that of a step, and resumed.
+
+    Its end is that of the run `straight`.
+    """
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     job = subprocess.Popen(
         [sys.executable, *launcher, *train_command, "--out-dir", str(cut)],
@@ -76,17 +80,35 @@ def test_a_run_killed_and_resumed_is_the_straight_run(straight, train_command, t
         time.sleep(0.02)
     kill_all(cut)  # the launcher, its ranks and their workers at once
     job.wait()
-    assert files.load(cut / "last.pt", {})["step"] == 3
+    assert files.load(cut / "last.pt", {})["step"] == step
     time.sleep(1)  # the ranks are the launcher's children, not ours to wait for
 
     python(*train_command, "--out-dir", cut, ranks=2)
     assert_equal_states(files.load(cut / "last.pt", {}), files.load(straight / "last.pt", {}))
     assert read_log(cut) == read_log(straight)
-    assert [line["step"] for line in read_log(cut)] == [3, 6]
+    assert [line["step"] for line in read_log(cut)] == [step, 2 * step]
+
+
+def test_a_run_killed_and_resumed_is_the_straight_run(straight, train_command, tmp_path):
+    cut = tmp_path / "cut"
+    kill_and_resume(train_command, straight, cut, 3)
     arguments = json.loads((cut / "args.json").read_text())
     assert arguments["attack"] == "apgd"
     assert arguments["block"] == "transformer_blocks.1"
     assert arguments["eps"] == 4 / 255
+    assert arguments["teacher_every"] == 2
+
+
+def test_the_same_with_an_edm2_teacher(imagenet_dir, tmp_path):
+    """Two steps, with a checkpoint after the first."""
+    teacher = edm2_dir(tmp_path / "edm2", edm2_config(label_dim=1000))
+    options = "--val-size 2 --n-train 4 --batch-size 4 --epochs 2 --eval-n-steps 1 --workers 1"
+    command = ["train_at_aux.py", "--dataset", "imagenet", "--data-dir", str(imagenet_dir)]
+    command += ["--teacher", teacher, "--model", "resnet50", "--n-steps", "1", *options.split()]
+    python(*command, "--out-dir", tmp_path / "straight", ranks=2)
+    kill_and_resume(command, tmp_path / "straight", tmp_path / "cut", 1)
+    arguments = json.loads((tmp_path / "cut" / "args.json").read_text())
+    assert arguments["block"] == "dec.16x16_block1" and arguments["sigma"] == 0.06
 
 
 def test_evaluation(straight, imagenet_dir, tmp_path):
