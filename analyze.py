@@ -482,7 +482,9 @@ def markdown(result):
 
 def load_images(spec, args):
     """(fit, test) as `measure` takes them."""
-    train, _ = run.read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
+    train, _ = run.read_once(
+        data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
+    )
     images, labels = run.read_once(data.load_test, spec, args.data_dir)
     n_train = len(train[1])
     if n_train < MIN_IMAGES:

@@ -320,7 +320,9 @@ def main(args):
     except UserError as error:
         raise UserError(f"--diffusion {args.diffusion}: {error}") from error
 
-    train, val = run.read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
+    train, val = run.read_once(
+        data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
+    )
     test = run.read_once(data.load_test, spec, args.data_dir)
     splits = {"train": train, "val": val, "test": test}
     labels = {split: split_labels for split, (_, split_labels) in splits.items()}
@@ -332,6 +334,7 @@ def main(args):
         "dataset": spec.name,
         "val_size": args.val_size,
         "n_train": args.n_train,
+        "imbalance": args.imbalance,
         "seed": args.seed,
         "batch_size": args.batch_size,
         "n_draws": args.n_draws,

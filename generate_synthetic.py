@@ -375,7 +375,9 @@ def main(args):
     classifier = None
     if rank == 0:
         if not spec.files:
-            (train, _), _ = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
+            (train, _), _ = data.load_train(
+                spec, args.data_dir, args.val_size, args.n_train, args.imbalance
+            )
             test, _ = data.load_test(spec, args.data_dir)
     if args.classifier:
         path, weights = args.classifier, args.weights

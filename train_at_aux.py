@@ -610,7 +610,9 @@ def main(args):
     if rank == 0:
         prepare_synthetic(args.synthetic or [], spec)
     barrier()
-    train, val = read_once(data.load_train, spec, args.data_dir, args.val_size, args.n_train)
+    train, val = read_once(
+        data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
+    )
     if args.check:
         test = read_once(data.load_test, spec, args.data_dir)
         check_images([train[0], val[0], test[0]], rank, world_size)

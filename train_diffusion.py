@@ -266,7 +266,7 @@ def main(args):
 
     # Data: no crops; mirrored where the classes do not mind. Each rank makes the global batch and
     # takes its rows, so that the noise does not depend on the number of processes.
-    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train)
+    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train, args.imbalance)
     mine = slice(rank, None, world_size)
     x_val = data.to_x(val[0][mine], device)
     y_val = torch.from_numpy(val[1][mine]).clamp(max=spec.num_classes).to(device)

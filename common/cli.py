@@ -107,8 +107,8 @@ def flags_given(argv):
 def add_data_flags(parser, datasets, splits=True):
     """Add the group of flags that say which images a script works on, and return it.
 
-    datasets: {name: common.data.Spec}. splits: with --val-size and --n-train, for scripts that
-    read the training images. Scripts call check_data_flags when they have parsed.
+    datasets: {name: common.data.Spec}. splits: with --val-size, --n-train and --imbalance,
+    for scripts that read the training images. Scripts call check_data_flags when they have parsed.
     """
     group = parser.add_argument_group("data")
     add = group.add_argument
@@ -123,6 +123,8 @@ def add_data_flags(parser, datasets, splits=True):
     if splits:
         add("--val-size", type=count, help="first training images, held out (200, 1024 or a tenth)")
         add("--n-train", type=count, help="use the next so many training images (default: all)")
+        what = "of those, how many times as many of the first class as of the last (long tail)"
+        add("--imbalance", type=at_least_1, metavar="RATIO", help=what)
     return group
 
 
@@ -166,6 +168,12 @@ def non_negative(text):
     """argparse type: a number of at least 0, or a ratio such as 8/255."""
     value = ratio(text)
     return _checked(value, value >= 0, "a number of at least 0", text)
+
+
+def at_least_1(text):
+    """argparse type: a number of at least 1."""
+    value = ratio(text)
+    return _checked(value, value >= 1, "a number of at least 1", text)
 
 
 def fraction(text):

@@ -108,12 +108,13 @@ def _are_names(classes):
     return is_list and all(isinstance(name, str) for name in classes)
 
 
-def load_train(spec, data_dir, val_size, n_train=None):
+def load_train(spec, data_dir, val_size, n_train=None, imbalance=None):
     """Read the training set. Returns ((images, labels), (held-out images, held-out labels)).
 
     Images are uint8 (N, H, W, C) or ImageFiles, labels int64 (N,). Held out are the first val_size
     images, as in the base recipe: nothing is ever chosen on the test images.
     n_train: train on the next so many images only. None: on all others.
+    imbalance: of those, on the rows of `long_tail` only. The held-out images stay as they are.
     """
     images, labels = _read(spec, data_dir, train=True)
     n_others = len(labels) - val_size
@@ -128,9 +129,29 @@ def load_train(spec, data_dir, val_size, n_train=None):
         raise UserError(f"--n-train {n_train}: {message}")
     held_out = slice(val_size)
     rest = slice(val_size, val_size + n_train)
+    if imbalance is not None:
+        rest = val_size + long_tail(labels[rest], spec.num_classes, imbalance)
     if spec.files:
         return (images.part(rest), labels[rest]), (images.part(held_out), labels[held_out])
     return (images[rest], labels[rest]), (images[held_out], labels[held_out])
+
+
+def long_tail(labels, num_classes, ratio):
+    """Rows (n,), ascending, of a part of the images with a long tail of classes.
+
+    labels: (N,). Class c keeps its first n_max / ratio^(c / (num_classes - 1)) images, rounded
+    down, and at least one: the exponential profile of Cui et al. (arXiv 1901.05555). n_max is the
+    size of the smallest class, so that no class lacks images. ratio: at least 1; the first class
+    has so many times as many images as the last.
+    """
+    n_max = np.bincount(labels, minlength=num_classes).min()
+    if n_max == 0:
+        raise UserError(f"--imbalance {ratio:g}: the {len(labels)} training images lack a class")
+    kept = []
+    for label in range(num_classes):
+        n = int(n_max / ratio ** (label / (num_classes - 1)))
+        kept.append(np.flatnonzero(labels == label)[: max(1, n)])
+    return np.sort(np.concatenate(kept))
 
 
 def load_test(spec, data_dir):

@@ -170,18 +170,21 @@ def test_nearest_distances_are_those_of_a_slow_search():
 
 
 def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path, capsys):
-    """Those after the held-out ones, and with --n-train only so many: fewer images are farther."""
+    """Those after the held-out ones, and with --n-train or --imbalance fewer: those are farther."""
     spec = DATASETS["digits"]
     test_images, _ = data.load_test(spec, "data")
     means = []
-    for n_train in (None, 50):
+    for n_train, imbalance in ((None, None), (50, None), (None, 20)):
         argv = ["--diffusion", diffusion_dir, "--n-images", "20", "--n-steps", "2"]
-        argv += ["--val-size", "300", "--out-dir", str(tmp_path / str(n_train))]
-        if n_train:
-            argv += ["--n-train", str(n_train)]
+        out = tmp_path / f"{n_train}-{imbalance}"
+        argv += ["--val-size", "300", "--out-dir", str(out)]
+        argv += ["--n-train", str(n_train)] if n_train else []
+        argv += ["--imbalance", str(imbalance)] if imbalance else []
         generate_synthetic.main(generate_synthetic.parse_args(argv))
-        (train, _), _ = data.load_train(spec, "data", 300, n_train)
+        (train, _), _ = data.load_train(spec, "data", 300, n_train, imbalance)
         mean = generate_synthetic.nearest_distances(test_images, train, "cpu").mean()
         assert f"test images {mean:.3f};" in capsys.readouterr().out
         means.append(mean)
-    assert means[1] > means[0] + 0.1
+        labels = np.load(out / "shard-00000-labels.npy")
+        assert np.bincount(labels).tolist() == [2] * 10  # whatever the training images are
+    assert min(means[1:]) > means[0] + 0.1

@@ -70,6 +70,48 @@ def test_validation_is_the_head_of_train_and_disjoint():
 SCRIPTS = ["train_diffusion", "generate_synthetic", "extract_features", "train_at", "train_at_aux"]
 
 
+def test_long_tail_against_a_loop():
+    """One image after the other is kept while its class has room; class 0 has the most."""
+    labels = np.random.default_rng(0).integers(0, 5, 300)
+    n_max = min(np.sum(labels == label) for label in range(5))
+    for ratio in (1, 7.5, n_max, 1e6):
+        room = [n_max * ratio ** (-label / 4) for label in range(5)]
+        kept = []
+        seen = [0] * 5
+        for row, label in enumerate(labels):
+            seen[label] += 1
+            if seen[label] == 1 or seen[label] <= room[label] * (1 + 1e-12):
+                kept.append(row)
+        assert data.long_tail(labels, 5, ratio).tolist() == kept
+        counts = np.bincount(labels[kept])
+        assert counts[0] == n_max and counts[4] == max(1, int(n_max / ratio))
+    with pytest.raises(UserError, match="--imbalance 2: the 300 training images lack a class"):
+        data.long_tail(labels, 6, 2)
+
+
+def test_the_tail_is_cut_from_what_is_trained_on_alone():
+    """After --n-train; the held-out images stay as they are, and the digest is another one."""
+    plain = data.load_train(DIGITS, None, 200, 500)
+    (images, labels), held_out = data.load_train(DIGITS, None, 200, 500, 20)
+    rows = data.long_tail(plain[0][1], 10, 20)
+    assert np.array_equal(images, plain[0][0][rows])
+    assert np.array_equal(labels, plain[0][1][rows])
+    for array, whole in zip(held_out, plain[1]):
+        assert np.array_equal(array, whole)
+    assert data.sha256((images, labels), held_out) != data.sha256(*plain)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("ratio", ["0.5", "0", "-3", "nan", "inf", "many"])
+def test_an_imbalance_below_1_is_refused(name, ratio, capsys):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit) as info:
+        script.parse_args(["--imbalance", ratio])
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert info.value.code == 2 and len(printed) == 1
+    assert "argument --imbalance: expected a" in printed[0]
+
+
 @pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagenet"])
 def test_every_script_holds_out_the_same_images(dataset):
     """Else a diffusion model would have been trained on images that choose the classifier."""

@@ -101,6 +101,23 @@ def test_mean_and_deviation_are_those_of_the_training_images(tmp_path):
     assert data.measured(CIFAR10, None) is CIFAR10
 
 
+def test_a_long_tail_of_a_folder(tmp_path):
+    """The same images in memory and in files; the first class has eight times the last one's."""
+    write_folder(tmp_path)
+    parts = []
+    for image_size in (16, 80):
+        spec = open_dataset(args_of(tmp_path, image_size))
+        whole, _ = data.load_train(spec, str(tmp_path), 6)
+        (images, labels), held_out = data.load_train(spec, str(tmp_path), 6, imbalance=8)
+        rows = data.long_tail(whole[1], 3, 8)
+        assert np.array_equal(images[:], whole[0][rows]) and len(held_out[1]) == 6
+        assert data.sha256((images, labels)) != data.sha256(whole)
+        parts.append(labels)
+    assert np.array_equal(*parts)
+    counts = np.bincount(labels)
+    assert counts[0] == np.bincount(whole[1]).min() and counts[2] == counts[0] // 8
+
+
 def test_images_of_one_colour_are_refused(tmp_path):
     for name in CLASSES:
         for i in range(5):
