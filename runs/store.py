@@ -71,6 +71,7 @@ ADDED_LATER = {
 # What cells of one experiment may differ in.
 VARIED = {
     "aux_weight",
+    "n_synthetic",
     "shuffle_targets",
     "synthetic_fraction",
     "synthetic_sha256",
