@@ -25,7 +25,7 @@ gpu: .venv/runtime
 	.venv/bin/python -m benchmarks.gpu
 
 # The runs of docs/results.md. Begins without results: runs of another machine cannot stand beside this one's.
-EVIDENCE = digits_table digits_contrastive digits_curve digits_ablations fashion_mnist
+EVIDENCE = digits_table digits_contrastive digits_curve digits_ablations digits_imbalance fashion_mnist
 evidence: .venv/runtime
 	@test -e /usr/share/datasets/fashion-mnist || { echo "Fashion-MNIST is needed, Debian's package dataset-fashion-mnist"; exit 1; }
 	rm -f docs/results.json

@@ -16,7 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import UserError, cli, files, stats
+from common import UserError, cli, data, files, stats
+from published.datasets import DATASETS
 from runs import pupils
 from runs.effects import (
     MEASURES,
@@ -38,6 +39,7 @@ README_MARKERS = ("<!-- runs/results.py: the 2 x 2 -->\n", "<!-- end of the 2 x 
 
 MAIN = "digits-100"
 OTHER_SPLIT = "digits-100-other"
+LONG_TAIL = "digits-long-tail"
 FASHION = "fashion-6400"
 CIFAR = {"cifar-1000": "1,000 labels", "cifar-5000": "5,000 labels", "cifar-all": "all labels"}
 CELL_COLOURS = COLOURS | {"shuffled": "#999999", "zero": "#000000"}
@@ -122,6 +124,32 @@ def curve_table(curve):
         effects = [show(values, "+") for values in robust + clean]
         rows.append([size, n_seeds(robust + clean), *without, *effects])
     return markdown(titles, rows)
+
+
+def long_tail_tables(cells):
+    """Accuracies and effects on the head, the first half of the classes, and on the tail."""
+    _, labels = data.load_test(DATASETS["digits"], None)
+    is_tail = labels >= DATASETS["digits"].num_classes / 2
+    measures = ("clean", "two_attacks")
+
+    def by_half(samples):
+        n = samples[0].shape[1]  # attacked were the first test images
+        return [sample[:, is_tail[:n] == tail] for tail in (False, True) for sample in samples]
+
+    rows = []
+    for cell in ROWS:
+        samples = [accuracies(cells, cell, measure) for measure in measures]
+        if all(map(len, samples)):
+            rows.append([TITLES[cell], n_seeds(samples), *map(show, by_half(samples))])
+    effect_rows = []
+    for name, pairs in EFFECTS.items():
+        samples = [effect(cells, pairs, measure) for measure in measures]
+        if all(map(len, samples)):
+            points = [show(values, "+") for values in by_half(samples)]
+            effect_rows.append([name, n_seeds(samples), *points])
+    titles = [f"{half}, {MEASURES[m]}" for half in ("head", "tail") for m in measures]
+    lines = markdown(["accuracy, %", "seeds", *titles], rows)
+    return lines + markdown(["effect, points", "seeds", *titles], effect_rows)
 
 
 def settings_of(cells, name):
@@ -247,6 +275,11 @@ def section(runs, probes):
         effects = "Accuracies and effects against the number of real images"
         lines += [f"![{effects}](results-curve.png)", ""]
     lines += other_split(experiments.get(OTHER_SPLIT, {}))
+    long_tail = experiments.get(LONG_TAIL, {})
+    if len(effect(long_tail, EFFECTS[IMAGES], "two_attacks")) > 1:
+        title = "**A long tail of classes**: 178 digits, 45 of the class 0, 4 of the class 9."
+        lines += caption(long_tail, f"{title} Head: classes 0 to 4, tail: 5 to 9.")
+        lines += long_tail_tables(long_tail)
     ablations = varied(cells)
     if ablations:
         title = "**One setting at a time**, 100 digits; points above the default,"

@@ -15,7 +15,8 @@ import evaluate
 import extract_features
 import train_at
 import train_at_aux
-from common import UserError, stats
+from common import UserError, data, stats
+from published.datasets import DATASETS
 from runs import effects, pupils, results, store
 
 
@@ -207,12 +208,12 @@ def test_every_row_holds_every_setting():
 AT = {
     "script": "train_at.py",
     "seed": 0,
-    "settings": {"n_train": 100, "lr": 0.1},
+    "settings": {"n_train": 100, "lr": 0.1, "n_synthetic": 0},
     "norm": "linf",
     "eps": 0.15,
     "n": 30,
 }
-MIXED = AT["settings"] | {"synthetic": "s", "synthetic_sha256": "a"}
+MIXED = AT["settings"] | {"synthetic": "s", "synthetic_sha256": "a", "n_synthetic": 9}
 ALIGNED = AT["settings"] | {"teacher": "t", "teacher_sha256": "b", "block": "up", "sigma": 0.1}
 
 
@@ -340,6 +341,39 @@ def test_seeds_that_chose_a_form_do_not_count_for_it():
         [f"{title}, `shuffled`", "the same without `shuffled`", "2", "+60.0 ± 0.0"],
         ["AT+DRA, `rise`", "AT", "2", "+60.0 ± 0.0"],
     ]
+
+
+def test_head_and_tail_are_halves_of_the_classes():
+    """Of the first test images, whose labels stand beside their verdicts; by a loop."""
+    _, labels = data.load_test(DATASETS["digits"], None)
+    rng = np.random.default_rng(0)
+    cells = {}
+    for cell in ("at", "at_dra", "dm_at", "dm_at_dra"):
+        cells[cell] = {}
+        for seed in (0, 1):
+            cells[cell][seed] = made("".join(map(str, rng.integers(0, 4, 60))))
+
+    def expected(cell, least, classes):
+        right = []
+        for seed in (0, 1):
+            for verdict, label in zip(cells[cell][seed]["verdicts"], labels):
+                if label in classes:
+                    right.append(int(verdict) >= least)
+        return 100 * np.mean(right)
+
+    lines = results.long_tail_tables(cells)
+    columns = [(least, half) for half in (range(5), range(5, 10)) for least in (1, 3)]
+    titles = "accuracy, % | seeds | head, clean | head, APGD-CE+T | tail, clean | tail, APGD-CE+T"
+    assert lines[0] == f"| {titles} |"
+    for line, cell in zip(lines[2:], cells):
+        title, n, *points = line.strip("| ").split(" | ")
+        assert (title, n) == (store.TITLES[cell], "2")
+        for text, (least, half) in zip(points, columns, strict=True):
+            assert text.startswith(f"{expected(cell, least, half):.1f} ± ")
+    gain = [expected("dm_at", *column) - expected("at", *column) for column in columns]
+    row = lines[9].strip("| ").split(" | ")
+    assert row[0] == "synthetic images, without DRA"
+    assert [text.split(" ± ")[0] for text in row[2:]] == [f"{points:+.1f}" for points in gain]
 
 
 def between(path, markers):

@@ -8,6 +8,7 @@ from data_helper import write_jpeg
 from test_commands import run_recorded
 
 from published.datasets import DATASETS
+from runs import results, store
 
 # Arguments that name a file or a directory that is read, whole or with =SHARE behind it.
 READ = ("checkpoint", "classifier", "teacher", "diffusion", "synthetic")
@@ -69,3 +70,29 @@ def test_the_hour_at_toy_size(tmp_path, monkeypatch):
     results = sorted(tmp_path.glob("out/cifar10-hour/*/results-best-autoattack-*.json"))
     names = [path.parent.name for path in results]
     assert names == ["at", "at_dra", "dm_at", "dm_at_dra"]
+
+
+def test_a_seed_of_the_long_tail_at_toy_size(tmp_path, monkeypatch):
+    """runs/digits_imbalance.sh, from its teacher to the rows of its tables."""
+    commands = run_recorded("digits_imbalance.sh", tmp_path)
+    assert commands[-1] == ["python", "-m", "runs.results", "--add", "out/evidence"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for words in commands[:-1]:
+        args = parsed(words)
+        run = getattr(args, "checkpoint", None) or args.out_dir
+        if "/digits-long-tail/" in run and "/0" not in run:
+            continue
+        script = words[1]
+        toy = TOY[script].split()
+        if script == "train_diffusion.py":
+            toy += ["--channels", "8", "8"]
+        module = importlib.import_module(script.removesuffix(".py"))
+        module.main(module.parse_args([*words[2:], *toy]))
+    runs, _ = store.add_runs("out/evidence")
+    experiment = results.LONG_TAIL
+    names = [f"{experiment}/{cell}/0" for cell in ("at", "at_dra", "dm_at", "dm_at_dra")]
+    assert sorted(runs) == names
+    assert all(run["settings"]["imbalance"] == 10 and run["n"] == 6 for run in runs.values())
+    table = results.long_tail_tables(store.by_cell(runs)[experiment])
+    assert sum(line.startswith(("| AT", "| DM-AT")) for line in table) == 4
