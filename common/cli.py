@@ -249,7 +249,7 @@ def run_script(main, args):
     own_rank = rank()
     if own_rank != "0":
         # Mostly rank 0 has found the same and ends all; what this rank alone found must be said.
-        time.sleep(5)
+        time.sleep(15)
         prefix = f"[rank {own_rank}] "
     script = os.path.basename(sys.argv[0])
     print(f"{prefix}{script}: error: {printable(message)}", file=sys.stderr)
