@@ -60,6 +60,9 @@ def parse_args(argv=None):
     )
     add("--channels", type=cli.count, nargs="+", default=[24, 48], help="of each resolution")
     add("--layers-per-block", type=cli.count, default=1, help="residual blocks per resolution")
+    what = "the decoder is guided by features of the middle (DDAE++)"
+    # Not False without it: directories of runs before there was this flag are resumed.
+    add("--self-conditioning", action="store_true", default=None, help=what)
     add = parser.add_argument_group("loss").add_argument
     add("--p-mean", type=cli.ratio, default=-1.2, help="mean of ln sigma")
     add("--p-std", type=cli.positive, default=1.2, help="standard deviation of ln sigma")
@@ -165,8 +168,11 @@ def build_network(spec, args):
     """
     import diffusers
 
+    from teachers.self_conditioned import SelfConditionedUNet
+
+    kind = SelfConditionedUNet if args.self_conditioning else diffusers.UNet2DModel
     levels = len(args.channels)
-    net = diffusers.UNet2DModel(
+    net = kind(
         sample_size=spec.image_size // args.patch,
         in_channels=spec.channels * args.patch**2,
         out_channels=spec.channels * args.patch**2,
@@ -212,6 +218,8 @@ def load_init(net, args, spec):
     name = f"--init {args.init}"
     if not isinstance(source, EDMUNet) or source.net.config.sigma_data != args.sigma_data:
         raise UserError(f"{name}: not of this script, or of another --sigma-data")
+    if type(source.net) is not type(net):
+        raise UserError(f"{name}: another network, one of them alone is of --self-conditioning")
     weights = source.net.state_dict()
     if source.num_classes:
         spec.check_classes(name, source.classes)

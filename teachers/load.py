@@ -116,7 +116,7 @@ def _check_class(config, pipeline, path, part):
     if others:
         found = pipeline.get("_class_name")
         where = os.path.join(path, "model_index.json")
-    if others or found != "UNet2DModel":
+    if others or found not in ("UNet2DModel", "SelfConditionedUNet"):
         what = "no diffusers network" if found is None else f"a {parts.named(found)}"
         what += f" with {parts.named(others[0])}" if others else ""
         raise UserError(f"{where}: {what}, {KINDS}{advice.whole(path)}")
@@ -188,6 +188,8 @@ def _open_unet(directory, part, config):
     """The model of a UNet2DModel in a part of a directory, with a scheduler or EDM's entries."""
     import diffusers
 
+    from teachers.self_conditioned import SelfConditionedUNet
+
     path = directory.file(part, "config.json")
     places = [place for place in ("", "scheduler") if directory.has(place, "scheduler_config.json")]
     if not places:
@@ -196,7 +198,10 @@ def _open_unet(directory, part, config):
     if embedding == "identity" or (embedding and not config.get("num_class_embeds")):
         expected = "expected null, with num_class_embeds for classes"
         raise UserError(f"{path}: class_embed_type is {parts.shown(embedding)}, {expected}")
-    net = directory.network(diffusers.UNet2DModel, part)
+    kind = diffusers.UNet2DModel
+    if config.get("_class_name") == "SelfConditionedUNet":
+        kind = SelfConditionedUNet
+    net = directory.network(kind, part)
     channels = net.config.in_channels
     _check_channels(net.config.out_channels, (channels, 2 * channels)[: 1 + len(places)], path)
     with parts.describing(path, "a network that cannot be run", type(net), net.config):

@@ -138,9 +138,11 @@ def test_a_step_waits_for_minutes_and_a_barrier_for_longer(tmp_path):
     assert "error: another process is gone, or did not answer within" in done.stderr
 
 
-def test_diffusion_training_on_two_ranks_equals_one(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--self-conditioning"]], ids=str)
+def test_diffusion_training_on_two_ranks_equals_one(flags, tmp_path):
     """To rounding, which Adam enlarges where a gradient is nearly zero."""
     argv = "--train-steps 8 --eval-every 4 --channels 8 16 --batch-size 32".split()
+    argv += flags
     for ranks in (1, 2):
         python("train_diffusion.py", *argv, "--out-dir", tmp_path / str(ranks), ranks=ranks)
     one, two = (files.load(tmp_path / str(ranks) / "last.pt", {}) for ranks in (1, 2))
