@@ -1,14 +1,16 @@
 """The run scripts for GPUs: what a command reads from out/, another one of the file has made."""
 
 import importlib
+import json
 import os
 
 import pytest
 from data_helper import write_jpeg
 from test_commands import run_recorded
 
+from common import UserError
 from published.datasets import DATASETS
-from runs import results, store
+from runs import results, self_conditioning, store
 
 # Arguments that name a file or a directory that is read, whole or with =SHARE behind it.
 READ = ("checkpoint", "classifier", "teacher", "diffusion", "synthetic")
@@ -96,3 +98,27 @@ def test_a_seed_of_the_long_tail_at_toy_size(tmp_path, monkeypatch):
     assert all(run["settings"]["imbalance"] == 10 and run["n"] == 6 for run in runs.values())
     table = results.long_tail_tables(store.by_cell(runs)[experiment])
     assert sum(line.startswith(("| AT", "| DM-AT")) for line in table) == 4
+
+
+def test_the_table_of_self_conditioning(tmp_path):
+    """Differences are paired by seed; a seed of one kind alone does not count."""
+    values = {
+        "plain": [(0.50, 0.90), (0.42, 0.94), (9, 9)],
+        "conditioned": [(0.49, 0.91), (0.39, 0.93)],
+    }
+    for kind, of_seeds in values.items():
+        for seed, (loss, accuracy) in enumerate(of_seeds):
+            run, probe = (tmp_path / name / str(seed) for name in (kind, f"{kind}-features"))
+            run.mkdir(parents=True)
+            probe.mkdir(parents=True)
+            lines = [{"val_loss": 9}, {"val_loss": loss}]
+            (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            result = {"blocks": ["mid_block"], "sigmas": [0.1], "accuracy": [[accuracy]]}
+            (probe / "probe.json").write_text(json.dumps(result))
+    # Student's t of two values is 12.706 times half of their distance.
+    assert self_conditioning.table(str(tmp_path))[2:-1] == [
+        "| EDM loss, held out | 2 | 0.4600 | 0.4400 | -0.0200 ± 0.1271 |",
+        "| probe of mid_block, sigma 0.1, % | 2 | 92.0 | 92.0 | +0.0 ± 12.7 |",
+    ]
+    with pytest.raises(UserError, match="0 seeds of both kinds are finished"):
+        self_conditioning.table(str(tmp_path / "plain"))
