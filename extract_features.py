@@ -21,8 +21,15 @@ which --probe-split test reports. --eps adds PGD-20 on the margin in linf; the a
 under all draws of its stored features. Writes probe.json and a heat map, probe.png. --save-head
 writes the probe of one block and sigma, which evaluate.py attacks as a classifier (evaluate.py
 --model diffusion-head --teacher ... --checkpoint out/head.pt).
+
+--verdict says beforehand whether DRA with this network may help a classifier: the probes on "val",
+those of the network with its weights shuffled, and, with --pupil, the classifier itself. Writes
+verdict.md, a page with its picture, and verdict.json (analysis/verdict.py).
+
+    python extract_features.py --n-train 100 --val-size 500 --verdict --pupil out/at/best.pt
 """
 
+import argparse
 import math
 import os
 
@@ -30,9 +37,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from analysis import metrics, pictures
+from analysis import metrics, pictures, verdict
 from common import UserError, attacks, cli, data, files, run
 from published.datasets import DATASETS, open_dataset, spec_of
+from published.weights import load_classifier
 from teachers import classifier, load
 
 SIGMAS = [0.03, 0.1, 0.3, 1.0]
@@ -52,6 +60,9 @@ def parse_args(argv=None):
     add("--eps", type=cli.positive, help="attack the probes: linf radius (default: no attack)")
     add("--n-attacked", type=cli.count, default=200, help="first images to attack")
     add("--save-head", type=cli.path, help="file for one probe, such as out/head.pt")
+    add = parser.add_argument_group("verdict").add_argument
+    add("--verdict", action="store_true", help="probe, and tell whether DRA may help")
+    add("--pupil", type=cli.path, help="best.pt of the classifier that DRA is meant for")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=cli.count, default=250, help="images per network call")
     add("--out-dir", type=cli.path, help="directory (default: out/features-<dataset>)")
@@ -64,7 +75,13 @@ def parse_args(argv=None):
     args.sigmas = list(dict.fromkeys(args.sigmas))
     args.out_dir = args.out_dir or f"out/features-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
-    uses = {"--eps": ("--probe", args.probe), "--n-attacked": ("--eps", args.eps)}
+    args.probe = args.probe or args.verdict
+    uses = {
+        "--eps": ("--probe or --verdict", args.probe),
+        "--n-attacked": ("--eps", args.eps),
+        "--verdict": ("--probe-split val", args.probe_split == "val"),
+        "--pupil": ("--verdict", args.verdict),
+    }
     parser.refuse_unused(argv, uses)
     parser.check_radius("--eps", args.eps, "linf", spec_of(args))
     if args.save_head and not (args.blocks and len(args.blocks) == len(args.sigmas) == 1):
@@ -110,11 +127,11 @@ def fit_probe(block, sigma, labels, spec, args):
     return {"block": block, "sigma": sigma, "weight": weight, "bias": bias}
 
 
-def accuracy_of(probe, split, labels, args):
-    """Share of correct predictions from a split's stored features, averaged over draws."""
+def is_correct(probe, split, labels, args):
+    """Which predictions (N,) from a split's stored features, averaged over draws, are right."""
     features = read_features(split, probe["block"], probe["sigma"], len(labels), args)
     logits = torch.from_numpy(features.mean(1)) @ probe["weight"].T + probe["bias"]
-    return float((logits.argmax(1).numpy() == labels).mean())
+    return logits.argmax(1).numpy() == labels
 
 
 class StoredDrawsHead(classifier.DiffusionHead):
@@ -238,7 +255,7 @@ def make_maps(path, shape, n_batches):
 def save_head(model, labels, spec, args):
     """Write the probe of the one block and sigma as a file that teachers.classifier.load reads."""
     probe = fit_probe(args.blocks[0], args.sigmas[0], labels["train"], spec, args)
-    accuracy = accuracy_of(probe, "val", labels["val"], args)
+    accuracy = float(is_correct(probe, "val", labels["val"], args).mean())
     head = {
         "dataset": spec.name,
         "classes": list(spec.classes),
@@ -253,11 +270,10 @@ def save_head(model, labels, spec, args):
     print(f"{args.save_head}: accuracy on {n} validation images {accuracy:.1%}")
 
 
-def report(accuracies, blocks, args, n):
+def report(probes, blocks, args, n):
     """Print accuracies, block by sigma, and write probe.json and probe.png.
 
-    accuracies: {(block, sigma): {"accuracy": clean[, "attacked": under attack]}}. n: number of
-    probed images.
+    probes: of measure_probes. n: number of probed images.
     """
     titles = {"accuracy": f"linear probe, accuracy on {n} {args.probe_split} images"}
     if args.eps:
@@ -270,7 +286,7 @@ def report(accuracies, blocks, args, n):
         print(" " * width + "".join(f"{sigma:>8g}" for sigma in args.sigmas))
         tables[key] = []
         for block in blocks:
-            row = [accuracies[block, sigma][key] for sigma in args.sigmas]
+            row = [probes[block, sigma][key] for sigma in args.sigmas]
             tables[key].append(row)
             print(f"{block:<{width}}" + "".join(f"{accuracy:8.1%}" for accuracy in row), flush=True)
     result = {
@@ -306,6 +322,102 @@ def gather_objects(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def extract_all(model, splits, blocks, manifest, args, rank, world_size):
+    """Claim --out-dir and write the features and labels of all splits.
+
+    splits: {name: (images, labels)}. A verdict needs no test images.
+    """
+    if rank == 0:
+        run.claim_directory(args.out_dir, manifest, "manifest.json")
+    run.barrier()
+    for split, (images, labels) in splits.items():
+        if args.verdict and split == "test":
+            continue
+        if rank == 0:
+            files.write_npy(labels, os.path.join(args.out_dir, f"{split}-labels.npy"))
+        for sigma in args.sigmas:
+            extract(model, images, split, sigma, blocks, args, rank, world_size)
+
+
+def measure_probes(model, splits, blocks, spec, args, rank, world_size):
+    """{(block, sigma): what its probe does on the images of --probe-split}, on every rank.
+
+    That is "correct", bool (N,), "accuracy" and, with --eps, "attacked": shares of right answers.
+    """
+    images, labels = splits[args.probe_split]
+    pairs = [(block, sigma) for block in blocks for sigma in args.sigmas]
+    own = pairs[rank::world_size]
+    probes = {}
+    for block, sigma in run.progress(own, rank, desc="probe", unit="probe", leave=False):
+        probe = fit_probe(block, sigma, splits["train"][1], spec, args)
+        correct = is_correct(probe, args.probe_split, labels, args)
+        probes[block, sigma] = {"correct": correct, "accuracy": float(correct.mean())}
+        if args.eps:
+            attacked = attacked_accuracy(model, probe, images, labels[: args.n_attacked], args)
+            probes[block, sigma]["attacked"] = attacked
+    gathered = {}
+    for part in gather_objects(probes):
+        gathered.update(part)
+    return gathered
+
+
+def shuffle_weights(net, seed):
+    """Put the entries of every parameter in a random order: the network forgets what it learned.
+
+    The weights keep their distribution, so that no published family needs its own initialisation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def write_verdict(probes, control, val, spec, args, device):
+    """Look at the pupil, if there is one, and write the verdict.
+
+    probes, control: of measure_probes, for the network and with shuffled weights. val: (images,
+    labels).
+    """
+    images, labels = val
+    pupil = None
+    cka = None
+    if args.pupil:
+        predicted, pupil_features = look_at(args.pupil, images, spec, args, device)
+        pupil = predicted == labels
+        block, sigma = verdict.best_place(probes)
+        features = read_features("val", block, sigma, len(labels), args)
+        cka = metrics.cka_interval(features.mean(1), pupil_features)
+    about = {
+        "teacher": args.diffusion,
+        "pupil": args.pupil,
+        "pupil_sha256": files.sha256(args.pupil) if args.pupil else None,
+        "data set": spec.name,
+        "labels": f"those of {args.n_train or 'all'} training images",
+        "blocks": args.blocks or "all",
+        "sigmas": args.sigmas,
+        "precision": args.precision,
+        "eps": args.eps,
+    }
+    judged = verdict.judge(probes, control, pupil, cka)
+    verdict.write(judged, probes, control, about, args.out_dir)
+
+
+@torch.no_grad()
+def look_at(path, images, spec, args, device):
+    """(predicted labels (N,), penultimate features (N, D)) of a classifier, NumPy arrays."""
+    pupil, _ = load_classifier(path, spec, device)
+    pupil.eval()
+    parts = []
+    for ids in batches_of(len(images), args.batch_size):
+        with run.autocast(device, args.precision):
+            logits, features = pupil(data.to_x(images[ids], device), with_features=True)
+        if not logits.isfinite().all():
+            raise UserError(f"--pupil {path}: the classifier's logits are not finite")
+        parts.append((logits.argmax(1).cpu(), features.float().cpu()))
+    return [torch.cat(values).numpy() for values in zip(*parts)]
 
 
 def main(args):
@@ -346,32 +458,22 @@ def main(args):
     }
     if rank == 0:
         manifest["data_sha256"] = data.sha256(*splits.values())
-        run.claim_directory(args.out_dir, manifest, "manifest.json")
-    run.barrier()
-    for split, (images, _) in splits.items():
-        if rank == 0:
-            files.write_npy(labels[split], os.path.join(args.out_dir, f"{split}-labels.npy"))
-        for sigma in args.sigmas:
-            extract(model, images, split, sigma, blocks, args, rank, world_size)
-
+    extract_all(model, splits, blocks, manifest, args, rank, world_size)
     if args.save_head and rank == 0:
         save_head(model, labels, spec, args)
     if args.probe:
-        images, probed_labels = splits[args.probe_split]
-        pairs = [(block, sigma) for block in blocks for sigma in args.sigmas]
-        own = pairs[rank::world_size]
-        accuracies = {}
-        for block, sigma in run.progress(own, rank, desc="probe", unit="probe", leave=False):
-            probe = fit_probe(block, sigma, labels["train"], spec, args)
-            row = {"accuracy": accuracy_of(probe, args.probe_split, probed_labels, args)}
-            if args.eps:
-                attacked_labels = probed_labels[: args.n_attacked]
-                row["attacked"] = attacked_accuracy(model, probe, images, attacked_labels, args)
-            accuracies[block, sigma] = row
-        for part in gather_objects(accuracies):
-            accuracies.update(part)
+        probes = measure_probes(model, splits, blocks, spec, args, rank, world_size)
         if rank == 0:
-            report(accuracies, blocks, args, len(probed_labels))
+            report(probes, blocks, args, len(labels[args.probe_split]))
+    if args.verdict:
+        shuffle_weights(model.net, args.seed)
+        folder = os.path.join(args.out_dir, "shuffled")
+        shuffled = argparse.Namespace(**vars(args) | {"out_dir": folder, "eps": None})
+        manifest["weights"] = "shuffled"
+        extract_all(model, splits, blocks, manifest, shuffled, rank, world_size)
+        control = measure_probes(model, splits, blocks, spec, shuffled, rank, world_size)
+        if rank == 0:
+            write_verdict(probes, control, val, spec, args, device)
     run.end_processes()
 
 

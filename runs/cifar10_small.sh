@@ -20,17 +20,13 @@ recipe="--model wrn-10-2 --n-steps 3 --step-size 4/255 --batch-size 64 --lr 0.2 
   --warmup-fraction 0.2 --epoch-images 3200 --epochs 20 --eval-every 4 --eval-n-steps 10"
 dra="--block up_blocks.1.resnets.1 --sigma 0.1 --head-width 256 --teacher"
 
-# The generator of N labels: the teacher, trained on for a tenth of its steps with them. And its
-# images, and what the teacher knows of the classes with these labels: generator NAME N_LABELS
+# The generator of N labels: the teacher, trained on for a tenth of its steps with them, and its
+# images: generator NAME N_LABELS
 generator() {
-  local flags="$cifar --n-train $2 --probe --probe-split test --sigmas 0.1"
   python train_diffusion.py $cifar $network --init $teacher --n-labels $2 --lr 5e-4 \
     --train-steps 2000 --eval-every 500 --out-dir $out/diffusion-cifar-$1
   python generate_synthetic.py $cifar --diffusion $out/diffusion-cifar-$1 --n-images 20000 \
     --shard-size 2000 --n-steps 10 --out-dir $out/synthetic-cifar-$1
-  python extract_features.py $flags --diffusion $teacher --out-dir $out/features-cifar-$1
-  python extract_features.py $flags --diffusion $untrained \
-    --out-dir $out/features-cifar-$1-untrained
 }
 # One cell, attacked by APGD-CE+T: cell NAME CELL SEED SCRIPT FLAG...
 cell() {

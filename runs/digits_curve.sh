@@ -14,8 +14,6 @@ diffusion() {
   local digits="--val-size $2 --n-train $3"
   python train_diffusion.py $digits --train-steps $4 --out-dir $out/diffusion-$1
   python generate_synthetic.py $digits --diffusion $out/diffusion-$1 --out-dir $out/synthetic-$1
-  python extract_features.py $digits --diffusion $out/diffusion-$1 --sigmas 0.1 \
-    --probe --probe-split test --out-dir $out/features-digits-$1
 }
 # One cell: cell EXPERIMENT/CELL/SEED SCRIPT FLAG...
 cell() {

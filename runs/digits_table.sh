@@ -19,8 +19,6 @@ dra="--teacher $teacher"
 python train_diffusion.py $digits --train-steps 200 --out-dir $teacher
 python generate_synthetic.py $digits --diffusion $teacher --out-dir $images
 # What the teacher knows of the classes, with the labels that the classifiers have.
-python extract_features.py $digits --diffusion $teacher --sigmas 0.1 --probe --probe-split test \
-  --out-dir out/evidence/features-digits-100
 
 # One cell: train CELL SEED SCRIPT FLAG...
 train() { python $3 $recipe --seed $2 --out-dir $out/$1/$2 "${@:4}"; }

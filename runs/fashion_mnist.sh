@@ -18,8 +18,6 @@ python train_diffusion.py $fashion --val-size 1024 --channels 24 48 48 --batch-s
 torchrun --nproc_per_node 2 generate_synthetic.py $fashion --val-size 1024 --n-images 5000 \
   --shard-size 500 --n-steps 10
 # What the teacher knows of the classes, with the labels that the classifiers have.
-python extract_features.py $fashion --n-train 6400 --sigmas 0.3 --probe --probe-split test \
-  --out-dir out/evidence/features-fashion-6400
 
 # One cell, with APGD-CE+T (an upper bound on robust accuracy) on the first 500 test images:
 # cell NAME SEED SCRIPT FLAG...

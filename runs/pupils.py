@@ -1,7 +1,8 @@
-"""Does DRA help where the teacher knows more than its pupil? A table and a figure.
+"""Does the verdict on a teacher predict what DRA gives? A table and a figure.
 
-A pupil is a classifier without DRA, of AT or DM-AT. What its teacher knows is measured by a linear
-probe of the features that DRA takes, fitted on the labels that the pupil has.
+A verdict (extract_features.py --verdict) is made before DRA is trained: by how much the teacher's
+linear probe, fitted on the labels that a classifier has, is above that classifier, its pupil. The
+pupil is a run of AT; it stands for those of DM-AT, too.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
+from scipy.stats import spearmanr
 
 from common import stats
-from runs.effects import accuracies, effect, markdown, save_figure, show
+from runs.effects import effect, markdown, save_figure, show
 
 EXPERIMENTS = {  # of docs/results.json: (data, labels)
     "cifar-1000": ("CIFAR-10", "1,000"),
@@ -24,93 +25,97 @@ EXPERIMENTS = {  # of docs/results.json: (data, labels)
     "digits-500": ("digits", "500"),
     "fashion-6400": ("Fashion-MNIST", "6,400"),
 }
-PUPILS = {"AT": ("at", "at_dra"), "DM-AT": ("dm_at", "dm_at_dra")}  # without DRA, and with it
+KINDS = {"AT": ("at", "at_dra"), "DM-AT": ("dm_at", "dm_at_dra")}  # without DRA, and with it
+MEASURES = {"clean": "clean accuracy", "two_attacks": "accuracy under APGD-CE+T"}
+STATISTICS = {  # of a verdict
+    "lead": "teacher's probe above the pupil",
+    "above_control": "teacher's probe above the same with shuffled weights",
+    "probe_alone": "images that the probe has right and the pupil wrong",
+    "cka": "CKA of teacher and pupil",
+}
 COLOURS = {"CIFAR-10": "#0072B2", "digits": "#E69F00", "Fashion-MNIST": "#009E73"}
 
 
 @dataclass
-class Pupil:
-    """A kind of classifier in an experiment. Accuracies in %, effects in points."""
+class Prediction:
+    """A verdict, and what DRA gave to one kind of classifier."""
 
     data: str
     labels: str
-    kind: str
-    teacher: float  # accuracy of the probe
-    untrained: float | None  # the same of the network before its training
-    clean: np.ndarray  # accuracies without DRA, (seeds, images)
-    effects: dict  # of DRA, {"clean", "two_attacks": (seeds, images)}
+    kind: str  # of KINDS
+    verdict: dict  # of analysis/verdict.py
+    effects: dict  # of DRA in points, {measure: (seeds, images)}
 
     @property
-    def ahead(self):
-        """Points by which the teacher's probe is above the pupil's clean accuracy."""
-        return self.teacher - self.clean.mean()
+    def lead(self):
+        """[points of the probe above the pupil, low, high]."""
+        return [100 * share for share in self.verdict["lead"]]
 
 
-def probed(probe, settings):
-    """Accuracy, in %, of a stored probe at the block and noise level that a run of DRA took."""
-    row = probe["blocks"].index(settings["block"])
-    column = probe["sigmas"].index(settings["sigma"])
-    return 100 * probe["accuracy"][row][column]
-
-
-def pupils_of(experiments, probes):
-    """A list of the Pupils whose teacher was probed and whose DRA was attacked on two seeds."""
-    pupils = []
+def predictions_of(experiments, verdicts):
+    """A Prediction for every experiment with a verdict whose DRA was attacked on two seeds."""
+    predictions = []
     for experiment, (data, labels) in EXPERIMENTS.items():
         cells = experiments.get(experiment, {})
-        for kind, (without, with_dra) in PUPILS.items():
-            pair = [(with_dra, without)]
-            effects = {name: effect(cells, pair, name) for name in ("clean", "two_attacks")}
-            if experiment not in probes or len(effects["clean"]) < 2:
-                continue
-            settings = next(iter(cells[with_dra].values()))["settings"]
-            untrained = probes.get(f"{experiment}-untrained")
-            pupil = Pupil(
-                data=data,
-                labels=labels,
-                kind=kind,
-                teacher=probed(probes[experiment], settings),
-                untrained=probed(untrained, settings) if untrained else None,
-                clean=accuracies(cells, without, "clean"),
-                effects=effects,
-            )
-            pupils.append(pupil)
-    return pupils
+        for kind, (without, with_dra) in KINDS.items():
+            effects = {name: effect(cells, [(with_dra, without)], name) for name in MEASURES}
+            if experiment in verdicts and len(effects["clean"]) > 1:
+                verdict = verdicts[experiment]
+                predictions.append(Prediction(data, labels, kind, verdict, effects))
+    return predictions
 
 
-def table(pupils):
+def table(predictions):
     """The lines of the table, the pupil furthest behind its teacher first."""
-    titles = ["data", "labels", "pupil", "untrained teacher's probe", "teacher's probe"]
-    titles += ["pupil, clean", "teacher ahead by", "seeds", "DRA, clean", "DRA, APGD-CE+T"]
+    titles = ["data", "labels", "weights shuffled", "teacher", "pupil", "teacher ahead by"]
+    titles += ["DRA may help?", "DRA added to", "seeds", "clean", "APGD-CE+T"]
     rows = []
-    for pupil in sorted(pupils, key=lambda pupil: -pupil.ahead):
-        untrained = "-" if pupil.untrained is None else f"{pupil.untrained:.1f}"
-        row = [pupil.data, pupil.labels, pupil.kind, untrained, f"{pupil.teacher:.1f}"]
-        row += [show(pupil.clean), f"{pupil.ahead:+.1f}", len(pupil.effects["clean"])]
-        row += [show(pupil.effects[name], "+") for name in ("clean", "two_attacks")]
+    for prediction in sorted(predictions, key=lambda prediction: -prediction.lead[0]):
+        verdict = prediction.verdict
+        row = [prediction.data, prediction.labels]
+        row += [f"{100 * verdict[name][0]:.1f}" for name in ("control", "probe", "pupil")]
+        lead, low, high = prediction.lead
+        row += [f"{lead:+.1f} ({low:+.1f} to {high:+.1f})", verdict["answer"], prediction.kind]
+        row += [len(prediction.effects["clean"])]
+        row += [show(prediction.effects[name], "+") for name in MEASURES]
         rows.append(row)
     return markdown(titles, rows)
 
 
-def figure(pupils, path):
+def correlations(predictions):
+    """The lines of a table: Spearman's correlation of each statistic with the effects."""
+    rows = []
+    for statistic, name in STATISTICS.items():
+        predicted = [prediction.verdict[statistic][0] for prediction in predictions]
+        row = [name]
+        for measure in MEASURES:
+            measured = [prediction.effects[measure].mean() for prediction in predictions]
+            rho, p = spearmanr(predicted, measured)
+            row.append(f"{rho:+.2f} (p = {p:.2f})")
+        rows.append(row)
+    titles = [f"rank correlation over {len(predictions)} rows", "clean", "APGD-CE+T"]
+    return markdown(titles, rows)
+
+
+def figure(predictions, path):
     """The effect of DRA against the teacher's lead, with intervals over seeds."""
     drawing, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    names = {"clean": "clean accuracy", "two_attacks": "accuracy under APGD-CE+T"}
-    for axis, (measure, name) in zip(axes, names.items()):
-        for pupil in pupils:
-            mean, low, high = stats.t_interval(pupil.effects[measure].mean(1))
-            marker = "o" if pupil.kind == "AT" else "s"
-            style = {"color": COLOURS[pupil.data], "marker": marker, "capsize": 3}
-            axis.errorbar(pupil.ahead, mean, [[mean - low], [high - mean]], **style)
+    for axis, (measure, name) in zip(axes, MEASURES.items()):
+        for prediction in predictions:
+            lead = prediction.lead[0]
+            mean, low, high = stats.t_interval(prediction.effects[measure].mean(1))
+            marker = "o" if prediction.kind == "AT" else "s"
+            style = {"color": COLOURS[prediction.data], "marker": marker, "capsize": 3}
+            axis.errorbar(lead, mean, [[mean - low], [high - mean]], **style)
             place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(pupil.labels, (pupil.ahead, mean), **place)
+            axis.annotate(prediction.labels, (lead, mean), **place)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(xlabel="teacher's probe above the pupil's clean accuracy, points")
+        axis.set(xlabel="teacher's probe above the pupil, points")
         axis.set(ylabel="points", title=f"effect of DRA on {name}")
-    for data in dict.fromkeys(pupil.data for pupil in pupils):
+    for data in dict.fromkeys(prediction.data for prediction in predictions):
         axes[0].plot([], [], "o", color=COLOURS[data], label=f"{data} (with its labels)")
     for marker, kind in (("o", "AT"), ("s", "DM-AT")):
-        axes[0].plot([], [], marker, color="black", label=f"pupil of {kind}")
+        axes[0].plot([], [], marker, color="black", label=f"added to {kind}")
     axes[0].legend(fontsize=8)
     save_figure(drawing, axes, path)

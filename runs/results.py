@@ -251,14 +251,15 @@ def without_choosing_seeds(cells, name):
 # ------------------------------------------------------------------------------------ the page
 
 
-def section(runs, probes):
+def section(runs, verdicts):
     """The text of docs/results.md between the markers, from the rows of docs/results.json."""
     experiments = by_cell(runs)
     lines = cifar_tables(experiments)
-    learners = pupils.pupils_of(experiments, probes)
-    if learners:
-        lines += ["**The teacher's lead**: what it knows beyond its pupil, and what DRA gives.", ""]
-        lines += pupils.table(learners)
+    predictions = pupils.predictions_of(experiments, verdicts)
+    if predictions:
+        what = "What the teacher knows beyond its pupil, and what DRA gives"
+        lines += [f"**Does the verdict predict?** {what}, in points.", ""]
+        lines += pupils.table(predictions) + pupils.correlations(predictions)
         picture = "The effect of DRA against the lead of the teacher's probe"
         lines += [f"![{picture}](results-pupils.png)", ""]
     cells = experiments[MAIN]
@@ -480,7 +481,7 @@ def write_between(path, markers, text):
 
 
 def main(args):
-    runs, probes = add_runs(args.add) if args.add else read_store()
+    runs, verdicts = add_runs(args.add) if args.add else read_store()
     experiments = by_cell(runs)
     if MAIN not in experiments:
         raise UserError(f"{STORE}: no run of {MAIN} yet")
@@ -491,13 +492,13 @@ def main(args):
         curve_figure(curve, "docs/results-curve.png")
     for name, settings in varied(cells).items():
         ablation_figure(cells, name, settings, f"docs/ablation-{name}.png")
-    learners = pupils.pupils_of(experiments, probes)
-    if learners:
-        pupils.figure(learners, "docs/results-pupils.png")
-    write_between(PAGE, PAGE_MARKERS, section(runs, probes))
+    predictions = pupils.predictions_of(experiments, verdicts)
+    if predictions:
+        pupils.figure(predictions, "docs/results-pupils.png")
+    write_between(PAGE, PAGE_MARKERS, section(runs, verdicts))
     two_by_two = accuracy_table(cells, ROWS, ("clean", "autoattack"))
     write_between(README, README_MARKERS, "\n".join(two_by_two))
-    print(section(runs, probes))
+    print(section(runs, verdicts))
 
 
 if __name__ == "__main__":

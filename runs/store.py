@@ -8,8 +8,8 @@ own files say: all its settings, accuracies, times, versions, and the verdict on
 one digit each: 0 is wrong without an attack, k is fooled by the k-th attack, and one more than the
 number of attacks is robust to all of them.
 
-Beside the runs stand linear probes of their teachers, fitted on the labels that an experiment's
-classifiers have: what extract_features.py --probe --probe-split test left in features-<experiment>.
+Beside the runs stand verdicts on their teachers: what extract_features.py --verdict --pupil left in
+verdict-<experiment>.
 
 Settings are compared as they are; nothing is filled in from the defaults of today's scripts.
 - Paths are kept and not compared.
@@ -169,28 +169,32 @@ def attack_results(folder, settings, attack):
     return paths
 
 
-def read_probe(folder):
-    """What is kept of the probes in a directory of extract_features.py, a dict."""
-    probe = files.read_json(f"{folder}/probe.json")
+def read_verdict(folder):
+    """What is kept of a directory of extract_features.py --verdict, a dict.
+
+    Raises UserError where no pupil was looked at.
+    """
+    verdict = files.read_json(f"{folder}/verdict.json")
     manifest = files.read_json(f"{folder}/manifest.json")
-    if probe.get("split") != "test":
-        raise UserError(f"{folder}/probe.json: not of test images, give --probe-split test")
-    kept = {key: probe[key] for key in ("n", "precision", "blocks", "sigmas", "accuracy")}
+    if "pupil" not in verdict:
+        raise UserError(f"{folder}/verdict.json: of no pupil, give --pupil")
+    kept = {key: value for key, value in verdict.items() if key != "about"}
+    kept["pupil_sha256"] = verdict["about"]["pupil_sha256"]
     return kept | {key: manifest[key] for key in ("dataset", "n_train", "network_sha256")}
 
 
 def read_store():
-    """(rows of runs {name: row}, probes {experiment: probe}) of docs/results.json."""
+    """(rows of runs {name: row}, verdicts {experiment: verdict}) of docs/results.json."""
     stored = files.read_json(STORE)
-    return stored["runs"], stored.get("probes", {})
+    return stored["runs"], stored.get("verdicts", {})
 
 
 def add_runs(root):
-    """Write every trained run, and the probes, below a directory into docs/results.json.
+    """Write every trained run, and the verdicts, below a directory into docs/results.json.
 
     Returns what read_store does.
     """
-    rows, probes = read_store() if os.path.exists(STORE) else ({}, {})
+    rows, verdicts = read_store() if os.path.exists(STORE) else ({}, {})
     paths = sorted(glob.glob(f"{glob.escape(root)}/*/*/*/args.json"))
     if not paths:
         raise UserError(f"--add {root}: no runs <experiment>/<cell>/<seed> there")
@@ -202,14 +206,14 @@ def add_runs(root):
             rows[os.path.relpath(folder, root)] = row
             n_trained += 1
     by_cell(rows)  # raises where they do not belong together, before anything is written
-    for path in sorted(glob.glob(f"{glob.escape(root)}/features-*/probe.json")):
+    for path in sorted(glob.glob(f"{glob.escape(root)}/verdict-*/verdict.json")):
         folder = os.path.dirname(path)
-        probes[os.path.basename(folder).removeprefix("features-")] = read_probe(folder)
-    text = f'{{"runs": {{{_lines(rows)}}},\n"probes": {{{_lines(probes)}}}}}\n'
+        verdicts[os.path.basename(folder).removeprefix("verdict-")] = read_verdict(folder)
+    text = f'{{"runs": {{{_lines(rows)}}},\n"verdicts": {{{_lines(verdicts)}}}}}\n'
     files.write_text(text, STORE)
     counts = f"below {root} {n_trained} trained, {len(paths)} begun"
     print(f"{STORE}: {len(rows)} runs; {counts}")
-    return rows, probes
+    return rows, verdicts
 
 
 def _lines(rows):

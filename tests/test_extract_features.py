@@ -1,14 +1,20 @@
-"""extract_features.py: what it stores, and that it goes on where it was interrupted.
+"""extract_features.py: what it stores, that it goes on where it was interrupted, its verdict.
 
 Alone: python -m pytest tests/test_extract_features.py
 """
 
+import json
+
 import numpy as np
 import pytest
+import torch
 
 import extract_features
+import train_at
+from analysis import metrics
 from common import UserError, data
 from published.datasets import DATASETS
+from published.weights import load_classifier
 from teachers.load import load_diffusion
 
 
@@ -104,3 +110,62 @@ def test_a_map_of_another_kind_is_refused(run, tmp_path):
     match = r"sigma0.3.npy.writing: found float64 \(3,\), expected float32"
     with pytest.raises(UserError, match=match):
         run("features", "mid_block")
+
+
+# ------------------------------------------------------------------------------------ the verdict
+
+
+def test_shuffled_weights_are_the_same_numbers_elsewhere(diffusion_dir):
+    model, shuffled = (load_diffusion(diffusion_dir, "cpu") for _ in range(2))
+    extract_features.shuffle_weights(shuffled.net, seed=0)
+    for before, after in zip(model.net.parameters(), shuffled.net.parameters()):
+        assert torch.equal(before.flatten().sort()[0], after.flatten().sort()[0])
+    weight, changed = model.net.conv_in.weight, shuffled.net.conv_in.weight
+    assert not torch.equal(weight, changed)
+
+
+def test_verdict(diffusion_dir, tmp_path, capsys):
+    """A teacher of three steps knows nothing, and the page says so. Finished, it is as before."""
+    train_at.main(
+        train_at.parse_args(
+            [
+                "--epochs",
+                "1",
+                "--n-steps",
+                "1",
+                "--eval-n-steps",
+                "1",
+                "--out-dir",
+                f"{tmp_path}/at",
+            ]
+        )
+    )
+    out = tmp_path / "features"
+    argv = ["--verdict", "--pupil", f"{tmp_path}/at/best.pt", "--eps", "0.1", "--n-attacked", "20"]
+    argv += ["--blocks", "mid_block", "up_blocks.0.resnets.0", "--n-train", "300"]
+    extract(diffusion_dir, out, *argv)
+    assert "# Will this teacher help?" in capsys.readouterr().out
+    assert not list(out.glob("test-*"))
+    judged = json.loads((out / "verdict.json").read_text())
+    assert judged["n"] == 200
+    assert 0 <= judged["attacked"] <= judged["probe"][0]
+
+    # The numbers are those of the stored features and of the pupil itself.
+    place = f"{judged['block']}-sigma{judged['sigma']}.npy"
+    features = {split: np.load(out / f"{split}-{place}")[:, 0] for split in ("train", "val")}
+    labels = {split: np.load(out / f"{split}-labels.npy") for split in features}
+    weight, bias = metrics.fit_linear(features["train"], labels["train"], 10)
+    correct = (features["val"] @ weight.numpy().T + bias.numpy()).argmax(1) == labels["val"]
+    assert judged["probe"][0] == pytest.approx(correct.mean())
+    pupil, _ = load_classifier(f"{tmp_path}/at/best.pt", DATASETS["digits"], "cpu")
+    _, (images, _) = data.load_train(DATASETS["digits"], None, 200, 300)
+    with torch.no_grad():
+        right = pupil.eval()(data.to_x(images)).argmax(1).numpy() == labels["val"]
+    assert judged["pupil"][0] == pytest.approx(right.mean())
+    assert judged["probe_alone"][0] == pytest.approx((correct & ~right).mean())
+    assert judged["control"][0] != judged["probe"][0]
+
+    before = contents(out)
+    extract(diffusion_dir, out, *argv)
+    assert contents(out) == before
+    assert json.loads((out / "verdict.json").read_text()) == judged

@@ -21,9 +21,9 @@ from runs import effects, pupils, results, store
 
 
 def stored():
-    """(runs, probes) of docs/results.json."""
+    """(runs, verdicts) of docs/results.json."""
     content = json.loads((ROOT / store.STORE).read_text())
-    return content["runs"], content.get("probes", {})
+    return content["runs"], content.get("verdicts", {})
 
 
 def stored_runs():
@@ -439,53 +439,68 @@ def test_a_store_that_is_half_full_gives_a_section():
 # ----------------------------------------------------------------------- the teacher's lead
 
 
-def probe_of(accuracy, n_train):
+def verdict_of(lead):
+    """A verdict whose teacher has 50 %, with shuffled weights 20 %."""
     return {
-        "dataset": "cifar10",
-        "n": 100,
-        "n_train": n_train,
-        "network_sha256": "b",
-        "precision": "bf16",
-        "blocks": ["mid_block", "up"],
-        "sigmas": [0.1, 0.3],
-        "accuracy": [[0.1, 0.2], [0.3, accuracy]],
+        "answer": "may help",
+        "probe": [0.5, 0.4, 0.6],
+        "control": [0.2, 0.1, 0.3],
+        "above_control": [0.3, 0.2, 0.4],
+        "pupil": [0.5 - lead, 0, 1],
+        "lead": [lead, lead - 0.1, lead + 0.1],
+        "probe_alone": [lead, 0, 1],
+        "cka": [-lead, -1, 1],
     }
 
 
-def test_the_lead_of_a_teacher_is_its_probe_above_the_clean_accuracy(tmp_path):
-    """At the block and noise level of DRA's runs; the effects are those of runs/effects.py."""
+def test_verdicts_stand_beside_what_dra_gave(tmp_path):
     at = {seed: made("0012233333") for seed in (0, 1)}
-    settings = {"settings": {"block": "up", "sigma": 0.3}}
-    at_dra = {0: made("0112233333") | settings, 1: made("0012333333") | settings}
-    experiments = {"cifar-1000": {"at": at, "at_dra": at_dra, "dm_at": at}}
-    probes = {"cifar-1000": probe_of(0.85, 1000), "cifar-1000-untrained": probe_of(0.25, 1000)}
-    (pupil,) = pupils.pupils_of(experiments, probes)
-    assert pupil.teacher == 85 and pupil.untrained == 25
-    assert pupil.ahead == pytest.approx(5)
-    assert pupil.effects["clean"].mean(1).tolist() == [10, 0]
-    assert pupil.effects["two_attacks"].mean(1).tolist() == [0, 10]
-    row = pupils.table([pupil])[2].split(" | ")
-    start = ["| CIFAR-10", "1,000", "AT", "25.0", "85.0", "80.0 ± 0.0 (0.0)", "+5.0", "2"]
-    assert row[: len(start)] == [*start[:5], row[5], *start[6:]] and row[5].startswith("80.0 ± 0.0")
-    assert row[8].startswith("+5.0 ± 63.5") and row[9].startswith("+5.0 ± 63.5")
-    pupils.figure([pupil], tmp_path / "x.png")
+    at_dra = {0: made("0112233333"), 1: made("0012333333")}
+    better = {0: made("1113333333"), 1: made("1113333333")}
+    experiments = {
+        "cifar-1000": {"at": at, "at_dra": at_dra, "dm_at": at},
+        "digits-100": {"dm_at": at, "dm_at_dra": better},
+        "digits-200": {"at": at, "at_dra": at_dra},
+    }
+    verdicts = {"cifar-1000": verdict_of(0.05), "digits-100": verdict_of(0.15)}
+    predictions = pupils.predictions_of(experiments, verdicts)
+    first, second = predictions
+    assert (first.data, first.kind, second.data, second.kind) == (
+        "CIFAR-10",
+        "AT",
+        "digits",
+        "DM-AT",
+    )
+    assert first.effects["clean"].mean(1).tolist() == [10, 0]
+    assert first.effects["two_attacks"].mean(1).tolist() == [0, 10]
+
+    _, _, top, bottom, _ = pupils.table(predictions)
+    assert top.startswith(
+        "| digits | 100 | 20.0 | 50.0 | 35.0 | +15.0 (+5.0 to +25.0) | may help |"
+    )
+    assert "| +5.0 (-5.0 to +15.0) | may help | AT | 2 | +5.0 ± 63.5" in bottom
+    *_, lead, _, _, cka, _ = pupils.correlations(predictions)
+    assert lead.count("+1.00") == cka.count("-1.00") == 2
+
+    pupils.figure(predictions, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
-    assert pupils.pupils_of(experiments, {}) == []
+    assert pupils.predictions_of(experiments, {}) == []
 
 
-def test_probes_are_kept_beside_the_runs(evidence, diffusion_dir):
-    """Of test images only; they stay when other runs are added."""
-    flags = ["--diffusion", diffusion_dir, "--probe", "--sigmas", "0.1", "--out-dir"]
-    folder = evidence / "features-few"
-    for split in ("val", "test"):
-        argv = [*flags, str(folder), "--probe-split", split]
-        extract_features.main(extract_features.parse_args(argv))
-        if split == "val":
-            with pytest.raises(UserError, match="--probe-split test"):
+def test_verdicts_are_kept_beside_the_runs(evidence, diffusion_dir):
+    """Only those on a pupil; they stay when other runs are added."""
+    folder = evidence / "verdict-few"
+    argv = ["--diffusion", diffusion_dir, "--verdict", "--sigmas", "0.1", "--blocks", "mid_block"]
+    for pupil in ([], ["--pupil", str(evidence / "few" / "at" / "0" / "best.pt")]):
+        flags = [*argv, *pupil, "--out-dir", str(folder)]
+        extract_features.main(extract_features.parse_args(flags))
+        if not pupil:
+            with pytest.raises(UserError, match="--pupil"):
                 store.add_runs(str(evidence))
-    runs, probes = store.add_runs(str(evidence))
-    kept = json.loads((folder / "probe.json").read_text())
-    assert probes["few"]["n"] == 797 and probes["few"]["accuracy"] == kept["accuracy"]
-    assert probes["few"]["network_sha256"] == runs["few/zero/0"]["settings"]["teacher_sha256"]
+    runs, verdicts = store.add_runs(str(evidence))
+    kept = json.loads((folder / "verdict.json").read_text())
+    assert verdicts["few"]["lead"] == kept["lead"] and verdicts["few"]["block"] == "mid_block"
+    assert verdicts["few"]["network_sha256"] == runs["few/zero/0"]["settings"]["teacher_sha256"]
+    assert verdicts["few"]["pupil_sha256"] == runs["few/at/0"]["best_sha256"]
     shutil.rmtree(folder)
-    assert store.add_runs(str(evidence)) == (runs, probes) == store.read_store()
+    assert store.add_runs(str(evidence)) == (runs, verdicts) == store.read_store()

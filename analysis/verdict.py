@@ -1,0 +1,230 @@
+"""Will this teacher help a classifier? The verdict of extract_features.py --verdict.
+
+A teacher can only teach what it knows. What it knows of the classes is measured by linear probes of
+its features, fitted on the labels that the classifier has: its pupil. The probes are held against
+those of a control, the same network with its weights shuffled, and against the pupil itself, all on
+the same held-out images. Whether such a verdict predicts the effect of DRA is told in
+docs/representations.md.
+
+The probes are fitted in extract_features.py; `correct` is always a bool array with an entry per
+held-out image.
+"""
+
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from common import files, stats
+
+ANSWERS = {  # what the page says, in words that runs/pupils.py repeats
+    "may help": "It may help",
+    "cannot tell": "This cannot tell",
+    "no gain expected": "No gain is to be expected",
+}
+
+
+def best_place(probes):
+    """(block, sigma) of the most accurate probe; the first one of equals.
+
+    probes: {(block, sigma): {"correct": (N,)}}.
+    """
+    return max(probes, key=lambda place: probes[place]["correct"].mean())
+
+
+def judge(probes, control, pupil=None, cka=None):
+    """A dict of all that the page and the picture show.
+
+    probes: {(block, sigma): {"correct": (N,)[, "attacked": share]}} of the network. control: the
+    same of the network with shuffled weights. pupil: its correct (N,), None without one. cka:
+    linear CKA of the pupil's features with the network's at the best place, [value, low, high].
+    """
+    block, sigma = best_place(probes)
+    correct = probes[block, sigma]["correct"]
+    control_block, control_sigma = best_place(control)
+    control_correct = control[control_block, control_sigma]["correct"]
+    verdict = {
+        "n": len(correct),
+        "block": block,
+        "sigma": sigma,
+        "probe": share(correct),
+        "attacked": probes[block, sigma].get("attacked"),
+        "control_block": control_block,
+        "control_sigma": control_sigma,
+        "control": share(control_correct),
+        "above_control": difference(correct, control_correct),
+        "noise_levels": shape_over_noise(probes, block),
+    }
+    if pupil is not None:
+        verdict |= {
+            "pupil": share(pupil),
+            "lead": difference(correct, pupil),
+            "probe_alone": share(correct & ~pupil),
+            "pupil_alone": share(pupil & ~correct),
+            "cka": cka,
+        }
+    verdict["answer"] = answer(verdict)
+    return verdict
+
+
+def answer(verdict):
+    """The key of ANSWERS that the numbers of `judge` allow."""
+    if verdict["above_control"][1] <= 0:
+        return "no gain expected"
+    if "lead" not in verdict:
+        return "cannot tell"
+    _, low, high = verdict["lead"]
+    if low > 0:
+        return "may help"
+    return "no gain expected" if high < 0 else "cannot tell"
+
+
+def share(correct):
+    """[share, low, high] of the images that are correct; Wilson's interval."""
+    return [float(correct.mean()), *stats.wilson(int(correct.sum()), len(correct))]
+
+
+def difference(a, b):
+    """[share of a less that of b, low, high], both on the same images; Student's interval."""
+    return [float(value) for value in stats.t_interval(a.astype(np.float64) - b)]
+
+
+def shape_over_noise(probes, block):
+    """How a block's accuracy goes with the noise level: "peak", "falls", "rises" or "unclear".
+
+    By arXiv 2502.05743 it peaks between the ends in a diffusion model that generalises, and falls
+    from the smallest level in one that has memorised its images. A peak is told only where it lies
+    above the smallest level by more than chance.
+    """
+    sigmas = sorted(sigma for name, sigma in probes if name == block)
+    if len(sigmas) < 3:
+        return "unclear"
+    correct = [probes[block, sigma]["correct"] for sigma in sigmas]
+    best = int(np.argmax([values.mean() for values in correct]))
+    if best == 0:
+        above_next = difference(correct[0], correct[1])
+        return "falls" if above_next[1] > 0 else "unclear"
+    if difference(correct[best], correct[0])[1] <= 0:
+        return "unclear"
+    return "rises" if best == len(sigmas) - 1 else "peak"
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+NOISE_LEVELS = {
+    "peak": "it peaks at a middle level, as in diffusion models that generalise",
+    "falls": "it falls from the smallest level on, as in diffusion models that have memorised; or "
+    "its peak is at a still smaller level",
+    "rises": "it rises up to the largest level: try larger ones",
+    "unclear": "no peak can be told from chance, or too few levels were tried",
+}
+
+
+def percent(values, sign=""):
+    """A share, or a difference of shares, with its interval, in %."""
+    value, low, high = (100 * number for number in values)
+    return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def sentence(verdict):
+    """The verdict in one sentence, with its reason."""
+    probe = f"its best probe has {100 * verdict['probe'][0]:.1f} %"
+    images = f"of the {verdict['n']} held-out images"
+    begin = ANSWERS[verdict["answer"]]
+    if verdict["above_control"][1] <= 0:
+        control = f"with shuffled weights {100 * verdict['control'][0]:.1f} %"
+        return f"{begin}: {probe} {images}, {control}; it has learned nothing that a probe sees."
+    if "lead" not in verdict:
+        return f"{begin} without a classifier: {probe} {images}; compare with your own (--pupil)."
+    pupil = f"your classifier {100 * verdict['pupil'][0]:.1f} %"
+    reasons = {
+        "may help": "it knows more than its pupil",
+        "cannot tell": "within chance they know equally much",
+        "no gain expected": "it knows less than its pupil",
+    }
+    return f"{begin}: {probe} {images}, {pupil}; {reasons[verdict['answer']]}."
+
+
+def page(verdict, about):
+    """The lines of verdict.md. about: dict of settings to list at its end."""
+    place = f"`{verdict['block']}`, sigma {verdict['sigma']:g}"
+    control = f"`{verdict['control_block']}`, sigma {verdict['control_sigma']:g}"
+    rows = [
+        (f"probe of the teacher, at its best place ({place})", percent(verdict["probe"])),
+        (
+            f"the same with shuffled weights, at its best place ({control})",
+            percent(verdict["control"]),
+        ),
+        ("teacher above shuffled weights, points", percent(verdict["above_control"], "+")),
+    ]
+    if verdict["attacked"] is not None:
+        attacked = f"{100 * verdict['attacked']:.1f}"
+        rows.append((f"the teacher's probe under attack, linf {about['eps']:g}", attacked))
+    if "pupil" in verdict:
+        rows += [
+            ("pupil, clean", percent(verdict["pupil"])),
+            ("**teacher above pupil, points**", percent(verdict["lead"], "+")),
+            ("the probe is right and the pupil wrong", percent(verdict["probe_alone"])),
+            ("the pupil is right and the probe wrong", percent(verdict["pupil_alone"])),
+        ]
+    lines = ["# Will this teacher help?", "", f"**{sentence(verdict)}**", ""]
+    lines += [f"| accuracy, % of {verdict['n']} held-out images | (95 %) |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    if "pupil" in verdict:
+        value, low, high = verdict["cka"]
+        lines.append(
+            f"| linear CKA of their features, 0 to 1 | {value:.2f} ({low:.2f} to {high:.2f}) |"
+        )
+    lines += [
+        "",
+        f"Accuracy over the noise level: {NOISE_LEVELS[verdict['noise_levels']]}",
+        "(arXiv 2502.05743).",
+        "",
+        "![Accuracy over the noise level](verdict.png)",
+        "",
+        "The places are the best on these very images, so that both probes look a little better",
+        "than they are. The probe is linear: a teacher may know more than it shows.",
+        "",
+    ]
+    return lines + [f"- {name}: {value}" for name, value in about.items()] + [""]
+
+
+def write(verdict, probes, control, about, out_dir):
+    """Write verdict.json, verdict.md and verdict.png, and print the page."""
+    draw(verdict, probes, control, os.path.join(out_dir, "verdict.png"))
+    text = "\n".join(page(verdict, about))
+    files.write_text(text, os.path.join(out_dir, "verdict.md"))
+    files.write_json(verdict | {"about": about}, os.path.join(out_dir, "verdict.json"))
+    print(text, end="")
+
+
+def draw(verdict, probes, control, path):
+    """The picture: accuracy over the noise level, a line per block; the pupil across it."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for results, style in ((control, {"color": "#BBBBBB"}), (probes, {"color": "#0072B2"})):
+        for block in dict.fromkeys(block for block, _ in results):
+            sigmas = sorted(sigma for name, sigma in results if name == block)
+            shares = [100 * results[block, sigma]["correct"].mean() for sigma in sigmas]
+            best = results is probes and block == verdict["block"]
+            width = {"linewidth": 2.5, "alpha": 1.0} if best else {"linewidth": 1, "alpha": 0.6}
+            axes.plot(sigmas, shares, marker="o", markersize=3, **style, **width)
+    handles = [
+        plt.Line2D([], [], color="#0072B2", linewidth=2.5, label=f"teacher, {verdict['block']}"),
+        plt.Line2D([], [], color="#0072B2", linewidth=1, alpha=0.6, label="its other blocks"),
+        plt.Line2D([], [], color="#BBBBBB", linewidth=1, label="its blocks, weights shuffled"),
+    ]
+    if "pupil" in verdict:
+        value, low, high = (100 * number for number in verdict["pupil"])
+        axes.axhspan(low, high, color="#D55E00", alpha=0.15, linewidth=0)
+        handles.append(axes.axhline(value, color="#D55E00", label="the pupil, with its interval"))
+    axes.set(xscale="log", xlabel="noise level sigma", ylim=(0, None))
+    axes.set(ylabel=f"linear probe, % of {verdict['n']} held-out images")
+    axes.legend(handles=handles, fontsize=8)
+    axes.grid(alpha=0.3)
+    with files.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=80)
+    plt.close(figure)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Does the verdict on a teacher predict what DRA gives? The verdict of extract_features.py on the
+# teacher of every 2 x 2 of docs/results.md, with a pupil of AT, seed 0, and then the table of
+# verdicts and measured effects. The effects are those of docs/results.json, or of out/evidence.
+#
+# CIFAR-10's pupils are those of runs/cifar10_small.sh, which comes first. Every command resumes.
+set -meuo pipefail  # -m: a job in the background is a process group and ends with this script
+cd "$(dirname "$0")/.."
+trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
+export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
+out=out/evidence
+cifar="--dataset cifar10 --data-dir ${DATA:-data} --precision bf16"
+fashion="--dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist"
+
+# A verdict: verdict EXPERIMENT TEACHER PUPIL FLAG...
+verdict() {
+  python extract_features.py --diffusion $2 --verdict --pupil $3/best.pt --out-dir $out/verdict-$1 \
+    "${@:4}"
+}
+# On digits, of a teacher that learned from the pupil's images alone: digits N TEACHER_STEPS
+digits() {
+  local flags="--val-size 500 --n-train $1" pupil=out/pupils/digits-$1
+  python train_diffusion.py $flags --train-steps $2 --out-dir $out/diffusion-$1
+  python train_at.py $flags --epoch-images 896 --out-dir $pupil
+  verdict digits-$1 $out/diffusion-$1 $pupil $flags
+}
+fashion() {
+  local pupil=out/pupils/fashion-6400
+  python train_diffusion.py $fashion --val-size 1024 --channels 24 48 48 --batch-size 64 \
+    --train-steps 1500 --eval-every 300
+  python train_at.py $fashion --n-train 6400 --out-dir $pupil
+  verdict fashion-6400 out/diffusion-fashion-mnist $pupil $fashion --n-train 6400
+}
+
+fashion & lane=$!
+digits 100 200
+digits 200 400
+digits 500 800
+for labels in 1000 5000; do
+  pupil=$out/cifar-$labels/at/0
+  verdict cifar-$labels docs/cifar10-teacher $pupil $cifar --n-train $labels
+done
+wait $lane
+python -m runs.results --add $out
