@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 import train_at
 import train_at_aux
+import train_diffusion
 from benchmarks import measure
 from common import cli, files, models
 from published.datasets import DATASETS
@@ -25,22 +26,27 @@ from teachers.dit import DiT
 from teachers.edm import EDMNetwork
 from teachers.edm2 import EDM2
 from teachers.jit import JiT, JiTNet
+from teachers.unet import EDMUNet
 
 # One H100 SXM, dense, by NVIDIA's data sheet; fp32 without tensor cores.
 PEAK = {"fp32": 67e12, "bf16": 989e12}
 # Shares of the peak, by family of networks: ASSUMPTIONS. Their grounds stand in docs/costs.md.
 SHARES = {
     "wide convolutions": {"fp32": 0.6, "bf16": 0.3},
+    "narrow convolutions": {"fp32": 0.5, "bf16": 0.1},
     "depthwise convolutions": {"fp32": 0.3, "bf16": 0.08},
     "transformers": {"fp32": 0.5, "bf16": 0.2},
     "diffusion U-Nets": {"fp32": 0.5, "bf16": 0.1},
 }
+MEASURED = SHARES.keys() - {"narrow convolutions"}  # by `make gpu`
 FAMILIES = {
     "wrn-28-10": "wide convolutions",
     "wrn-70-16": "wide convolutions",
+    "wrn-16-4": "narrow convolutions",
     "convnext_tiny": "depthwise convolutions",
     "vit_b_16": "transformers",
     "DDPM++": "diffusion U-Nets",
+    "U-Net": "diffusion U-Nets",
     "EDM2-img64-s": "diffusion U-Nets",
     "DiT-XL/2": "transformers",
     "JiT-B/16": "transformers",
@@ -53,6 +59,10 @@ AUTOATTACK_PASSES = (
     + 3 * 9 * 100  # FAB-T: nine targets, 100 steps of two forward passes and a gradient
     + 5000  # Square: its queries
 )
+# Of runs/cifar10_hour.sh: what decides its costs.
+HOUR_UNET = "--channels 128 256 256 256 --layers-per-block 2 --batch-size 256 --train-steps 10000"
+HOUR_CLASSIFIER = "--dataset cifar10 --model wrn-16-4 --epochs 40"
+HOUR_DRA = f"{HOUR_CLASSIFIER} --teacher out --block up_blocks.1.resnets.2 --sigma 0.1"
 DDPM = {  # settings of EDM's DDPM++ for CIFAR-10 that differ from their defaults
     "img_resolution": 32,
     "img_channels": 3,
@@ -88,6 +98,11 @@ def rows():
         generation("1.28 M images of ImageNet, 18 steps, guided", "DiT-XL/2", 1_280_000, 70),
         autoattack("AutoAttack of 10,000 images of CIFAR-10", "wrn-28-10", "cifar10", 10_000),
         autoattack("AutoAttack of 5,000 images of ImageNet", "convnext_tiny", "imagenet", 5_000),
+        diffusion_training("The hour: its diffusion model"),
+        generation("The hour: 100,000 images, 12 steps", "U-Net", 100_000, 23),
+        training("The hour: AT or DM-AT, WRN-16-4", HOUR_CLASSIFIER),
+        training("The hour: the same with DRA", HOUR_DRA, "U-Net"),
+        autoattack("The hour: AutoAttack of 1,000 images", "wrn-16-4", "cifar10", 1_000),
     ]
 
 
@@ -140,6 +155,8 @@ def build_diffusion(name):
     if name == "EDM2-img64-s":
         config = {"kind": "nvlabs-edm", "precond": "Precond", "init": EDM2_S}
         return EDM2(edm.build(config | {"encoder": "StandardRGBEncoder"}))
+    if name == "U-Net":
+        return EDMUNet(hour_unet()[0])
     if name == "JiT-B/16":
         return JiT(JiTNet(256, 3, 16, 768, 12, 12, 1000, 128, 32, 4), noise_scale=1.0)
     from diffusers import AutoencoderKL, DiTTransformer2DModel
@@ -155,6 +172,24 @@ def build_diffusion(name):
     network = DiT(transformer, vae, levels)
     network.to(transformer.device)
     return network
+
+
+def hour_unet():
+    """(network, args) of train_diffusion.py in runs/cifar10_hour.sh, on the current device."""
+    flags = f"--dataset cifar10 --val-size 1024 {HOUR_UNET}"
+    args = train_diffusion.parse_args(flags.split())
+    return train_diffusion.build_network(DATASETS["cifar10"], args), args
+
+
+def diffusion_training(words):
+    """A row: train_diffusion.py in runs/cifar10_hour.sh."""
+    with torch.device("meta"):
+        net, args = hour_unet()
+        x = torch.empty(1, 3, 32, 32)
+        y = torch.zeros(1, dtype=torch.long)
+        normal = torch.zeros(1)
+    flop = count(lambda: train_diffusion.edm_loss(net, x, y, normal, x, args).mean().backward())
+    return words, args.train_steps * args.batch_size, {"U-Net": flop}, ["fp32", "bf16"]
 
 
 def training(words, flags, teacher=None):
@@ -222,7 +257,7 @@ def measured_shares(path):
         if found["toy"]:
             raise ValueError("it is of toy size")
         for family, assumed in SHARES.items():
-            measured = found["utilisation"][family]
+            measured = found["utilisation"][family] if family in MEASURED else {}
             shares[family] = {name: measured.get(name, share) for name, share in assumed.items()}
             if not all(0 < share < 10 for share in shares[family].values()):
                 raise ValueError(f"shares of {family}")
@@ -239,9 +274,9 @@ def table(shares=SHARES):
         parts = [f"{name} {value / 1e9:,.0f}" for name, value in flop.items() if value]
         cells = [words, ", ".join(parts), f"{n * sum(flop.values()) / 1e18:.2f}"]
         for precision in PEAK:
-            cells.append(
-                f"{hours(n, flop, precision, shares):.1f}" if precision in precisions else ""
-            )
+            duration = hours(n, flop, precision, shares)
+            digits = 1 if duration >= 1 else 2
+            cells.append(f"{duration:.{digits}f}" if precision in precisions else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

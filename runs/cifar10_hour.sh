@@ -2,9 +2,9 @@
 # CIFAR-10 in an hour of one H100: teacher and images from nothing, the 2 x 2 with WRN-16-4 and all
 # labels, AutoAttack standard on 1,000 test images; one seed.
 #
-# NOT RUN as a whole: its lines are tested at toy size. The minutes are estimates: FLOP counted by
-# benchmarks/cost.py over speeds that were measured on an H100 (docs/costs.md). For those of your
-# own machine, add --check to a line. Every command resumes; add --seed 1 and other names for the
+# NOT RUN as a whole: its lines are tested at toy size. The minutes are estimates, the rows "The hour"
+# of docs/costs.md: counted FLOP over speeds of an H100. For those of your own machine, add --check
+# to a line. Every command resumes; add --seed 1 and other names for the
 # next seed. CIFAR-10 lies in data/, as the archive or as class folders; DATA=DIR names another
 # place.
 set -euo pipefail
@@ -18,7 +18,7 @@ recipe="--model wrn-16-4 --epochs 40 --eval-every 4 --eval-n-steps 20"
 dm="--synthetic $images"
 dra="--teacher $teacher --block up_blocks.1.resnets.2 --sigma 0.1"
 
-# ---- 13 minutes: 34 M parameters, 10,000 steps of 256 images, 34 GFLOP an image
+# ---- 12 minutes: 34 M parameters, 10,000 steps of 256 images, 34 GFLOP an image
 python train_diffusion.py $cifar --channels 128 256 256 256 --layers-per-block 2 \
   --batch-size 256 --train-steps 10000 --lr 5e-4 --warmup-steps 1000 --ema-decay 0.9995 \
   --eval-every 1000 --out-dir $teacher
@@ -27,7 +27,7 @@ python generate_synthetic.py $cifar --diffusion $teacher --n-images 100000 --n-s
   --shard-size 10000 --batch-size 1000 --out-dir $images
 
 # ---- 7 minutes each, 8 with DRA: 40 epochs of 50,000 images, 20 GFLOP each and 4 of the teacher
-# ---- and 2 minutes each: AutoAttack. A cell: cell NAME SCRIPT FLAG...
+# ---- and 4 minutes each at most: AutoAttack. A cell: cell NAME SCRIPT FLAG...
 cell() {
   python $2 $cifar $recipe --out-dir $out/$1 "${@:3}"
   python evaluate.py $cifar --attack autoattack --n-images 1000 --batch-size 1000 \

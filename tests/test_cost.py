@@ -118,6 +118,15 @@ class Robust(nn.Module):
         self.backwards += 1
 
 
+def test_the_hour_is_counted_with_the_flags_of_its_script():
+    script = (ROOT / "runs/cifar10_hour.sh").read_text().replace("\\\n  ", "")
+    for flags in (cost.HOUR_UNET, cost.HOUR_CLASSIFIER, cost.HOUR_DRA):
+        words = flags.removeprefix("--dataset cifar10 ").split(" --teacher out ")
+        for part in words:
+            assert part.removeprefix("--dataset cifar10 ") in script
+    assert f"--n-images 100000 --n-steps {(23 + 1) // 2}" in script
+
+
 def test_autoattack_makes_the_passes_that_are_counted():
     """One robust image in l2, where every proposal of Square changes something."""
     model = Robust().eval().requires_grad_(False)
