@@ -18,6 +18,10 @@ Image number `id` has the label id % num_classes and a random generator of its o
 (seed, id). So no image depends on another one, on the number of processes or on where a run was
 interrupted. Shards that exist are skipped: the same command resumes.
 
+With --relabel the network is told no label, and an image has the one that --classifier predicts
+(Carmon et al., arXiv 1905.13736; Gowal et al., arXiv 2110.09468). That is for networks that know no
+classes, and where few labels are known. The classes of such a set are not in balance.
+
 With --keep-fraction, the images of each class that --classifier gives the highest probability of
 their own label are selected, as in DM-AT's sets of 1 M images (the top 20 % of each class; Wang et
 al., arXiv 2302.04638). Nothing is deleted: selection.npy lists the selected rows.
@@ -54,7 +58,9 @@ def parse_args(argv=None):
     add("--n-images", type=cli.count, default=10_000, help="images to generate")
     add("--shard-size", type=cli.count, default=2_500, help="images per shard")
     add("--keep-fraction", type=cli.fraction, help="of each class, by confidence (default: all)")
-    add("--classifier", type=cli.path, help="checkpoint (best.pt, hub:OWNER/NAME) that selects")
+    add("--relabel", action="store_true", help="labels are the predictions of --classifier")
+    what = "checkpoint (best.pt, hub:OWNER/NAME) that selects or labels"
+    add("--classifier", type=cli.path, help=what)
     add("--weights", metavar="NAME", help="the set to take where --classifier holds several")
 
     add = parser.add_argument_group("sampler (defaults and names are EDM's)").add_argument
@@ -79,11 +85,13 @@ def parse_args(argv=None):
     parser.check_data_flags(argv, args)
     args.out_dir = args.out_dir or f"out/synthetic-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
-    if (args.keep_fraction is None) != (args.classifier is None):
-        parser.error("--keep-fraction and --classifier go together")
     uses = {
+        "--keep-fraction": ("--classifier", args.classifier),
+        "--relabel": ("--classifier", args.classifier),
+        "--classifier": ("--keep-fraction or --relabel", args.keep_fraction or args.relabel),
         "--weights": ("--classifier", args.classifier),
         "--guide": ("a --guidance-scale other than 1", args.guidance_scale != 1),
+        "--guidance-scale": ("--guide, or without --relabel", args.guide or not args.relabel),
     }
     parser.refuse_unused(argv, uses)
     if args.keep_fraction == 0:
@@ -104,10 +112,9 @@ def parse_args(argv=None):
 def guided(model, y, scale, guide=None):
     """The guided denoiser D_w of the module docstring, a function of (noisy, sigma).
 
-    y: labels (B,). scale: w. Guidance doubles the batch of each network call, or calls the guide.
+    y: labels (B,), None for none. scale: w. Guidance doubles the batch of each network call, or
+    calls the guide.
     """
-    no_label = torch.full_like(y, model.num_classes)
-    both_labels = torch.cat([y, no_label])
 
     def denoise(noisy, sigma):
         if scale == 1:
@@ -116,6 +123,7 @@ def guided(model, y, scale, guide=None):
             denoised_by_guide = guide.denoise(noisy, sigma, y if guide.num_classes else None)
             difference = model.denoise(noisy, sigma, y) - denoised_by_guide
             return denoised_by_guide + scale * difference
+        both_labels = torch.cat([y, torch.full_like(y, model.num_classes)])
         denoised = model.denoise(noisy.repeat(2, 1, 1, 1), sigma, both_labels)
         conditional, unconditional = denoised.chunk(2)
         return unconditional + scale * (conditional - unconditional)
@@ -134,8 +142,8 @@ def sigma_limits(model, args, guide=None):
 def sample(model, ids, args, guide=None):
     """Generate the images with the given ids, an int64 array (B,).
 
-    Returns uint8 images (B, H, W, C) and int64 labels (B,). Raises UserError where samples are not
-    finite.
+    Returns uint8 images (B, H, W, C), and the int64 labels (B,) that the network was told, None
+    with --relabel. Raises UserError where samples are not finite.
     """
     generators = data.id_streams(args.seed, "generate", ids)
 
@@ -143,7 +151,9 @@ def sample(model, ids, args, guide=None):
         # Drawn on the CPU, so that an image is the same on every device up to rounding.
         return data.normal_of(generators, model.noise_shape).to(model.device)
 
-    y = torch.from_numpy(ids % model.num_classes).to(model.device)
+    y = None
+    if not args.relabel:
+        y = torch.from_numpy(ids % model.num_classes).to(model.device)
     sigma_min, sigma_max = sigma_limits(model, args, guide)
     x = sampling.heun(
         guided(model, y, args.guidance_scale, guide),
@@ -160,25 +170,39 @@ def sample(model, ids, args, guide=None):
         raise UserError(f"--diffusion {args.diffusion}: {reason}")
     x = model.decode(x)
     images = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return images.cpu().numpy(), y.cpu().numpy()
+    return images.cpu().numpy(), None if y is None else y.cpu().numpy()
 
 
 @torch.no_grad()
-def confidences(source, classifier, image_size, batch_size, device, rank, world_size):
+def probabilities(classifier, images, spec, device, precision):
+    """The classifier's (B, K) for uint8 images (B, H, W, C), resized to the data set's size.
+
+    Raises UserError where they are not finite.
+    """
+    x = data.to_x(images, device)
+    size = spec.image_size
+    if x.shape[-1] != size:  # sets of larger images, for training that crops and resizes
+        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+    with run.autocast(device, precision):
+        probs = classifier(x).float().softmax(1)
+    if not probs.isfinite().all():  # argmax of NaN is class 0
+        raise UserError("--classifier: its logits are not finite")
+    return probs
+
+
+def confidences(source, classifier, spec, args, device, rank, world_size):
     """The classifier's probability of each image's own label: float32 (N,), on every rank.
 
-    source: the set. Its images are resized to image_size pixels. Batches are shared out over ranks.
+    source: the set. Batches are shared out over ranks.
     """
     confidence = torch.zeros(len(source), device=device)
+    batch_size = args.batch_size
     starts = range(rank * batch_size, len(source), world_size * batch_size)
     for start in run.progress(starts, rank, desc="select", unit="batch"):
         stop = min(start + batch_size, len(source))
         images, labels = source.gather(np.arange(start, stop))
-        x = data.to_x(images, device)
         y = torch.from_numpy(labels).to(device)
-        if x.shape[-1] != image_size:  # sets of larger images, for training that crops and resizes
-            x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
-        probs = classifier(x).softmax(1)
+        probs = probabilities(classifier, images, spec, device, args.precision)
         confidence[start:stop] = probs.gather(1, y[:, None])[:, 0]
     return run.sum_over_ranks(confidence).cpu().numpy()
 
@@ -268,6 +292,11 @@ def manifest_of(args, spec, model, guide=None):
     if guide is not None:
         manifest["guide_sha256"] = guide.sha256
         manifest["held_out"] = min(model.val_size, guide.val_size)
+    if args.relabel:
+        manifest["label"] = "of a classifier"
+        manifest["labels_of_sha256"] = files.sha256(args.classifier)
+        if args.weights:
+            manifest["labels_of_weights"] = args.weights
     return manifest | {"classes": spec.classes} if spec.classes else manifest
 
 
@@ -282,7 +311,7 @@ def is_made(out_dir, shard):
     return all(os.path.exists(path) for path in shard_paths(out_dir, shard))
 
 
-def generate(model, shards, args, rank, guide=None):
+def generate(model, shards, spec, args, rank, guide=None, classifier=None):
     """Generate and write the given shards."""
     n_images = sum(len(shard_ids(shard, args)) for shard in shards)
     with run.progress(rank=rank, desc="generate", unit="image", total=n_images) as bar:
@@ -291,6 +320,10 @@ def generate(model, shards, args, rank, guide=None):
             images, labels = [], []
             for batch in np.split(ids, range(args.batch_size, len(ids), args.batch_size)):
                 batch_images, batch_labels = sample(model, batch, args, guide)
+                if args.relabel:
+                    settings = (spec, model.device, args.precision)
+                    probs = probabilities(classifier, batch_images, *settings)
+                    batch_labels = probs.argmax(1).cpu().numpy()
                 images.append(batch_images)
                 labels.append(batch_labels)
                 bar.update(len(batch))
@@ -314,10 +347,7 @@ def make_selection(classifier, args, spec, device, rank, world_size):
         raise UserError(f"--out-dir {args.out_dir}: {message}")
     if "selection" in source.manifest:
         return
-    with run.autocast(device, args.precision):
-        confidence = confidences(
-            source, classifier, spec.image_size, args.batch_size, device, rank, world_size
-        )
+    confidence = confidences(source, classifier, spec, args, device, rank, world_size)
     if rank == 0:
         rows = select(confidence, np.concatenate(source.labels), args.keep_fraction)
         files.write_npy(rows, os.path.join(args.out_dir, "selection.npy"))
@@ -353,7 +383,7 @@ def main(args):
     rank, world_size, device = run.start_processes(args.precision)
     spec = open_dataset(args)
     model = load_diffusion(args.diffusion, device, args.precision)
-    model.check_generates(f"--diffusion {args.diffusion}", spec)
+    model.check_generates(f"--diffusion {args.diffusion}", spec, with_labels=not args.relabel)
     guide = load_guide(args, spec, model)
     sigma_min, sigma_max = sigma_limits(model, args, guide)
     if rank == 0 and (sigma_min, sigma_max) != (args.sigma_min, args.sigma_max):
@@ -394,10 +424,10 @@ def main(args):
     missing = [shard for shard in range(n_shards) if not is_made(args.out_dir, shard)]
     run.barrier()
     # Whole shards are shared out over ranks: a shard's batches are the same for any number of them.
-    generate(model, missing[rank::world_size], args, rank, guide)
+    generate(model, missing[rank::world_size], spec, args, rank, guide, classifier)
     run.barrier()
 
-    if classifier is not None:
+    if args.keep_fraction:
         make_selection(classifier, args, spec, device, rank, world_size)
     if rank == 0:
         report(args, spec, train, test, device)

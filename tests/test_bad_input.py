@@ -89,6 +89,13 @@ FLAGS = [
     ("train_diffusion", ["--channels", "8", "8", "8", "8", "8"], ["--channels", "8 pixels"]),
     ("generate_synthetic", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
     ("generate_synthetic", ["--keep-fraction", "0.2"], ["--keep-fraction", "--classifier"]),
+    ("generate_synthetic", ["--relabel"], ["--relabel", "--classifier"]),
+    ("generate_synthetic", ["--classifier", "x.pt"], ["--classifier", "--relabel"]),
+    (
+        "generate_synthetic",
+        ["--relabel", "--classifier", "x.pt", "--guidance-scale", "2"],
+        ["--guidance-scale", "--guide"],
+    ),
     ("generate_synthetic", ["--sigma-min", "90"], ["--sigma-min", "--sigma-max"]),
     ("extract_features", ["--diffusion", "nowhere"], ["nowhere", "no such file"]),
     (

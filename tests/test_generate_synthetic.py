@@ -13,8 +13,10 @@ from diffusers_helper import tiny_ddpm, tiny_unet
 from edm2_helper import EDM2_CONFIGS, edm2_config, edm2_dir
 
 import generate_synthetic
-from common import UserError, data
+import train_at
+from common import UserError, data, files, synthetic
 from published.datasets import DATASETS
+from published.weights import load_classifier
 from teachers import sampling
 from teachers.load import load_diffusion
 
@@ -188,3 +190,38 @@ def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path
         labels = np.load(out / "shard-00000-labels.npy")
         assert np.bincount(labels).tolist() == [2] * 10  # whatever the training images are
     assert min(means[1:]) > means[0] + 0.1
+
+
+def test_relabelled_images_have_the_label_that_a_classifier_predicts(diffusion_dir, tmp_path):
+    """The network is told none, and the classes may be out of balance; the best can be selected."""
+    run = f"--epochs 1 --n-steps 1 --eval-n-steps 1 --out-dir {tmp_path}/at".split()
+    train_at.main(train_at.parse_args(run))
+    checkpoint = f"{tmp_path}/at/best.pt"
+    flags = f"--diffusion {diffusion_dir} --n-images 30 --shard-size 20 --batch-size 10 --n-steps 2"
+    argv = f"{flags} --classifier {checkpoint} --relabel --keep-fraction 0.5".split()
+    argv += ["--out-dir", str(tmp_path / "set")]
+    args = generate_synthetic.parse_args(argv)
+    generate_synthetic.main(args)
+    source = synthetic.open_shards(str(tmp_path / "set"), DATASETS["digits"])
+    images = np.concatenate([np.load(path) for path in sorted(tmp_path.glob("set/*-images.npy"))])
+    labels = np.concatenate([np.load(path) for path in sorted(tmp_path.glob("set/*-labels.npy"))])
+
+    classifier, _ = load_classifier(checkpoint, DATASETS["digits"], "cpu")
+    probs = classifier.eval()(data.to_x(images)).softmax(1)
+    assert np.array_equal(labels, probs.argmax(1).numpy())
+    assert not np.array_equal(labels, np.arange(30) % 10)
+    expected = generate_synthetic.select(probs.amax(1).detach().numpy(), labels, 0.5)
+    assert np.array_equal(np.load(tmp_path / "set" / "selection.npy"), expected)
+    assert source.manifest["labels_of_sha256"] == files.sha256(checkpoint)
+
+    model = load_diffusion(diffusion_dir, "cpu")
+    noise = data.normal_of(data.id_streams(0, "generate", range(10)), (1, 8, 8))
+    null = torch.full((10,), 10)
+
+    def denoise(noisy, sigma):
+        return model.denoise(noisy, sigma, null)
+
+    with torch.no_grad():
+        x = sampling.heun(denoise, noise, sampling.sigma_steps(2, 0.002, 80.0, 7.0))
+    again = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(images[:10], again)

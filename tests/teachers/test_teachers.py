@@ -302,6 +302,9 @@ def test_what_a_network_cannot_do_is_said(ddpm_dir, tmp_path):
     model.check_teaches("t", CIFAR10, with_labels=False)
     said = refusal(model.check_generates, "g", CIFAR10)
     assert said == "g: (pixels, channels, classes) = (32, 3, 0), cifar10 has (32, 3, 10)"
+    model.check_generates("g", CIFAR10, with_labels=False)
+    said = refusal(model.check_generates, "g", DIGITS, False)
+    assert said == "g: (pixels, channels, classes) = (32, 3, 0), digits has (8, 1, 10)"
     said = refusal(model.check_teaches, "t", CIFAR10, True)
     assert said == "t: a network of 0 classes, cifar10 has 10"
     said = refusal(model.check_teaches, "t", DIGITS, False)
