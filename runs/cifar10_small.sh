@@ -20,13 +20,15 @@ recipe="--model wrn-10-2 --n-steps 3 --step-size 4/255 --batch-size 64 --lr 0.2 
   --warmup-fraction 0.2 --epoch-images 3200 --epochs 20 --eval-every 4 --eval-n-steps 10"
 dra="--block up_blocks.1.resnets.1 --sigma 0.1 --head-width 256 --teacher"
 
-# The generator of N labels: the teacher, trained on for a tenth of its steps with them, and its
-# images: generator NAME N_LABELS
-generator() {
-  python train_diffusion.py $cifar $network --init $teacher --n-labels $2 --lr 5e-4 \
-    --train-steps 2000 --eval-every 500 --out-dir $out/diffusion-cifar-$1
-  python generate_synthetic.py $cifar --diffusion $out/diffusion-cifar-$1 --n-images 20000 \
-    --shard-size 2000 --n-steps 10 --out-dir $out/synthetic-cifar-$1
+# The images for N labels: the teacher's, without a label. A standard classifier that has the N
+# labels labels them and keeps the half that it is surest of: images NAME FLAG...
+images() {
+  python train_at.py $cifar --loss standard --model wrn-16-4 --batch-size 64 --lr 0.1 --clip-norm 5 \
+    --epoch-images 3200 --epochs 20 --eval-every 10 --eval-n-steps 1 "${@:2}" \
+    --out-dir out/standard-cifar-$1
+  python generate_synthetic.py $cifar --diffusion $teacher --relabel --keep-fraction 0.5 \
+    --classifier out/standard-cifar-$1/best.pt --n-images 20000 --shard-size 2000 --n-steps 10 \
+    --out-dir $out/synthetic-cifar-$1
 }
 # One cell, attacked by APGD-CE+T: cell NAME CELL SEED SCRIPT FLAG...
 cell() {
@@ -56,10 +58,10 @@ all_labels() { two_by_two all $1; }
 
 # Where no label was seen, nothing was learned of them, and after one step nothing at all.
 python train_diffusion.py $cifar $network --n-labels 0 --train-steps 1 --out-dir $untrained
-generator 1000 1000 & lane=$!
-generator 5000 5000
+images 1000 --n-train 1000 & lane=$!
+images 5000 --n-train 5000
 wait $lane
-generator all 48976
+images all
 for labels in 1000 5000; do
   for seed in 0 2 4; do few_labels $labels $seed; done & lane=$!
   for seed in 1 3; do few_labels $labels $seed; done
