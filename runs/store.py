@@ -66,7 +66,7 @@ PATHS = {"out_dir", "download", "workers", "data_dir", "synthetic", "teacher", "
 # Flags that older rows lack, with the value that describes what those runs did.
 ADDED_LATER = {
     "train_at.py": {"deterministic": True},
-    "train_at_aux.py": {"align_loss": "cosine", "deterministic": True},
+    "train_at_aux.py": {"align_loss": "cosine", "deterministic": True, "teacher_every": 1},
 }
 # What cells of one experiment may differ in.
 VARIED = {
