@@ -52,7 +52,13 @@ def parse_args(argv=None):
     add("--diffusion", type=cli.path, help="directory, .pkl or hub:NAME (out/diffusion-<dataset>)")
     add = parser.add_argument_group("features").add_argument
     add("--blocks", nargs="+", help="blocks of the network (default: all)")
-    add("--sigmas", type=cli.positive, nargs="+", default=SIGMAS, help="noise levels, of [-1, 1]")
+    add(
+        "--sigmas",
+        type=cli.positive,
+        nargs="+",
+        default=SIGMAS,
+        help="noise levels, for images in [-1, 1]",
+    )
     add("--n-draws", type=cli.count, default=1, help="draws of noise per image")
     add = parser.add_argument_group("probe").add_argument
     add("--probe", action="store_true", help="fit a linear probe per block and sigma")
@@ -79,7 +85,7 @@ def parse_args(argv=None):
     uses = {
         "--eps": ("--probe or --verdict", args.probe),
         "--n-attacked": ("--eps", args.eps),
-        "--verdict": ("--probe-split val", args.probe_split == "val"),
+        "--probe-split": ("--probe; --verdict looks at val only", not args.verdict),
         "--pupil": ("--verdict", args.verdict),
     }
     parser.refuse_unused(argv, uses)

@@ -14,17 +14,17 @@ images. A guide without classes is not told the label.
 
     D_w(x; sigma, y) = D_guide(x; sigma, y) + w (D(x; sigma, y) - D_guide(x; sigma, y))
 
-Image number `id` has the label id % num_classes and a random generator of its own, seeded by
-(seed, id). So no image depends on another one, on the number of processes or on where a run was
-interrupted. Shards that exist are skipped: the same command resumes.
+Image number `id` has a random generator of its own, seeded by (seed, id), and, without --relabel,
+the label id % num_classes. So no image depends on another one, on the number of processes or on
+where a run was interrupted. Shards that exist are skipped: the same command resumes.
 
 With --relabel the network is told no label, and an image has the one that --classifier predicts
-(Carmon et al., arXiv 1905.13736; Gowal et al., arXiv 2110.09468). That is for networks that know no
-classes, and where few labels are known. The classes of such a set are not in balance.
+(Carmon et al., arXiv 1905.13736; Gowal et al., arXiv 2110.09468). That is for networks without
+classes, or when labels are few. The classes of such a set are not in balance.
 
 With --keep-fraction, the images of each class that --classifier gives the highest probability of
-their own label are selected, as in DM-AT's sets of 1 M images (the top 20 % of each class; Wang et
-al., arXiv 2302.04638). Nothing is deleted: selection.npy lists the selected rows.
+their label, told or predicted, are selected, as in DM-AT's sets of 1 M images (the top 20 % of each
+class; Wang et al., arXiv 2302.04638). Nothing is deleted: selection.npy lists the selected rows.
 
     python generate_synthetic.py    # 10,000 digits, about a minute on two CPU cores
     torchrun --nproc_per_node 8 generate_synthetic.py --dataset cifar10 \
@@ -65,11 +65,16 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("sampler (defaults and names are EDM's)").add_argument
     add("--n-steps", type=cli.count, default=18, help="noise levels; 2 n - 1 network calls")
-    add("--sigma-min", type=cli.positive, default=0.002, help="lowest noise level, of [-1, 1]")
+    add(
+        "--sigma-min",
+        type=cli.positive,
+        default=0.002,
+        help="lowest noise level, for images in [-1, 1]",
+    )
     add("--sigma-max", type=cli.positive, default=80.0, help="highest noise level")
     add("--rho", type=cli.positive, default=7.0, help="exponent of the noise levels' spacing")
     add("--guidance-scale", type=cli.non_negative, default=1.0, help="w, see above; 1 is off")
-    add("--guide", type=cli.path, help="network D_guide, see above; as --diffusion is given")
+    add("--guide", type=cli.path, help="network D_guide, see above: directory, .pkl or hub:NAME")
     add("--s-churn", type=cli.non_negative, default=0.0, help="stochasticity; 0 is deterministic")
     add("--s-tmin", type=cli.non_negative, default=0.05, help="lowest noise level that is churned")
     add("--s-tmax", type=cli.positive, default=50.0, help="highest noise level that is churned")
@@ -91,9 +96,10 @@ def parse_args(argv=None):
         "--classifier": ("--keep-fraction or --relabel", args.keep_fraction or args.relabel),
         "--weights": ("--classifier", args.classifier),
         "--guide": ("a --guidance-scale other than 1", args.guidance_scale != 1),
-        "--guidance-scale": ("--guide, or without --relabel", args.guide or not args.relabel),
     }
     parser.refuse_unused(argv, uses)
+    if args.relabel and args.guidance_scale != 1 and args.guide is None:
+        parser.error("argument --guidance-scale: guides by a label; with --relabel give --guide")
     if args.keep_fraction == 0:
         parser.error("argument --keep-fraction: 0 would keep nothing")
     if args.sigma_min >= args.sigma_max:

@@ -178,11 +178,13 @@ def parse_args(argv=None):
     add("--mixup", type=cli.non_negative, help="alpha of MixUp; 0 is off")
     add("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp, one is drawn a batch")
     add = parser.add_argument_group("alignment with the diffusion model (DRA)").add_argument
-    add("--teacher", type=cli.path, help="directory, .pkl or hub:NAME (out/diffusion-<dataset>)")
+    add(
+        "--teacher", type=cli.path, help="directory, .pkl or hub:NAME; else out/diffusion-<dataset>"
+    )
     add("--block", help="block of the teacher that gives the target; without it, by its family")
     add("--sigma", type=cli.positive, help="noise level of the teacher's input, images in [-1, 1]")
     add("--teacher-label", choices=["none", "true"], default="none", help="label the teacher gets")
-    add("--teacher-every", type=cli.count, default=1, help="K: each K-th image has a target")
+    add("--teacher-every", type=cli.count, default=1, help="K: align every K-th image only")
     add("--aux-weight", type=cli.non_negative, help="weight of the alignment loss")
     add("--align", choices=["adv", "clean", "both"], default="adv", help="images that are aligned")
     add("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="or InfoNCE")

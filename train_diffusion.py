@@ -13,8 +13,9 @@ conditional (it generates labelled images) and unconditional (its features canno
     python train_diffusion.py                        # digits, 2 minutes on two CPU cores
     torchrun --nproc_per_node 8 train_diffusion.py   # the same with 8 processes
 
-Writes the averaged network to --out-dir as diffusers.UNet2DModel.from_pretrained reads it. Running
-the same command again resumes. The preconditioning stands in common/diffusion.py.
+Writes the averaged network to --out-dir as diffusers.UNet2DModel.from_pretrained reads it (with
+--self-conditioning, without the part of that). Running the same command again resumes. The
+preconditioning stands in common/diffusion.py.
 """
 
 import argparse
@@ -56,11 +57,11 @@ def parse_args(argv=None):
         "--patch",
         type=cli.count,
         default=1,
-        help="pixels of a square that are one place's channels",
+        help="P: P x P pixels become the channels of one place",
     )
     add("--channels", type=cli.count, nargs="+", default=[24, 48], help="of each resolution")
     add("--layers-per-block", type=cli.count, default=1, help="residual blocks per resolution")
-    what = "the decoder is guided by features of the middle (DDAE++)"
+    what = "add the middle block's pooled output to the decoder's embedding (after DDAE++)"
     # Not False without it: directories of runs before there was this flag are resumed.
     add("--self-conditioning", action="store_true", default=None, help=what)
     add = parser.add_argument_group("loss").add_argument

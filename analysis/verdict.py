@@ -3,8 +3,8 @@
 A teacher can only teach what it knows. What it knows of the classes is measured by linear probes of
 its features, fitted on the labels that the classifier has: its pupil. The probes are held against
 those of a control, the same network with its weights shuffled, and against the pupil itself, all on
-the same held-out images. Whether such a verdict predicts the effect of DRA is told in
-docs/representations.md.
+the same held-out images. Only clean accuracy is compared, not robustness. docs/verdict.md tells
+whether a verdict predicts the effect of DRA.
 
 The probes are fitted in extract_features.py; `correct` is always a bool array with an entry per
 held-out image.

@@ -123,7 +123,7 @@ def add_data_flags(parser, datasets, splits=True):
     if splits:
         add("--val-size", type=count, help="first training images, held out (200, 1024 or a tenth)")
         add("--n-train", type=count, help="use the next so many training images (default: all)")
-        what = "of those, how many times as many of the first class as of the last (long tail)"
+        what = "long tail: RATIO times as many images of the first class as of the last"
         add("--imbalance", type=at_least_1, metavar="RATIO", help=what)
     return group
 

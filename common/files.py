@@ -162,10 +162,25 @@ def reading(path, expected):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
     except Exception as error:
-        message = f"{path}: truncated, broken, or not {expected}"
+        message = f"truncated, broken, or not {expected}"
         if is_for_users(error):
             message += f" ({first_line(error)})"
-        raise UserError(message) from error
+        message = _download_error(path) or message
+        raise UserError(f"{path}: {message}") from error
+
+
+def _download_error(path):
+    """What a download has left in place of a file, in words; None where it looks like a file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200).lstrip().lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs; git lfs pull fetches the file itself"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, so the download failed; fetch the file itself"
+    return None
 
 
 def is_for_users(error):

@@ -4,8 +4,8 @@
 #
 # NOT RUN HERE: no such data, weights or GPUs were at hand. Each line was only seen to parse; expect
 # to mend settings. Meant for one node of 8 GPUs of 80 GB (H100 or A100); docs/costs.md estimates
-# the hours. Every command resumes or skips what is finished; run a line alone as you like. One row
-# is one seed: add --seed 1 and another name for the next.
+# the hours. LAUNCH=python runs on one GPU. Every command resumes or skips what is finished; delete
+# the rows that you do not want. One row is one seed: add --seed 1 and another name for the next.
 #
 # NVlabs has no CIFAR-100 network. The teacher is CIFAR-10's unconditional one: another data set of
 # the same kind of photographs, and none of CIFAR-100's labels in it. Files to fetch yourself:
@@ -21,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=4
 out=out/cifar100
-launch="torchrun --nproc_per_node 8"
+launch=${LAUNCH:-torchrun --nproc_per_node 8}
 
 # One row: a classifier and AutoAttack on it. row NAME SCRIPT FLAG...
 row() {

@@ -6,15 +6,14 @@
 # NOT RUN HERE: no such data, weights or GPUs were at hand. Each line was only seen to parse; expect
 # to mend settings. Meant for one node of 8 GPUs of 80 GB (H100 or A100), 64 or more CPU cores to
 # decode, and 300 GB of disk for the synthetic set; docs/costs.md estimates the hours. Decoding and
-# augmentation on the CPU are not in them, and may well be what takes the time. Every command
-# resumes or skips what is finished; run a line alone as you like. One row is one seed: add --seed 1
-# and another name for the next.
+# augmentation on the CPU are not in them, and may well be what takes the time. LAUNCH=python runs on
+# one GPU. Every command resumes or skips what is finished; delete the rows that you do not want. One
+# row is one seed: add --seed 1 and another name for the next.
 #
 # Put train/ and val/ of ILSVRC-2012 into data/imagenet. The teacher is JiT-B/16 at 256 pixels, which
-# needs no VAE: with a target for every second image it adds a sixth to the FLOP of a ConvNeXt-T's
-# step. The generator is DiT-XL/2, fetched from the hub (its model card has the licence). As a
-# teacher it would cost five times the step, because its VAE encodes each image. The ADM teacher of
-# 64 pixels, in the ablations, has a target for every fifth image.
+# needs no VAE; every second image has a target (docs/costs.md). The generator is DiT-XL/2, fetched
+# from the hub, CC BY-NC 4.0: not for commercial use. The ADM teacher of 64 pixels, in the ablations,
+# has a target for every fifth image.
 # Files to fetch yourself:
 #   data/jit-b-16/checkpoint-last.pth
 #     JiT-B/16, by the links of github.com/LTH14/JiT, MIT licence
@@ -28,7 +27,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=4
 out=out/imagenet
-launch="torchrun --nproc_per_node 8"
+launch=${LAUNCH:-torchrun --nproc_per_node 8}
 imagenet="--dataset imagenet --data-dir data/imagenet"
 train="$imagenet --init torchvision"
 attack="$imagenet --image-list data/imagenet_test_image_ids.txt --n-images 5000 --batch-size 50"
@@ -77,8 +76,10 @@ for sigma in 0.1 1; do ablation sigma-$sigma train_at_aux.py $dra --sigma $sigma
 for n in 2 8; do ablation block-$n train_at_aux.py $dra --block blocks.$n; done
 # Images that have a target (the default is every second)
 for k in 1 4; do ablation every-$k train_at_aux.py $dra --teacher-every $k; done
-# Teacher: ADM at 64 pixels (never trained on the null label: the script warns)
+# Teacher: JiT and ADM at 64 pixels (never trained on the null label: the script warns), both with a
+# target for every fifth image
 python -m teachers.edm convert data/edm-imagenet-64x64-cond-adm.pkl out/teacher-imagenet-64
+ablation every-5 train_at_aux.py $dra --teacher-every 5
 ablation teacher-adm train_at_aux.py --teacher out/teacher-imagenet-64 --teacher-every 5
 # Share of synthetic images in a batch, DM-AT
 for share in 0.3 0.7; do

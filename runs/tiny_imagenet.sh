@@ -4,8 +4,8 @@
 #
 # NOT RUN HERE: no such data, weights or GPUs were at hand. Each line was only seen to parse; expect
 # to mend settings. Meant for one node of 8 GPUs of 80 GB (H100 or A100); docs/costs.md estimates
-# the hours. Every command resumes or skips what is finished; run a line alone as you like. One row
-# is one seed: add --seed 1 and another name for the next.
+# the hours. LAUNCH=python runs on one GPU. Every command resumes or skips what is finished; delete
+# the rows that you do not want. One row is one seed: add --seed 1 and another name for the next.
 #
 # The teacher is NVlabs' ImageNet-64 network. It is class-conditional and was never trained on the
 # null label that it gets here (the script warns). And Tiny ImageNet is cut from ImageNet: the
@@ -19,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=4
 out=out/tiny-imagenet
-launch="torchrun --nproc_per_node 8"
+launch=${LAUNCH:-torchrun --nproc_per_node 8}
 dm="--synthetic data/synthetic/tiny-imagenet-1m.npz"
 dra="--teacher out/teacher-imagenet-64"
 

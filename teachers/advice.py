@@ -45,7 +45,8 @@ def _missing(path):
         return f"an address, {EXPECTED}"
     owner = path.split("/")[0]
     ending = os.path.splitext(path)[1]
-    if re.fullmatch(REPOSITORY, path) and not os.path.exists(owner) and ending not in ENDINGS:
+    is_repository = re.fullmatch(REPOSITORY, path) and owner not in ("out", "data", "docs")
+    if is_repository and not os.path.exists(owner) and ending not in ENDINGS:
         return f"no such file or directory; a model of the hub is written hub:{path}"
     return f"no such file or directory, {EXPECTED}"
 

@@ -265,9 +265,6 @@ def _indexed(index, path):
 
 def _read_tensors(path):
     """The tensors of a file of weights by name, read as data."""
-    with files.reading(path, "a file of weights"), open(path, "rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise UserError(f"{path}: a pointer of git-lfs; git lfs pull fetches the file itself")
     if path.endswith(FORMATS[0]):
         return files.read_safetensors(path)
     return read_checkpoint(path)

@@ -125,6 +125,10 @@ def read(path):
     Raises UserError where the file is missing or broken, or asks for anything that could run.
     """
     with files.reading(path, "a readable NVlabs network"), open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            converted = "SiT's and JiT's are converted by teachers.sit and teachers.jit"
+            raise UserError(f"{path}: a file of torch.save, expected NVlabs' .pkl; {converted}")
+        file.seek(0)
         try:
             with warnings.catch_warnings(action="ignore"):  # torch's own, of TypedStorage
                 return _Network(os.path.getsize(path)).load(file)

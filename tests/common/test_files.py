@@ -126,6 +126,12 @@ def test_missing_wrong_and_foreign_files_are_named(tmp_path):
     (tmp_path / "b.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="broken, or not a JSON object"):
         files.read_json(tmp_path / "b.json")
+    (tmp_path / "b.json").write_text("\n<!DOCTYPE html><html>Sign in</html>")
+    with pytest.raises(UserError, match="b.json: a web page, so the download failed"):
+        files.read_json(tmp_path / "b.json")
+    (tmp_path / "c.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(UserError, match="c.safetensors: a pointer of git-lfs"):
+        files.read_safetensors(tmp_path / "c.safetensors")
     whole = (tmp_path / "c.npy").read_bytes()
     for size in (0, 5, 50, 100, len(whole) - 1):
         (tmp_path / "d.npy").write_bytes(whole[:size])
