@@ -9,6 +9,7 @@ The attacks of AutoAttack, sanity checks, results and comparisons stand in evalu
     python evaluate.py --model diffusion-classifier --teacher out/diffusion-digits --n-images 100
     python evaluate.py --compare out/a/results-best-apgd-linf-0.15.npz \
         out/b/results-best-apgd-linf-0.15.npz
+    python evaluate.py --checkpoint out/train_at-digits/best.pt --export hub
 
   clean       no attack
   pgd         PGD with random restarts: a sanity check, never the number to report
@@ -32,9 +33,13 @@ one of hub:OWNER/NAME (with -n<n>, -seed<seed>, ... where they are given), and a
 entry per image: index, label, clean_correct, robust, fooled_by. Until then, every attack of every
 chunk is kept in the directory <result>.parts, from which the same command goes on. A result that
 exists is printed again.
+
+--export hub writes a folder for the Hugging Face hub: the weights, all finished results of them and
+a card (published/model_card.py). --checkpoint takes such a folder.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
 import time
@@ -45,9 +50,10 @@ from torch import nn
 from common import UserError, attacks, cli, data, files, run
 from evaluation import autoattack, compare, curve, restarts, robustbench, sanity, verdicts
 from evaluation.image_list import select_listed
+from published import model_card
 from published.datasets import DATASETS, open_dataset, spec_of
 from published.image_files import check_images
-from published.weights import load_classifier
+from published.weights import description_of, load_classifier
 from teachers import classifier
 from teachers.load import load_diffusion
 
@@ -77,7 +83,8 @@ def parse_args(argv=None):
     add("--n-images", type=cli.count, help="only the first n test images (default: all)")
     add("--image-list", type=cli.path, help="only its images, one <class>/<file> a line")
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", type=cli.path, help="best.pt; with --model others', also hub:OWNER/NAME")
+    what = "best.pt, a folder of --export hub, hub:OWNER/NAME; with --model others' weights"
+    add("--checkpoint", type=cli.path, help=what)
     add("--model", help=f"network of others' weights, such as wrn-28-10; {', '.join(GENERATIVE)}")
     add("--weights", metavar="NAME", help="the set to take where --checkpoint holds several")
     add("--mean", type=cli.ratio, nargs="+", help="what --model subtracts (default: the data's)")
@@ -92,7 +99,7 @@ def parse_args(argv=None):
     add("--eps", type=cli.positive, nargs="+", help="radii, x in [0, 1] (default: the usual one)")
     add = parser.add_argument_group("attack").add_argument
     add("--attack", choices=ATTACKS, default="apgd", help="see above")
-    add("--transfer-from", type=cli.path, help="best.pt whose adversarial images are tried")
+    add("--transfer-from", type=cli.path, help="checkpoint whose adversarial images are tried")
     add("--loss", choices=["margin", "ce"], default="margin", help="loss of pgd")
     add("--n-steps", type=cli.count, default=40, help="steps of pgd")
     add("--n-restarts", type=cli.count, default=5, help="random restarts of pgd")
@@ -105,16 +112,18 @@ def parse_args(argv=None):
     add("--seed", type=cli.seed, default=0, help="seed of the attacks and of --n-noise")
     add("--sanity-images", type=cli.count0, default=100, help="first images checked, 0 for none")
     add("--compile", action="store_true", help="torch.compile; its rounding may flip a verdict")
-    add("--out", type=cli.path, help="result file, .json (default: beside --checkpoint)")
+    what = "result file, .json (default: beside --checkpoint); folder of --export hub (hub there)"
+    add("--out", type=cli.path, help=what)
     add = parser.add_argument_group("instead of an evaluation").add_argument
     add(
         "--compare",
         nargs=2,
         type=cli.path,
         metavar=("A.npz", "B.npz"),
-        help="compare two results by image",
+        help="compare two results by image, files or hub:OWNER/NAME/FILE.npz",
     )
-    add("--export", choices=["robustbench"], help="RobustBench's files of a finished result")
+    what = "RobustBench's files of one finished result; a folder for the hub, with all results"
+    add("--export", choices=["robustbench", "hub"], help=what)
     args = parser.parse_args(argv)
     if args.compare:
         others = cli.flags_given(argv) - {"--compare"}
@@ -160,6 +169,9 @@ def check_args(parser, argv, args):
         not_exported += ("--data-dir",)
     not_exported += ("--weights", "--sanity-images", "--precision", "--compile", "--check")
     parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
+    of_one_result = ("--n-images", "--image-list", "--norm", "--eps", "--attack", "--seed")
+    one_result = ("one result, not --export hub", args.export != "hub")
+    parser.refuse_unused(argv, dict.fromkeys(of_one_result, one_result))
 
     if not args.checkpoint and args.model != "diffusion-classifier":
         parser.error("argument --checkpoint: required")
@@ -197,7 +209,7 @@ def check_args(parser, argv, args):
         parser.check_radius("--eps", eps, args.norm, spec)
     parser.check_radius("--step-size", args.step_size, args.norm, spec)
 
-    if args.out and not args.out.endswith(".json"):
+    if args.out and args.export != "hub" and not args.out.endswith(".json"):
         parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
     if args.out and len(radii(args)) > 1:
         parser.error("argument --out: one result; several --eps are written beside the checkpoint")
@@ -226,11 +238,14 @@ def result_path(args, radius):
     """
     if args.out:
         return args.out
-    if args.checkpoint and not args.checkpoint.startswith("hub:"):
-        folder, name = os.path.split(os.path.splitext(args.checkpoint)[0])
-    elif args.checkpoint:  # of the hub
+    if args.checkpoint and args.checkpoint.startswith("hub:"):
         name = args.checkpoint.rpartition("/")[2]
         folder = f"out/{name}"
+    elif args.checkpoint and os.path.isdir(args.checkpoint):  # a published folder: not into it
+        folder, name = os.path.split(os.path.abspath(args.checkpoint))
+        folder = os.path.relpath(folder)
+    elif args.checkpoint:
+        folder, name = os.path.split(os.path.splitext(args.checkpoint)[0])
     else:
         folder = f"out/diffusion-classifier-{args.dataset}"
         name = f"{args.n_noise}-draws"
@@ -548,12 +563,37 @@ def export_robustbench(args):
     )
 
 
+def export_hub(args):
+    """Write the folder in which the checkpoint is published, with all finished results of it."""
+    spec = open_dataset(args)
+    model, about = load_classifier(args.checkpoint, spec, "cpu")
+    about = description_of(about, spec)
+    weights = model_card.weights_of(model, about)
+    run_dir = os.path.dirname(args.checkpoint)
+    digests = (files.sha256(args.checkpoint), hashlib.sha256(weights).hexdigest())
+    results, others = verdicts.results_of(run_dir, digests)
+    if not any(result["attack"] in model_card.REPORTED for result in results.values()):
+        found = f"no finished result of {', '.join(model_card.REPORTED)} is beside it"
+        remedy = "put --attack autoattack in the place of --export hub to make one"
+        raise UserError(f"--checkpoint {args.checkpoint}: {found}; {remedy}")
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    out_dir = args.out or os.path.join(run_dir, "hub")
+    model_card.export(
+        out_dir, args.checkpoint, weights, about, n_parameters, results=results, others=others
+    )
+
+
 def main(args):
+    if (args.compare or args.export) and cli.rank() != "0":
+        return
     if args.compare:
         compare.compare(*args.compare)
         return
-    if args.export:
+    if args.export == "robustbench":
         export_robustbench(args)
+        return
+    if args.export == "hub":
+        export_hub(args)
         return
 
     rank, world_size, device = run.start_processes(args.precision)

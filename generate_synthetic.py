@@ -31,22 +31,43 @@ class; Wang et al., arXiv 2302.04638). Nothing is deleted: selection.npy lists t
         --diffusion out/edm-cifar10-cond --n-images 1000000 --n-steps 20
 
 The directory holds shard-00000-images.npy (uint8, NHWC), shard-00000-labels.npy (int64) and so on,
-manifest.json and samples.png.
+manifest.json and samples.png; memorisation.json has what the check for memorised images found.
+
+--export hub adds a card and checksums (published/set_card.py): the directory can be uploaded then.
+Whoever has the network can make any shard again, by the settings in manifest.json, and compare:
+
+    python generate_synthetic.py --out-dir out/synthetic-digits --verify 2
 """
 
 import math
 import os
+from argparse import ArgumentTypeError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common import UserError, cli, data, files, run
-from common.synthetic import allow_open_files, open_shards, shard_paths
+from common.synthetic import allow_open_files, open_shards, read_manifest, shard_paths
+from published import cards, set_card
 from published.datasets import DATASETS, open_dataset
 from published.weights import load_classifier
 from teachers import sampling
 from teachers.load import load_diffusion
+
+SAMPLER = {  # flags that manifest.json has under "sampler", and their types
+    "n_steps": cli.count,
+    "sigma_min": cli.positive,
+    "sigma_max": cli.positive,
+    "rho": cli.positive,
+    "guidance_scale": cli.non_negative,
+    "s_churn": cli.non_negative,
+    "s_tmin": cli.non_negative,
+    "s_tmax": cli.positive,
+    "s_noise": cli.positive,
+    "batch_size": cli.count,
+}
+NEAR = 0.1  # l2 distance to a training image, of x in [0, 1], below which an image is memorised
 
 
 def parse_args(argv=None):
@@ -86,10 +107,22 @@ def parse_args(argv=None):
     cli.add_precision_flag(add)
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
 
+    add = parser.add_argument_group("instead of generating").add_argument
+    add("--export", choices=["hub"], help="add a card and checksums to the finished set")
+    what = "make shard K again and compare; status 1 where it differs; writes nothing"
+    add("--verify", type=cli.count0, metavar="K", help=what)
+
     args = parser.parse_args(argv)
     parser.check_data_flags(argv, args)
     args.out_dir = args.out_dir or f"out/synthetic-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
+    if args.export:
+        check_alone(parser, argv, "--export", "--dataset --data-dir --image-size --out-dir")
+        return args
+    if args.verify is not None:
+        others = "--dataset --data-dir --image-size --diffusion --guide --classifier --out-dir"
+        check_alone(parser, argv, "--verify", others)
+        return args
     uses = {
         "--keep-fraction": ("--classifier", args.classifier),
         "--relabel": ("--classifier", args.classifier),
@@ -110,6 +143,13 @@ def parse_args(argv=None):
     if args.rho < 0.1:
         parser.error(f"argument --rho: {args.rho}, expected at least 0.1 (EDM uses 7)")
     return args
+
+
+def check_alone(parser, argv, flag, others):
+    """End with an error where flags other than `others`, a text, stand beside `flag`."""
+    unused = sorted(cli.flags_given(argv) - {flag, *others.split()})
+    if unused:
+        parser.error(f"argument {flag}: goes with {others} alone, given {' '.join(unused)}")
 
 
 # ---------------------------------------------------------------------------------- the method
@@ -267,19 +307,8 @@ def load_guide(args, spec, model):
 
 def manifest_of(args, spec, model, guide=None):
     """All that the shards' bytes depend on. Selecting images adds an entry "selection"."""
-    sigma_min, sigma_max = sigma_limits(model, args, guide)
-    sampler = {
-        "n_steps": args.n_steps,
-        "sigma_min": sigma_min,
-        "sigma_max": sigma_max,
-        "rho": args.rho,
-        "guidance_scale": args.guidance_scale,
-        "s_churn": args.s_churn,
-        "s_tmin": args.s_tmin,
-        "s_tmax": args.s_tmax,
-        "s_noise": args.s_noise,
-        "batch_size": args.batch_size,
-    }
+    sampler = {name: getattr(args, name) for name in SAMPLER}
+    sampler["sigma_min"], sampler["sigma_max"] = sigma_limits(model, args, guide)
     manifest = {
         "format": 2,
         "dataset": spec.name,
@@ -317,6 +346,20 @@ def is_made(out_dir, shard):
     return all(os.path.exists(path) for path in shard_paths(out_dir, shard))
 
 
+def batches_of(ids, args):
+    """The ids of a shard's images in the batches in which they are sampled, a list of arrays."""
+    return np.split(ids, range(args.batch_size, len(ids), args.batch_size))
+
+
+def sample_labelled(model, ids, spec, args, guide, classifier):
+    """The images of `sample`, with the labels told or, with --relabel, predicted."""
+    images, labels = sample(model, ids, args, guide)
+    if args.relabel:
+        probs = probabilities(classifier, images, spec, model.device, args.precision)
+        labels = probs.argmax(1).cpu().numpy()
+    return images, labels
+
+
 def generate(model, shards, spec, args, rank, guide=None, classifier=None):
     """Generate and write the given shards."""
     n_images = sum(len(shard_ids(shard, args)) for shard in shards)
@@ -324,12 +367,9 @@ def generate(model, shards, spec, args, rank, guide=None, classifier=None):
         for shard in shards:
             ids = shard_ids(shard, args)
             images, labels = [], []
-            for batch in np.split(ids, range(args.batch_size, len(ids), args.batch_size)):
-                batch_images, batch_labels = sample(model, batch, args, guide)
-                if args.relabel:
-                    settings = (spec, model.device, args.precision)
-                    probs = probabilities(classifier, batch_images, *settings)
-                    batch_labels = probs.argmax(1).cpu().numpy()
+            for batch in batches_of(ids, args):
+                made = sample_labelled(model, batch, spec, args, guide, classifier)
+                batch_images, batch_labels = made
                 images.append(batch_images)
                 labels.append(batch_labels)
                 bar.update(len(batch))
@@ -364,6 +404,8 @@ def make_selection(classifier, args, spec, device, rank, world_size):
 def report(args, spec, train, test, device):
     """Print the number of images per class, check for memorised images, and draw samples.png.
 
+    What the check finds goes into memorisation.json, too.
+
     train, test: uint8 (N, H, W, C); None for data sets of a million files, where the check would
     take days, and pixels at 256 x 256 tell little.
     """
@@ -376,16 +418,167 @@ def report(args, spec, train, test, device):
         generated = nearest_distances(images, train, device)
         held_out = nearest_distances(test, train, device)
         means = f"generated {generated.mean():.3f}, test images {held_out.mean():.3f}"
-        n_near = (generated < 0.1).sum()
+        n_near = int((generated < NEAR).sum())
         title = "nearest training image, mean l2 distance (memorised images lie near 0)"
-        print(f"{title}: {means}; generated below 0.1: {n_near}")
+        print(f"{title}: {means}; generated below {NEAR}: {n_near}")
+        found = {
+            "n_generated": n_shown,
+            "n_train": len(train),
+            "n_test": len(test),
+            "mean_generated": generated.mean().item(),
+            "mean_test": held_out.mean().item(),
+            "near": NEAR,
+            "n_near": n_near,
+        }
+        files.write_json(found, os.path.join(args.out_dir, "memorisation.json"))
     n_classes = min(10, spec.num_classes)
     examples = [np.flatnonzero(labels == label)[:10] for label in range(n_classes)]
     x = data.to_x(images[np.concatenate(examples)])
     run.save_images(x, os.path.join(args.out_dir, "samples.png"), columns=10)
 
 
+# ------------------------------------------------------------------------- instead of generating
+
+
+def export_hub(args):
+    """Add a card and checksums to a finished set."""
+    if cli.rank() != "0":
+        return
+    spec = open_dataset(args)
+    set_card.export(args.out_dir, open_shards(args.out_dir, spec))
+
+
+def use_manifest(args, manifest):
+    """Give the flags the values that a manifest records.
+
+    Raises UserError where one is missing or damaged, or where the set has no shard --verify.
+    """
+    path = os.path.join(args.out_dir, "manifest.json")
+    sampler = manifest.get("sampler")
+    recorded = sampler if isinstance(sampler, dict) else {}
+    recorded = {name: recorded.get(name) for name in SAMPLER} | {"seed": manifest.get("seed")}
+    for name, value in recorded.items():
+        kind = SAMPLER.get(name, cli.seed)
+        try:
+            setattr(args, name, kind(str(value)))
+        except ArgumentTypeError as error:
+            raise UserError(f"{path}: damaged, {name}: {error}") from error
+    args.precision = manifest.get("precision")
+    shape = manifest.get("image_shape")
+    sound = args.precision in ("fp32", "tf32", "bf16") and isinstance(shape, list)
+    if not sound or not all(isinstance(size, int) for size in shape):
+        found = f"its precision is {args.precision}, its image_shape {shape}"
+        raise UserError(f"{path}: damaged, {found}")
+    args.n_images = manifest["n"]
+    args.shard_size = manifest["shard_size"]
+    n_shards = math.ceil(args.n_images / args.shard_size)
+    if args.verify >= n_shards:
+        raise UserError(f"--verify {args.verify}: {args.out_dir} has shards 0 to {n_shards - 1}")
+
+
+def load_verified(flag, path, expected, device, precision):
+    """The network of a flag, which must have the SHA-256 `expected`; None for None and None."""
+    if expected is None and path is None:
+        return None
+    if path is None or expected is None:
+        there = "has" if expected else "was made without"
+        raise UserError(f"{flag}: the set {there} such a network, by its manifest.json")
+    network = load_diffusion(path, device, precision)
+    if network.sha256 != expected:
+        found = f"its SHA-256 is {network.sha256[:12]}..., the set's manifest.json has"
+        raise UserError(f"{flag} {path}: another network, {found} {str(expected)[:12]}...")
+    return network
+
+
+def load_labeller(args, manifest, spec, device):
+    """The classifier of --classifier, which labelled the set; None where none did.
+
+    Raises UserError where it is missing, another one, or not of use.
+    """
+    expected = manifest.get("labels_of_sha256")
+    if (expected is None) != (args.classifier is None):
+        whose = "predictions of a classifier" if expected else "those that the network was told"
+        raise UserError(f"--classifier: the labels of the set are {whose}, by its manifest.json")
+    if expected is None:
+        return None
+    if files.sha256(args.classifier) != expected:
+        raise UserError(f"--classifier {args.classifier}: not the one that labelled the set")
+    weights = manifest.get("labels_of_weights")
+    classifier, _ = load_classifier(args.classifier, spec, device, weights=weights)
+    return classifier
+
+
+def verify(args):
+    """Make one shard of a set again, by its manifest.json, and compare it bit for bit.
+
+    Writes nothing. Ends with status 1 where images or labels differ, as cmp and sha256sum do.
+    """
+    manifest = read_manifest(args.out_dir)
+    use_manifest(args, manifest)
+    ids = shard_ids(args.verify, args)
+    images_path, labels_path = shard_paths(args.out_dir, args.verify)
+    images = files.open_npy(images_path, np.uint8, (len(ids), *manifest["image_shape"]))
+    labels = files.open_npy(labels_path, np.int64, (len(ids),))
+    rank, world_size, device = run.start_processes(args.precision)
+    networks = []
+    for flag, path, key in (
+        ("--diffusion", args.diffusion, "network_sha256"),
+        ("--guide", args.guide, "guide_sha256"),
+    ):
+        networks.append(load_verified(flag, path, manifest.get(key), device, args.precision))
+    model, guide = networks
+    spec = open_dataset(args)
+    classifier = load_labeller(args, manifest, spec, device)
+    args.relabel = classifier is not None
+
+    gaps = torch.zeros(256, dtype=torch.long)  # numbers of values, by their distance
+    n_other = torch.zeros(2, dtype=torch.long)  # images that differ, labels that differ
+    batches = batches_of(ids, args)[rank::world_size]
+    for batch in run.progress(batches, rank, desc="verify", unit="batch"):
+        made = sample_labelled(model, batch, spec, args, guide, classifier)
+        made_images, made_labels = made
+        rows = batch - ids[0]
+        gap = np.abs(made_images.astype(np.int16) - images[rows])
+        gaps += torch.from_numpy(np.bincount(gap.flatten(), minlength=256))
+        n_other[0] += int(gap.reshape(len(rows), -1).any(1).sum())
+        n_other[1] += int((made_labels != labels[rows]).sum())
+    run.sum_over_ranks(gaps)
+    n_images, n_labels = run.sum_over_ranks(n_other).tolist()
+    if rank == 0:
+        print_verified(args, ids, gaps.tolist(), n_images, n_labels)
+    run.end_processes()
+    if n_images or n_labels:
+        raise SystemExit(1)
+
+
+def print_verified(args, ids, gaps, n_images, n_labels):
+    """Print what --verify has found. gaps: numbers of pixel values, by their distance, 0 to 255."""
+    title = f"{args.out_dir}, shard {args.verify}: images {ids[0]} to {ids[-1]}"
+    print(f"{title} made again from manifest.json, {args.precision}")
+    there = cards.read_environment(args.out_dir)
+    here = run.environment()
+    if not there:
+        print("note: env.json is missing: on what the set was made is not known")
+    for key in ("device", "torch", "diffusers", "numpy", "threads"):
+        if there and here[key] != there.get(key):
+            print(f"note: {key} is {here[key]} here, and was {there.get(key)} in the first place")
+    n = len(ids)
+    if n_images:
+        n_values = sum(gaps[1:])
+        mean = sum(gap * count for gap, count in enumerate(gaps)) / n_values
+        largest = max(gap for gap, count in enumerate(gaps) if count)
+        where = f"{n_images:,} of {n:,}, in {n_values:,} of {sum(gaps):,} values"
+        print(f"images  DIFFERENT: {where}, by {mean:.2f} of 255 on average, by {largest} at most")
+    else:
+        print(f"images  equal to the bit: {n:,}, {sum(gaps):,} values")
+    print(f"labels  DIFFERENT: {n_labels:,} of {n:,}" if n_labels else f"labels  equal: {n:,}")
+
+
 def main(args):
+    if args.export:
+        return export_hub(args)
+    if args.verify is not None:
+        return verify(args)
     rank, world_size, device = run.start_processes(args.precision)
     spec = open_dataset(args)
     model = load_diffusion(args.diffusion, device, args.precision)

@@ -303,7 +303,7 @@ def open_npy(path, dtype, shape=None):
 
 
 def sha256(path):
-    """Hex digest of a file's content; of hub:OWNER/NAME its file of weights.
+    """Hex digest of a file's content; of a folder or hub:OWNER/NAME its file of weights.
 
     Raises UserError where there is no file.
     """
@@ -330,11 +330,22 @@ def from_hub(name, patterns):
 
 
 def local_weights(path):
-    """The path of a file of weights. Of hub:OWNER/NAME, model.safetensors, or the only one there.
+    """The path of a file of weights.
 
-    Raises UserError where the hub has none or several, or cannot be reached.
+    Of a folder its model.safetensors; of hub:OWNER/NAME that, or the only .safetensors file there.
+    Raises UserError where there is none, where the hub has several or cannot be reached, or where
+    the file is damaged (check_sum).
     """
-    return _hub_weights(path) if str(path).startswith("hub:") else path
+    if str(path).startswith("hub:"):
+        return _hub_weights(path)
+    if not os.path.isdir(path):
+        return path
+    weights = os.path.join(path, "model.safetensors")
+    if not os.path.exists(weights):
+        expected = "expected a file of weights, or a folder that has one under that name"
+        raise UserError(f"{path}: is a directory without model.safetensors; {expected}")
+    check_sum(weights)
+    return weights
 
 
 @functools.cache  # so that what is read and what is hashed is one file, whatever changes there
@@ -348,4 +359,49 @@ def _hub_weights(name):
         names = ", ".join(sorted(os.path.relpath(file, folder) for file in found)) or "none"
         expected = "expected model.safetensors, or one file alone"
         raise UserError(f"{name}: its .safetensors files are {names[:200]}; {expected}")
-    return main if main in found else found[0]
+    weights = main if main in found else found[0]
+    check_sum(weights)
+    return weights
+
+
+def local_verdicts(path):
+    """The path of a file of verdicts, .npz. hub:OWNER/NAME/FILE is fetched, with its result.
+
+    Raises UserError where the hub has no such file, or where the file is damaged (check_sum).
+    """
+    if path.startswith("hub:"):
+        owner, _, rest = path.removeprefix("hub:").partition("/")
+        name, _, file = rest.partition("/")
+        if not file:
+            raise UserError(f"{path}: expected hub:OWNER/NAME/FILE.npz, one of its results")
+        folder = from_hub(f"hub:{owner}/{name}", ["*.json", "*.npz"])
+        local = os.path.join(folder, file)
+        if not os.path.exists(local):
+            there = sorted(other for other in os.listdir(folder) if other.endswith(".npz"))
+            listed = ", ".join(there) or "none"
+            raise UserError(f"{path}: no such file; its .npz files are {listed[:200]}")
+        path = local
+    check_sum(path)
+    return path
+
+
+def check_sum(path):
+    """Check a file against its SHA-256 in the config.json beside it, if that has one.
+
+    So the folders are checked that published/model_card.py writes. Raises UserError where the file
+    is another one.
+    """
+    sums = config_beside(path).get("sha256")
+    expected = sums.get(os.path.basename(path)) if isinstance(sums, dict) else None
+    if expected is None:
+        return
+    found = sha256(path)
+    if found != expected:
+        told = f"its SHA-256 is {found[:12]}..., config.json beside it has {str(expected)[:12]}..."
+        raise UserError(f"{path}: damaged, or of another folder: {told}")
+
+
+def config_beside(path):
+    """What the config.json in the folder of a file holds; {} where there is none."""
+    config = os.path.join(os.path.dirname(path), "config.json")
+    return read_json(config) if os.path.exists(config) else {}

@@ -291,8 +291,10 @@ def _lock(path, flag):
 def environment():
     """What a number depends on besides the run's arguments: versions, device, commit, command."""
     packages = ("torchvision", "diffusers", "numpy", "scipy", "scikit-learn")
+    commit = _git("rev-parse", "HEAD").strip() or None
     return {
-        "commit": _git("rev-parse", "HEAD").strip() or None,
+        "commit": commit,
+        "dirty": bool(_git("diff", "HEAD")) if commit else None,  # whether tracked files differ
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: importlib.metadata.version(name) for name in packages},

@@ -152,21 +152,27 @@ def shard_paths(directory, shard):
     return f"{stem}-images.npy", f"{stem}-labels.npy"
 
 
+def read_manifest(directory):
+    """The manifest.json of a set. Raises UserError where it is missing, broken or too old."""
+    path = os.path.join(directory, "manifest.json")
+    manifest = files.read_json(path)
+    if manifest.get("format") != 2:
+        version = f"format {manifest.get('format')}, expected 2"
+        raise UserError(f"{path}: {version}; generate the set again")
+    for key, least in (("n", 1), ("shard_size", 1), ("held_out", 0)):
+        value = manifest.get(key)
+        if not isinstance(value, int) or value < least:
+            expected = f"expected a whole number of at least {least}"
+            raise UserError(f"{path}: '{key}' is {value}, {expected}")
+    return manifest
+
+
 def open_shards(directory, spec):
     """The Source of a directory that generate_synthetic.py wrote, every shard opened and checked.
 
     Raises UserError where a file is missing or broken, or does not fit the data set `spec`.
     """
-    manifest_path = os.path.join(directory, "manifest.json")
-    manifest = files.read_json(manifest_path)
-    if manifest.get("format") != 2:
-        version = f"format {manifest.get('format')}, expected 2"
-        raise UserError(f"{manifest_path}: {version}; generate the set again")
-    for key, least in (("n", 1), ("shard_size", 1), ("held_out", 0)):
-        value = manifest.get(key)
-        if not isinstance(value, int) or value < least:
-            expected = f"expected a whole number of at least {least}"
-            raise UserError(f"{manifest_path}: '{key}' is {value}, {expected}")
+    manifest = read_manifest(directory)
     shape = manifest.get("image_shape")
     check_fits(directory, manifest.get("dataset"), shape, manifest.get("num_classes"), spec)
     spec.check_classes(directory, manifest.get("classes"))

@@ -88,13 +88,16 @@ def compare(path_a, path_b):
     """Print two results on the same images side by side. Raises UserError where images differ.
 
     Four counts of images, the paired difference with its interval, and McNemar's test.
+    path_a, path_b: of .npz files, also hub:OWNER/NAME/FILE.npz.
     """
-    a = read_verdicts(path_a)
-    b = read_verdicts(path_b)
+    local_a = files.local_verdicts(path_a)
+    local_b = files.local_verdicts(path_b)
+    a = read_verdicts(local_a)
+    b = read_verdicts(local_b)
     for name in ("index", "label"):
         if not np.array_equal(a[name], b[name]):
             raise UserError(f"{path_a} and {path_b}: not the same images")
-    _compare_results(path_a, path_b)
+    _compare_results(local_a, local_b)
 
     print(f"A: {path_a}")
     print(f"B: {path_b}")

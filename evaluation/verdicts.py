@@ -5,6 +5,7 @@ with the numbers, and beside it an .npz file with one verdict per image. Compari
 evaluation/compare.py; the attacks are in evaluate.py.
 """
 
+import glob
 import os
 import shutil
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 
 from common import UserError, cli, files, run
 from common.stats import wilson
-from evaluation import sanity
+from evaluation import compare, sanity
 
 # ------------------------------------------------------------------------------------- paths
 
@@ -133,12 +134,7 @@ def read_check(path, name, n):
         fooled = check.get("fooled")
         fits = _is_list(fooled, bool) and len(fooled) == n
     else:
-        lines = check.get("lines")
-        fits = _is_list(lines, dict) and all(
-            isinstance(line.get(key), kind)
-            for line in lines
-            for key, kind in sanity.OUTCOME.items()
-        )
+        fits = _are_outcomes(check.get("lines"))
     if not fits:
         raise UserError(f"{path}: damaged, no check of {n} images; delete it to run it again")
     return check
@@ -148,7 +144,39 @@ def _is_list(values, kind):
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
+def _are_outcomes(lines):
+    """Whether a value that was read is a list of outcomes, as sanity.outcome makes them."""
+    return _is_list(lines, dict) and all(
+        isinstance(line.get(key), kind) for line in lines for key, kind in sanity.OUTCOME.items()
+    )
+
+
 # ------------------------------------------------------------------------- one result of all
+
+FINISHED = {  # entries of a result, beside the lists that are checked further
+    "attack": str,
+    "attack_name": str,
+    "attacks": list,
+    "batch_size": int,
+    "checkpoint_sha256": str,
+    "clean": float,
+    "clean_correct": int,
+    "clean_interval": list,
+    "data_sha256": str,
+    "dataset": str,
+    "environment": dict,
+    "eps": float,
+    "n": int,
+    "norm": str,
+    "precision": str,
+    "robust": float | None,
+    "robust_correct": int | None,
+    "robust_interval": list | None,
+    "sanity_images": int,
+    "seed": int,
+    "settings": dict,
+    "version": str,
+}
 
 
 def merge(parts, request, labels, *, classes, checkpoint, randomised, seconds):
@@ -207,6 +235,43 @@ def merge(parts, request, labels, *, classes, checkpoint, randomised, seconds):
         "attacks": np.array(attacks, str),
     }
     return result, per_image
+
+
+def results_of(folder, digests):
+    """({file name: result}, names of results of other weights) of the results-*.json in a folder.
+
+    digests: the SHA-256 of the files that hold the weights. A result for which a set of a file was
+    chosen by name is of other weights, too. The verdicts beside a result are counted again.
+    Raises UserError where a result is damaged, or its verdicts are missing or another's.
+    """
+    results = {}
+    others = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "results-*.json"))):
+        result = files.read_json(path)
+        name = os.path.basename(path)
+        if result.get("checkpoint_sha256") in digests and result.get("weights") is None:
+            _check_finished(result, path)
+            results[name] = result
+        else:
+            others.append(name)
+    return results, others
+
+
+def _check_finished(result, path):
+    """Raises UserError where the result of a file lacks an entry, or does not fit its verdicts."""
+    for key, kinds in FINISHED.items():
+        if not isinstance(result.get(key), kinds):
+            found = f"its entry '{key}' is missing or damaged"
+            raise UserError(f"{path}: {found}; move it away and evaluate again")
+    if not _are_outcomes(result["sanity"]) or not _is_list(result["warnings"], str):
+        raise UserError(f"{path}: its sanity checks are damaged; move it away and evaluate again")
+    counted = compare.read_verdicts(per_image_path(path))
+    robust = int(counted["robust"].sum()) if result["attacks"] else None
+    found = [len(counted["label"]), int(counted["clean_correct"].sum()), robust]
+    expected = [result["n"], result["clean_correct"], result["robust_correct"]]
+    if found != expected:
+        counts = f"(images, right, robust) are {found} there and {expected} in {path}"
+        raise UserError(f"{per_image_path(path)}: of another result, {counts}")
 
 
 def _by_class(classes, labels, clean_correct, robust):

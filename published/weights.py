@@ -28,7 +28,8 @@ def load_weights(model, path, weights=None):
     """Initialise a classifier of `build`, in place, from a file or the word `torchvision`.
 
     A file: best.pt or last.pt of this project, or one of others, .safetensors or of torch.save,
-    with the names of RobustBench, torchvision or public CIFAR code; or hub:OWNER/NAME.
+    with the names of RobustBench, torchvision or public CIFAR code; or a folder or hub:OWNER/NAME
+    (files.local_weights).
     `torchvision`: the published ImageNet weights, downloaded once. weights: name of the set to
     take, such as `model`, where several fit and none, or several, are averaged.
     Returns True; False where the file's class count is another, so that the last layer keeps its
@@ -106,6 +107,17 @@ def load_classifier(path, spec, device, name=None, weights=None, flags=()):
     return model.to(device).eval().requires_grad_(False), about
 
 
+def description_of(about, spec):
+    """What a checkpoint of this project says of its network, without what else it holds.
+
+    about: load_classifier's, of a checkpoint on the data set `spec`. It is what best.safetensors
+    has in its header; of an old checkpoint, which says less, what it lacks is the data set's.
+    """
+    whole = about if "mean" in about else describe(about["model_name"], spec) | about
+    entries = ("classes", "image_size", "mean", "std", "norm", "eps")
+    return {key: whole[key] for key in ("model_name", "dataset", "num_classes", *entries)}
+
+
 def _check_description(about, spec, name, path):
     """Raises UserError where a checkpoint of ours is damaged, or of another data set or model."""
     for entry, kind in DESCRIPTION.items():
@@ -154,9 +166,19 @@ def _read(path):
             about = json.loads(files.read_safetensors_metadata(local).get("classifier", ""))
         except ValueError:
             about = {}
+        if isinstance(about, dict):
+            _check_config(files.config_beside(local), about, local)
     else:
         content = about = files.load(local, {})
     return content, about if isinstance(about, dict) else {}
+
+
+def _check_config(config, about, path):
+    """Raises UserError where the config.json beside a file of ours describes another network."""
+    for key in config.keys() & about.keys():
+        if config[key] != about[key]:
+            difference = f"its {key} is {about[key]}, config.json beside it has {config[key]}"
+            raise UserError(f"{path}: {difference}"[:300])
 
 
 def _published(model):

@@ -192,7 +192,9 @@ def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path
     assert min(means[1:]) > means[0] + 0.1
 
 
-def test_relabelled_images_have_the_label_that_a_classifier_predicts(diffusion_dir, tmp_path):
+def test_relabelled_images_have_the_label_that_a_classifier_predicts(
+    diffusion_dir, tmp_path, capsys
+):
     """The network is told none, and the classes may be out of balance; the best can be selected."""
     run = f"--epochs 1 --n-steps 1 --eval-n-steps 1 --out-dir {tmp_path}/at".split()
     train_at.main(train_at.parse_args(run))
@@ -213,6 +215,13 @@ def test_relabelled_images_have_the_label_that_a_classifier_predicts(diffusion_d
     expected = generate_synthetic.select(probs.amax(1).detach().numpy(), labels, 0.5)
     assert np.array_equal(np.load(tmp_path / "set" / "selection.npy"), expected)
     assert source.manifest["labels_of_sha256"] == files.sha256(checkpoint)
+
+    again = ["--out-dir", str(tmp_path / "set"), "--diffusion", diffusion_dir, "--verify", "1"]
+    with pytest.raises(UserError, match="--classifier: the labels of the set are predictions"):
+        generate_synthetic.main(generate_synthetic.parse_args(again))
+    again += ["--classifier", checkpoint]
+    generate_synthetic.main(generate_synthetic.parse_args(again))
+    assert "labels  equal: 10" in capsys.readouterr().out
 
     model = load_diffusion(diffusion_dir, "cpu")
     noise = data.normal_of(data.id_streams(0, "generate", range(10)), (1, 8, 8))

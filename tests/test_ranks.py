@@ -210,6 +210,13 @@ def test_generation_does_not_depend_on_ranks(tmp_path, diffusion_dir, synthetic_
             path.name
         )
     assert len(list((tmp_path / "two").glob("*.npy"))) == 6
+    # A shard is made again by two ranks, each of which has one of its batches.
+    labels = np.load(tmp_path / "two" / "shard-00001-labels.npy")
+    labels[-1] = 0
+    np.save(tmp_path / "two" / "shard-00001-labels.npy", labels)
+    again = ["--diffusion", diffusion_dir, "--out-dir", tmp_path / "two", "--verify", "1"]
+    printed = python("generate_synthetic.py", *again, ranks=2, expect=1).stdout
+    assert "images  equal to the bit: 24, 1,536 values\nlabels  DIFFERENT: 1 of 24\n" in printed
 
 
 def test_extraction_does_not_depend_on_ranks(tmp_path, diffusion_dir):
