@@ -7,6 +7,7 @@ The attacks of AutoAttack, sanity checks, results and comparisons stand in evalu
         --attack apgd --eps 0.05 0.1 0.15 0.2
     python evaluate.py --dataset cifar10 --checkpoint weights-best.pt --model wrn-28-10
     python evaluate.py --model diffusion-classifier --teacher out/diffusion-digits --n-images 100
+    torchrun --nproc_per_node 2 evaluate.py --checkpoint out/train_at-digits/best.pt --report
     python evaluate.py --compare out/a/results-best-apgd-linf-0.15.npz \
         out/b/results-best-apgd-linf-0.15.npz
     python evaluate.py --checkpoint out/train_at-digits/best.pt --export hub
@@ -34,10 +35,16 @@ entry per image: index, label, clean_correct, robust, fooled_by. Until then, eve
 chunk is kept in the directory <result>.parts, from which the same command goes on. A result that
 exists is printed again.
 
+--report evaluates at the radius and at half as much again, and in the two other norms. On what
+withstands, APGD is tried again with other backward passes (evaluation/adaptive.py). These are eight
+results like all others: those that exist are not computed again. They go on one page,
+report-<checkpoint>.md, with the picture report-<checkpoint>.png.
+
 --export hub writes a folder for the Hugging Face hub: the weights, all finished results of them and
 a card (published/model_card.py). --checkpoint takes such a folder.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -48,7 +55,17 @@ import torch
 from torch import nn
 
 from common import UserError, attacks, cli, data, files, run
-from evaluation import autoattack, compare, curve, restarts, robustbench, sanity, verdicts
+from evaluation import (
+    adaptive,
+    autoattack,
+    compare,
+    curve,
+    report,
+    restarts,
+    robustbench,
+    sanity,
+    verdicts,
+)
 from evaluation.image_list import select_listed
 from published import model_card
 from published.datasets import DATASETS, open_dataset, spec_of
@@ -73,6 +90,8 @@ PASSES = {  # of an image that withstands an attack: (with gradient, without)
     "square": (0, 5000),
     "transfer": (40, 1),
 }
+PASSES |= {f"{kind}-ce": PASSES["apgd-ce"] for kind in adaptive.KINDS}
+PASSES |= {f"{kind}-t": PASSES["apgd-t"] for kind in adaptive.KINDS}
 EOT = 20  # passes that the attacks of rand average
 GENERATIVE = ("diffusion-classifier", "diffusion-head")  # --model: made of a diffusion model
 
@@ -95,10 +114,11 @@ def parse_args(argv=None):
     add("--fresh-noise", action="store_true", help="new noise at every pass: a randomised model")
     add("--keep-classes", type=cli.count, help="classes kept after a quarter of the draws")
     add = parser.add_argument_group("threat model").add_argument
-    add("--norm", choices=["linf", "l2", "l1"], default="linf", help="norm of the perturbation")
+    add("--norm", choices=autoattack.NORMS, default="linf", help="norm of the perturbation")
     add("--eps", type=cli.positive, nargs="+", help="radii, x in [0, 1] (default: the usual one)")
     add = parser.add_argument_group("attack").add_argument
     add("--attack", choices=ATTACKS, default="apgd", help="see above")
+    add("--report", action="store_true", help="all norms and other backward passes, on one page")
     add("--transfer-from", type=cli.path, help="checkpoint whose adversarial images are tried")
     add("--loss", choices=["margin", "ce"], default="margin", help="loss of pgd")
     add("--n-steps", type=cli.count, default=40, help="steps of pgd")
@@ -168,10 +188,14 @@ def check_args(parser, argv, args):
     if args.dataset != "folder":  # whose classes are read
         not_exported += ("--data-dir",)
     not_exported += ("--weights", "--sanity-images", "--precision", "--compile", "--check")
+    not_exported += ("--report",)
     parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
     of_one_result = ("--n-images", "--image-list", "--norm", "--eps", "--attack", "--seed")
-    one_result = ("one result, not --export hub", args.export != "hub")
-    parser.refuse_unused(argv, dict.fromkeys(of_one_result, one_result))
+    not_hub = ("one result, not --export hub", args.export != "hub")
+    parser.refuse_unused(argv, dict.fromkeys(of_one_result, not_hub))
+    # A compiled model would not run the layers that the report goes straight through.
+    not_report = ("a single evaluation, not --report", not args.report)
+    parser.refuse_unused(argv, dict.fromkeys(("--out", "--transfer-from", "--compile"), not_report))
 
     if not args.checkpoint and args.model != "diffusion-classifier":
         parser.error("argument --checkpoint: required")
@@ -179,6 +203,10 @@ def check_args(parser, argv, args):
         parser.error(f"argument --teacher: --model {args.model} needs a diffusion model")
     if args.fresh_noise and args.attack in ("apgd", "autoattack"):
         parser.error("argument --fresh-noise: needs --attack rand, or pgd with --eot")
+    if args.report and args.attack not in ("apgd", "autoattack"):
+        parser.error("argument --report: needs --attack apgd or autoattack")
+    if args.report and generative:
+        parser.error(f"argument --report: of a network's checkpoint, not of --model {args.model}")
     for flag, values in (("--mean", args.mean), ("--std", args.std)):
         if values is not None and len(values) not in (1, spec.channels):
             expected = f"expected 1 or {spec.channels} numbers, one per channel of {spec.name}"
@@ -220,10 +248,24 @@ def check_args(parser, argv, args):
 
 
 def radii(args):
-    """The radii to evaluate at: those of --eps, each once, or the data set's usual one."""
-    if args.eps is None:
-        return [spec_of(args).eps[args.norm]]
-    return list(dict.fromkeys(args.eps))
+    """The radii of --norm to evaluate at: those of --eps, each once, or the data set's usual one.
+
+    A report has a larger one besides the usual one.
+    """
+    if args.eps is not None:
+        return list(dict.fromkeys(args.eps))
+    usual = spec_of(args).eps[args.norm]
+    return [usual, 1.5 * usual] if args.report else [usual]
+
+
+def threats(args):
+    """(norm, radius) of all evaluations; those of a report end with the two other norms."""
+    found = [(args.norm, eps) for eps in radii(args)]
+    if args.report:
+        usual = spec_of(args).eps
+        others = [norm for norm in autoattack.NORMS if norm in usual and norm != args.norm]
+        found += [(norm, usual[norm]) for norm in others]
+    return found
 
 
 def is_randomised(args):
@@ -232,7 +274,7 @@ def is_randomised(args):
 
 
 def result_path(args, radius):
-    """Where the result at a radius goes, or with "curve" the picture of all of them, as .json.
+    """Where the result at a radius goes, or the "curve" or "report" of all of them, as .json.
 
     What a table tells apart is in the name. All else is compared with what the file holds.
     """
@@ -249,9 +291,15 @@ def result_path(args, radius):
     else:
         folder = f"out/diffusion-classifier-{args.dataset}"
         name = f"{args.n_noise}-draws"
-    if radius != "curve":
-        radius = f"{radius:.4g}"
-    stem = f"results-{name}-{args.attack}-{args.norm}-{radius}"
+    if radius == "report":
+        stem = f"report-{name}"
+        if args.attack != "apgd":
+            stem += f"-{args.attack}"
+        if args.norm != "linf":
+            stem += f"-{args.norm}"
+    else:
+        radius = radius if radius == "curve" else f"{radius:.4g}"
+        stem = f"results-{name}-{args.attack}-{args.norm}-{radius}"
     if args.keep_classes:
         stem += f"-keep{args.keep_classes}"
     if args.fresh_noise:
@@ -268,24 +316,32 @@ def result_path(args, radius):
 # --------------------------------------------------------------------------------- the attacks
 
 
-def attack_chunk(model, source, x, y, spec, number, path, eps, args):
+def attack_chunk(model, source, x, y, spec, number, path, request, args, earlier=None):
     """Run all attacks on one chunk of images, each on those that none before it has fooled.
 
     x: (B, C, H, W) in [0, 1]. y: (B,). number: of the chunk. path: file of the chunk, to which each
     attack's outcome is written at once, and from which an interrupted chunk goes on. Its fooled_by
     is, per image: -1 misclassified without an attack, k fooled by the k-th attack, or the number of
-    attacks where none has fooled it so far.
+    attacks where none has fooled it so far. earlier: fooled_by (B,) of a finished result to go on
+    from. Its attacks are the first of all, and do not run again.
     """
-    names = ATTACKS[args.attack][1]
+    names = request["attacks"]
+    eps = request["eps"]
     robust = len(names)
     if os.path.exists(path):
         chunk = verdicts.read_chunk(path, len(y), names)
     else:
-        correct = predict(model, x, args.seed, "evaluate-clean", number) == y
+        if earlier is None:
+            n_earlier = 0
+            correct = predict(model, x, args.seed, "evaluate-clean", number) == y
+            fooled_by = torch.where(correct, robust, -1)
+        else:
+            n_earlier = len(request["earlier_attacks"])
+            fooled_by = torch.where(earlier == n_earlier, robust, earlier)
         chunk = {
-            "fooled_by": torch.where(correct, robust, -1).tolist(),
-            "seconds": [],
-            "zero_gradients": sanity.zero_gradients(model, x, y) if names else 0,
+            "fooled_by": fooled_by.tolist(),
+            "seconds": [0.0] * n_earlier,
+            "zero_gradients": sanity.zero_gradients(model, x, y) if names and not n_earlier else 0,
             "warnings": [],
         }
         files.write_json(chunk, path)
@@ -326,6 +382,8 @@ def adversarial_images(name, model, source, x, y, rows, spec, number, eps, args)
     version = "rand" if args.attack == "rand" else "standard"
     settings = dict(norm=args.norm, eps=eps, seed=args.seed, version=version)
     settings["n_classes"] = spec.num_classes
+    if name.startswith(adaptive.KINDS):
+        return adaptive.attack(name, model, x[rows], y[rows], **settings)
     return autoattack.attack(name, model, x[rows], y[rows], **settings)
 
 
@@ -457,13 +515,29 @@ def request_at(eps, args, settings, n, data_sha256):
     }
 
 
+def request_after(request, layers):
+    """The request of a result that goes on from the one of `request` with other backward passes.
+
+    layers: what evaluation/adaptive.py finds in the model.
+    """
+    return request | {
+        "attack": f"{request['attack']}-adaptive",
+        "attack_name": f"{request['attack_name']} + adaptive",
+        "attacks": request["attacks"] + adaptive.attack_names(layers),
+        "earlier_attacks": request["attacks"],
+        "layers": layers,
+    }
+
+
 def check_names(args):
     """The groups of sanity checks that fit the evaluation, names of evaluation/sanity.py."""
     if args.sanity_images == 0:
         return []
+    if args.attack.endswith("-adaptive"):
+        return ["gradients"]
     if args.attack == "clean":
         return ["outputs"]
-    names = list(sanity.CHECKS)
+    names = ["outputs", "curve", "surface"]
     # What these find is held against single verdicts, which a randomised model has not.
     if args.attack != "transfer" and not is_randomised(args):
         names.append("steps")
@@ -486,13 +560,16 @@ def print_check(model, images, labels, spec, args, rank, world_size, device):
         n_correct = int((predict(model, x.detach(), args.seed, "check", 0) == y).sum())
         without = time.time() - start_time
     passes = PASSES | {"pgd": (args.n_restarts * args.n_steps * args.eot, args.n_restarts)}
+    names = ATTACKS[args.attack][1]
+    if args.report:
+        names = names + adaptive.attack_names(adaptive.layers_of(model.model, x[:2]))
     seconds = 0.0
-    for name in ATTACKS[args.attack][1]:
+    for name in names:
         n_with, n_without = passes[name]
         times = EOT if args.attack == "rand" else 1
         seconds += times * (n_with * with_gradient + n_without * without)
     n_chunks = -(-len(labels) // args.batch_size)
-    seconds = len(radii(args)) * (seconds + without) * n_chunks / world_size
+    seconds = len(threats(args)) * (seconds + without) * n_chunks / world_size
     if rank == 0:
         print(f"data      {len(labels):,} test images in {n_chunks:,} chunks")
         print(f"classes   {run.describe_classes(spec)}")
@@ -503,11 +580,20 @@ def print_check(model, images, labels, spec, args, rank, world_size, device):
 
 
 def evaluate_radius(
-    model, source, images, labels, spec, request, path, args, rank, world_size, device
+    model, source, images, labels, spec, request, path, args, rank, world_size, device, earlier=None
 ):
-    """Evaluate as `request` says and write the result to `path`. All ranks return it, as a dict."""
+    """Evaluate as `request` says and write the result to `path`, unless it holds it already.
+
+    earlier: per-image file of the result to go on from, where the request has earlier_attacks.
+    Rank 0 prints the result. All ranks return it, as a dict.
+    """
     start_time = time.time()
-    eps = request["eps"]
+    if os.path.exists(path):
+        result = verdicts.read_finished(path, request)
+        if rank == 0:
+            verdicts.remove_parts(path)
+            verdicts.print_result(result, path)
+        return result
     if rank == 0:
         # Parts of two machines would be neither's result.
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -516,14 +602,19 @@ def evaluate_radius(
         )
     run.barrier()
     parts = verdicts.parts_of(path, request, check_names(args))
-    title = f"{args.attack} {eps:.4g}"
+    fooled_by = compare.read_verdicts(earlier)["fooled_by"] if earlier else None
+    title = f"{request['attack']} {args.norm} {request['eps']:.4g}"
     for part in run.progress(parts[rank::world_size], rank, desc=title, unit="chunk"):
         x = data.to_x(images[part.rows], device)
         y = torch.from_numpy(labels[part.rows]).to(device)
         if part.kind == "chunk":
-            attack_chunk(model, source, x, y, spec, part.name, part.path, eps, args)
+            before = None
+            if earlier:
+                before = torch.from_numpy(fooled_by[part.rows]).to(device)
+            attack_chunk(model, source, x, y, spec, part.name, part.path, request, args, before)
         elif not os.path.exists(part.path):
-            check = sanity.run_check(part.name, model, source, x, y, args.norm, eps, args.seed)
+            threat = (args.norm, request["eps"])
+            check = sanity.run_check(part.name, model, source, x, y, *threat, args.seed)
             files.write_json(check, part.path)
     run.barrier()
     if rank == 0:
@@ -537,6 +628,7 @@ def evaluate_radius(
             seconds=round(time.time() - start_time, 1),
         )
         verdicts.write_result(path, result, per_image)
+        verdicts.print_result(result, path)
     run.barrier()
     return files.read_json(path)
 
@@ -612,26 +704,44 @@ def main(args):
         return run.end_processes()
 
     data_sha256 = run.once(data.sha256, (images, labels))
+    if args.report:
+        layers = adaptive.layers_of(model.model, data.to_x(images[:2], device))
     results = []
-    for eps in radii(args):
-        if rank == 0 and trained not in (None, (args.norm, eps)):
+    paths = []
+    for norm, eps in threats(args):
+        if rank == 0 and not args.report and trained not in (None, (norm, eps)):
             training = f"trained against {trained[0]} {trained[1]:.4g}"
-            print(f"note: {training}, evaluated against {args.norm} {eps:.4g}")
-        path = result_path(args, eps)
-        request = request_at(eps, args, settings, len(labels), data_sha256)
-        if os.path.exists(path):
-            result = verdicts.read_finished(path, request)
-            if rank == 0:
-                verdicts.remove_parts(path)
-        else:
+            print(f"note: {training}, evaluated against {norm} {eps:.4g}")
+        at = argparse.Namespace(**vars(args) | {"norm": norm})
+        requests = [request_at(eps, at, settings, len(labels), data_sha256)]
+        if args.report:
+            requests.append(request_after(requests[0], layers))
+        earlier = None
+        for request in requests:
+            at.attack = request["attack"]
+            path = result_path(at, eps)
             result = evaluate_radius(
-                model, source, images, labels, spec, request, path, args, rank, world_size, device
+                model,
+                source,
+                images,
+                labels,
+                spec,
+                request,
+                path,
+                at,
+                rank,
+                world_size,
+                device,
+                earlier,
             )
-        if rank == 0:
-            verdicts.print_result(result, path)
-        results.append(result)
+            earlier = verdicts.per_image_path(path)
+            results.append(result)
+            paths.append(path)
 
-    if rank == 0 and len(results) > 1:
+    if rank == 0 and args.report:
+        stem = os.path.splitext(result_path(args, "report"))[0]
+        report.write_report(model, images, labels, spec, results, paths, trained, stem, device)
+    elif rank == 0 and len(results) > 1:
         picture = os.path.splitext(result_path(args, "curve"))[0] + ".png"
         curve.write_curve(results, trained, picture)
         print(picture)

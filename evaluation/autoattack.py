@@ -78,6 +78,19 @@ def apgd_ce(model, x, y, *, norm, eps, seed, n_steps):
     return apgd.perturb(x.contiguous(), y)
 
 
+def highest_loss(model, x, y, *, norm, eps, seed, n_steps):
+    """Images (B, C, H, W) where the package's APGD-CE found the highest loss, fooled or not.
+
+    Arguments as in `apgd_ce`.
+    """
+    from pyautoattack.autopgd_base import APGDAttack
+
+    settings = dict(n_iter=n_steps, loss="ce", norm=NORMS[norm], eps=eps, seed=seed)
+    apgd = APGDAttack(model, device=x.device, **settings)
+    torch.manual_seed(seed)
+    return apgd.perturb(x.contiguous(), y, best_loss=True).detach()
+
+
 # ---------------------------------------------------------------------------------------- APGD
 
 

@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from common import attacks
-from evaluation import autoattack
+from evaluation import adaptive, autoattack
 
 LONG_STEPS = 300  # of APGD-CE, three times AutoAttack's
 CURVE_STEPS = 20
+MARGIN_STEPS = 50
 TOLERANCE = 0.02  # robust accuracy may rise by so much from one radius to the next
 SAME_LOGITS = 1e-4  # relative difference up to which logits count as the same
+TINY = 1e-12  # what APGD in l2 adds to a gradient's length before it divides by it
+LOWER = 0.05  # share of the mean margin; what lies lower by less counts as equal
 
 DETERMINISTIC = "the same image has the same logits twice"
 RANDOM = "the model is randomised, as its attack expects"
@@ -130,6 +133,40 @@ def loss_surface(model, x, y, norm, eps, seed):
     return [outcome(check, share >= 0.75, f"{share:.0%} of the images; {means}")]
 
 
+def gradients(model, x, y, norm, eps, seed):
+    """The cross-entropy has a gradient, and no other backward pass brings logits closer together.
+
+    Margins are those of the model itself, a mean over the images that it classifies correctly.
+    """
+    with torch.no_grad():
+        correct = model(x).argmax(1) == y
+    x = x[correct]
+    y = y[correct]
+    if not len(x):
+        return []
+    margin = adaptive.mean_margin(model, x, y)
+    largest = _gradient(model, x, y).flatten(1).abs().amax(1)
+    n_tiny = int((~(largest >= TINY)).sum())  # NaN counts, too
+    found = f"{n_tiny} of {len(x)} below {TINY:g}; mean margin of the logits {margin:.3g}"
+    outcomes = [outcome("hardly any gradient is nearly zero", n_tiny <= 0.01 * len(x), found)]
+
+    def margin_after(attacked):
+        """Of APGD-CE on `attacked`, the mean margin of the model's logits: 1 at the images x."""
+        settings = dict(norm=norm, eps=eps, seed=seed, n_steps=MARGIN_STEPS)
+        x_adv = autoattack.highest_loss(attacked, x, y, **settings)
+        with torch.no_grad():
+            losses = attacks.attack_losses(model(x_adv), y, "margin")
+        return (-losses.mean() / margin).item()
+
+    own = margin_after(model)
+    for kind in adaptive.kinds(adaptive.layers_of(model, x[:2])):
+        left = margin_after(adaptive.Surrogate(model, kind, margin))
+        check = f"{kind} backward pass: no smaller margin after APGD-CE"
+        found = f"{left:.3f} of the clean one, {own:.3f} by the model's own gradient"
+        outcomes.append(outcome(check, left >= own - LOWER, found))
+    return outcomes
+
+
 def _gradient(model, x, y):
     """Gradient of the cross-entropy at the images x, (B, C, H, W)."""
     x = x.clone().requires_grad_(True)
@@ -141,6 +178,7 @@ CHECKS = {
     "outputs": outputs,
     "curve": eps_curve,
     "surface": loss_surface,
+    "gradients": gradients,
 }
 
 

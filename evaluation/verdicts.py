@@ -303,6 +303,12 @@ def _outcomes(checks, request, fooled_by, n_zero, randomised):
     if randomised:
         outcomes = [_expect_randomness(line) for line in outcomes]
 
+    if "earlier_attacks" in request:
+        withstood = int((fooled_by >= len(request["earlier_attacks"])).sum())
+        n_more = withstood - int(robust.sum())
+        text = f"{n_more} of {n}; {withstood / n:.2%} robust before, {robust.mean():.2%} now"
+        outcomes.append(sanity.outcome("the adaptive check fools no more", not n_more, text))
+        return outcomes
     if attacks:
         check = "hardly any image has a zero gradient"
         outcomes.append(sanity.outcome(check, n_zero <= 0.01 * n, f"{n_zero} of {n}"))

@@ -275,8 +275,9 @@ def _read_imagenet(data_dir, train):
 
 # --------------------------------------------------------------------------------------- data sets
 
-_EPS = {"linf": 8 / 255, "l2": 0.5}
-_EPS_LARGE = {"linf": 4 / 255, "l2": 3.0}  # of images of ImageNet's size
+# Radii of CIFAR-10 and of ImageNet in Croce & Hein, arXiv 2105.12508, on three norms at once.
+_EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
+_EPS_LARGE = {"linf": 4 / 255, "l2": 2.0, "l1": 255.0}  # of images of ImageNet's size
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR100_CLASSES = (
@@ -298,7 +299,7 @@ DATASETS = {
         num_classes=10,
         mean=(0.305,),
         std=(0.375,),
-        eps={"linf": 0.15, "l2": 1.0},
+        eps={"linf": 0.15, "l2": 0.5, "l1": 1.5},
         read=_read_digits,
         val_size=200,
         crop_padding=1,
@@ -310,7 +311,7 @@ DATASETS = {
         num_classes=10,
         mean=(0.286,),
         std=(0.353,),
-        eps={"linf": 0.1, "l2": 1.5},
+        eps={"linf": 0.1, "l2": 1.5, "l1": 15.0},
         read=_read_fashion_mnist,
         download=partial(FashionMNIST, download=True),
         wanted="train-images-idx3-ubyte.gz and its three sisters "

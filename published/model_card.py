@@ -24,7 +24,7 @@ HUB_DATASETS = {  # the names of our data sets on the hub
     "imagenet": "ILSVRC/imagenet-1k",
 }
 # --attack of the results that may stand for a model's robust accuracy. Others are checks of it.
-REPORTED = ("apgd", "autoattack", "rand")
+REPORTED = ("apgd", "apgd-adaptive", "autoattack", "autoattack-adaptive", "rand")
 
 
 def weights_of(model, about):

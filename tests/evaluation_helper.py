@@ -1,14 +1,26 @@
-"""A short training to attack, and evaluate.py called on it, for tests of evaluation."""
+"""A short training to attack, and evaluate.py called on it, for tests of evaluation.
+
+As a script, evaluate.py whose APGD takes a few steps alone: `evaluation_helper.py ARGS`. With
+KILL_AT=<n> in its environment it kills itself (SIGKILL) at its n-th attack.
+"""
 
 import json
+import os
+import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+from pyautoattack.autopgd_base import APGDAttack
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import DIGITS
 
 import evaluate
 import train_at
 from common import data
+from evaluation import autoattack
 from published.weights import load_classifier
 
 
@@ -35,3 +47,36 @@ def first_images(checkpoint, n):
     model, _ = load_classifier(checkpoint, DIGITS, "cpu")
     images, labels = data.load_test(DIGITS, None)
     return model, data.to_x(images[:n]), torch.from_numpy(labels[:n])
+
+
+def shorten_apgd(n_steps, set_attribute=setattr):
+    """Let APGD take few steps. set_attribute: monkeypatch's, where it shall take all again."""
+    run = APGDAttack.attack_single_run
+
+    def short_run(self, *args, **kwargs):
+        self.n_iter = min(self.n_iter, n_steps)
+        return run(self, *args, **kwargs)
+
+    set_attribute(APGDAttack, "attack_single_run", short_run)
+
+
+def main():
+    torch.set_num_threads(1)
+    shorten_apgd(3)
+    attack = autoattack.attack
+    n_attacks = 0
+
+    def counted(*args, **kwargs):
+        nonlocal n_attacks
+        n_attacks += 1
+        if n_attacks == int(os.environ.get("KILL_AT", 0)):
+            print("killed", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return attack(*args, **kwargs)
+
+    autoattack.attack = counted
+    evaluate.main(evaluate.parse_args(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -120,7 +120,30 @@ FLAGS = [
         "--checkpoint x.pt --dataset cifar10 --model preact-18 --mean 0 0".split(),
         ["--mean", "1 or 3"],
     ),
-    ("evaluate", ["--checkpoint", "x.pt", "--norm", "l1"], ["--eps", "no usual radius in l1"]),
+    (
+        "evaluate",
+        ["--checkpoint", "x.pt", "--report", "--attack", "pgd"],
+        ["--report", "apgd or autoattack"],
+    ),
+    ("evaluate", ["--checkpoint", "x.pt", "--report", "--attack", "rand"], ["--report"]),
+    ("evaluate", "--checkpoint x.pt --report --out x.json".split(), ["--out", "not --report"]),
+    (
+        "evaluate",
+        ["--checkpoint", "x.pt", "--report", "--transfer-from", "y.pt"],
+        ["--transfer-from", "not --report"],
+    ),
+    ("evaluate", ["--checkpoint", "x.pt", "--report", "--compile"], ["--compile", "not --report"]),
+    (
+        "evaluate",
+        ["--checkpoint", "x.pt", "--report", "--export", "robustbench"],
+        ["--report", "not --export"],
+    ),
+    (
+        "evaluate",
+        ["--model", "diffusion-classifier", "--teacher", "x", "--report"],
+        ["--report", "diffusion-classifier"],
+    ),
+    ("evaluate", ["--compare", "a.npz", "b.npz", "--report"], ["--compare", "--report"]),
     (
         "evaluate",
         ["--checkpoint", "x.pt", "--norm", "l1", "--eps", "1", "--attack", "pgd"],

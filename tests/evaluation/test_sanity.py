@@ -119,6 +119,42 @@ def test_a_gradient_that_points_nowhere():
     assert not passed(sanity.loss_surface, deceiving, x, y)[DIRECTION]
 
 
+def test_a_gradient_that_vanishes():
+    """Logits so large that their cross-entropy is 0 in float32: APGD-CE follows nothing."""
+    model = Linear()
+    x, y = images(model)
+    large = nn.Sequential(model, Scale(1e4))
+    small, unit = sanity.gradients(model, x, y, "linf", 0.05, 0)
+    assert small["ok"] and unit["ok"]
+    assert "mean margin of the logits" in small["found"]
+    small, unit, _ = sanity.gradients(large, x, y, "linf", 0.05, 0)
+    assert not small["ok"] and not unit["ok"]
+    assert sanity.gradients(model, x, (y + 1) % 10, "linf", 0.05, 0) == []  # all are wrong
+
+
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits):
+        return self.factor * logits
+
+
+class Rounded(Linear):
+    def forward(self, x):
+        return super().forward(torch.round(8 * x) / 8)
+
+
+def test_a_layer_without_a_gradient():
+    """Going straight through it leaves half of the margin that its own gradient leaves."""
+    model = Rounded()
+    x, y = images(model)
+    lines = passed(sanity.gradients, model, x, y, "linf", 0.1)
+    assert not lines["straight backward pass: no smaller margin after APGD-CE"]
+    assert not any("leaky" in name for name in lines)
+
+
 def test_more_steps_and_transfer_tell_image_by_image():
     """The images fooled by a long APGD-CE, and by another model's adversarial images."""
     model = Linear()

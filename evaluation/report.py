@@ -1,0 +1,380 @@
+"""One page on the robustness of one model, with one picture: `evaluate.py --report`.
+
+The results that it shows are made in evaluate.py. Their files are those of evaluation/verdicts.py,
+and the other backward passes stand in evaluation/adaptive.py.
+"""
+
+import os
+import shlex
+
+import numpy as np
+import torch
+
+from common import cli, data, files
+from common.stats import wilson
+from evaluation import adaptive, autoattack, compare, restarts, verdicts
+
+N_EXAMPLES = 4
+NORM_COLOURS = {"linf": "#0072B2", "l2": "#E69F00", "l1": "#009E73"}  # Okabe and Ito's
+N_STEPS = 100  # of the picture's APGD-CE
+
+
+def write_report(model, images, labels, spec, results, paths, trained, stem, device):
+    """Write <stem>.md, <stem>.png and the table's numbers as <stem>.json. Prints their names.
+
+    results: for each threat the result of the plain attack, and behind it the one that goes on with
+    other backward passes. The first threat is the one that the report is about. paths: their files.
+    trained: the (norm, eps) of the model's training, or None.
+    """
+    plain = results[::2]
+    checked = results[1::2]
+    arrays = [compare.read_verdicts(verdicts.per_image_path(path)) for path in paths[1::2]]
+    tail = None
+    if trained is not None and is_long_tail(checked[0]["checkpoint"]):
+        tail = labels >= spec.num_classes / 2
+    rows = table(checked, arrays, labels, spec.classes, tail)
+    files.write_json({"rows": rows}, f"{stem}.json")
+
+    examples = attacked_examples(model, images, labels, spec, checked, arrays, device)
+    draw(rows, examples, spec, trained, f"{stem}.png")
+    name = f"`{os.path.basename(checked[0]['checkpoint'])}`: {spec.name}, {model.model.name}"
+    lines = page(name, rows, plain, checked, trained, paths, os.path.basename(f"{stem}.png"))
+    files.write_text("\n".join(lines) + "\n", f"{stem}.md")
+    print(f"{stem}.md, {stem}.png, {stem}.json")
+
+
+def is_long_tail(checkpoint):
+    """Whether the training that left a checkpoint had --imbalance, by the args.json beside it."""
+    path = os.path.join(os.path.dirname(checkpoint), "args.json")
+    return os.path.exists(path) and files.read_json(path).get("imbalance") is not None
+
+
+# --------------------------------------------------------------------------------------- table
+
+
+def table(checked, arrays, labels, classes, tail):
+    """A list of dicts: the accuracy without an attack, at each threat, and in the worst norm.
+
+    arrays: the verdicts of each result, as compare.read_verdicts has them. tail: (n,) bool, the
+    images of the second half of the classes; None where no class is rare.
+    """
+    clean = arrays[0]["clean_correct"]
+    rows = [row("no attack", None, clean, clean, labels, classes, tail)]
+    in_all_norms = clean
+    plain_in_all_norms = clean
+    norms = []
+    for result, array in zip(checked, arrays):
+        name = f"{result['norm']} {result['eps']:.4g}"
+        robust = array["robust"]
+        plain_robust = array["fooled_by"] >= len(result["earlier_attacks"])
+        rows.append(row(name, result["norm"], robust, plain_robust, labels, classes, tail))
+        if result["norm"] not in norms:  # the first radius of a norm is the usual one
+            norms.append(result["norm"])
+            in_all_norms = in_all_norms & robust
+            plain_in_all_norms = plain_in_all_norms & plain_robust
+    name = f"worst of {len(norms)} norms"
+    rows.append(row(name, "all", in_all_norms, plain_in_all_norms, labels, classes, tail))
+    return rows
+
+
+def row(name, norm, correct, plain_correct, labels, classes, tail):
+    """One line of the table as a dict; accuracies are in [0, 1].
+
+    correct, plain_correct: (n,) bool, with the adaptive check and without it.
+    """
+    accuracy_of = {}
+    for label in np.unique(labels).tolist():
+        accuracy_of[label] = correct[labels == label].mean()
+    worst = min(accuracy_of, key=accuracy_of.get)
+    n = len(labels)
+    values = {
+        "name": name,
+        "norm": norm,
+        "n": n,
+        "accuracy": float(correct.mean()),
+        "interval": wilson(int(correct.sum()), n),
+        "plain": float(plain_correct.mean()),
+        "newly_fooled": int((plain_correct & ~correct).sum()),
+        "worst_class": cli.printable(classes[worst] if classes else str(worst)),
+        "worst_class_accuracy": float(accuracy_of[worst]),
+        "worst_class_n": int((labels == worst).sum()),
+    }
+    if tail is not None:
+        values["head"] = float(correct[~tail].mean())
+        values["tail"] = float(correct[tail].mean())
+    return values
+
+
+# ------------------------------------------------------------------------------------- picture
+
+
+def attacked_examples(model, images, labels, spec, checked, arrays, device):
+    """A few images as they are and attacked in each norm at its first radius, for `draw`.
+
+    A dict: x (k, C, H, W) and y (k,), predicted (k,), and attacked, a list of a dict for each norm
+    with norm, eps, x_adv and predicted. They are attacked again here, as results keep no images.
+    """
+    firsts = {}
+    for result, array in zip(checked, arrays):
+        firsts.setdefault(result["norm"], (result, array["robust"]))
+    robust = np.stack([robust for _, robust in firsts.values()])
+    chosen = choose(labels, arrays[0]["clean_correct"], robust)
+    x = data.to_x(images[chosen], device)
+    y = torch.from_numpy(labels[chosen]).to(device)
+    examples = {"x": x, "y": y, "predicted": _predict(model, x), "attacked": []}
+    for result, robust in firsts.values():
+        fooled = torch.from_numpy(~robust[chosen]).to(device)
+        x_adv = attack_again(model, x, y, fooled, result, spec.num_classes)
+        predicted = _predict(model, x_adv)
+        threat = {"norm": result["norm"], "eps": result["eps"]}
+        examples["attacked"].append(threat | {"x_adv": x_adv, "predicted": predicted})
+    return examples
+
+
+def choose(labels, clean_correct, robust):
+    """Rows of the first correctly classified images of N_EXAMPLES classes.
+
+    Those that an attack of some norm fools come before all others. robust: (norms, n) bool.
+    """
+    fooled_first = np.argsort(robust.all(0), kind="stable")
+    candidates = fooled_first[clean_correct[fooled_first]]
+    _, first = np.unique(labels[candidates], return_index=True)
+    return candidates[np.sort(first)[:N_EXAMPLES]].tolist()
+
+
+def attack_again(model, x, y, fooled, result, num_classes):
+    """Images (k, C, H, W) of APGD-CE's highest loss, or of APGD-T where that alone fools.
+
+    fooled: (k,) bool, of which images it is known that some attack fools the model on them.
+    """
+    norm = result["norm"]
+    settings = dict(norm=norm, eps=result["eps"], seed=result["seed"])
+    kind = adaptive.kinds(result["layers"])[-1]
+    surrogate = adaptive.Surrogate(model, kind, adaptive.mean_margin(model, x, y))
+    x_adv = autoattack.highest_loss(surrogate, x, y, n_steps=N_STEPS, **settings)
+    x_adv = restarts.in_threat_model(x_adv, x, "APGD-CE", norm, result["eps"])
+    rows = torch.nonzero(fooled & (_predict(model, x_adv) == y)).squeeze(1)
+    if len(rows):
+        targeted = autoattack.attack(
+            "apgd-t", surrogate, x[rows], y[rows], n_classes=num_classes, **settings
+        )
+        targeted = restarts.in_threat_model(targeted, x[rows], "APGD-T", norm, result["eps"])
+        better = _predict(model, targeted) != y[rows]
+        x_adv[rows[better]] = targeted[better].detach()
+    return x_adv
+
+
+def _predict(model, x):
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+def draw(rows, examples, spec, trained, path):
+    """Write a PNG: a bar for each row of the table, and attacked images beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[5, 7])
+    draw_bars(left.subplots(), rows, trained)
+    if len(examples["y"]):
+        draw_examples(right, examples, spec)
+    with files.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=90)
+    plt.close(figure)
+
+
+def draw_bars(axis, rows, trained):
+    """Accuracies with Wilson's intervals; hatched, what the plain attacks alone had left."""
+    colours = NORM_COLOURS | {None: "#999999", "all": "black"}
+    for place, values in enumerate(rows):
+        height = 100 * values["accuracy"]
+        low, high = (100 * limit for limit in values["interval"])
+        axis.bar(place, height, color=colours[values["norm"]], width=0.7)
+        if values["newly_fooled"]:
+            rest = 100 * values["plain"] - height
+            axis.bar(place, rest, 0.7, height, fill=False, hatch="///", edgecolor="#D55E00")
+        lengths = [[height - low], [high - height]]
+        axis.errorbar(place, height, lengths, color="#666666", capsize=4)
+        top = max(high, 100 * values["plain"])
+        axis.text(place, top + 1, f"{height:.1f}", ha="center", va="bottom")
+    names = [values["name"].replace(" ", "\n", 1) for values in rows]
+    if trained is not None:
+        training = f"{trained[0]}\n{trained[1]:.4g}"
+        names = [f"{name}\n(training)" if name == training else name for name in names]
+    axis.set_xticks(range(len(rows)), names)
+    axis.set_ylim(0, 110)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_ylabel("accuracy, %")
+    title = f"{rows[0]['n']:,} test images, 95 % intervals"
+    if any(values["newly_fooled"] for values in rows):
+        title += "\nhatched: fooled by the adaptive check alone"
+    axis.set_title(title, fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def draw_examples(figure, examples, spec):
+    """A row per image: as it is, then attacked in each norm, and the amplified change."""
+    attacked = examples["attacked"]
+    n_images = len(examples["y"])
+    axes = figure.subplots(n_images, 1 + 2 * len(attacked), squeeze=False)
+    figure.suptitle("Test images, attacked images, changes; below, the prediction", fontsize=10)
+    columns = [("test image", examples["x"], examples["predicted"])]
+    for threat in attacked:
+        delta = threat["x_adv"] - examples["x"]
+        factor = 0.5 / max(float(delta.abs().max()), 1e-6)
+        title = f"{threat['norm']} {threat['eps']:.4g}"
+        columns.append((title, threat["x_adv"], threat["predicted"]))
+        columns.append((f"change × {factor:.3g}", 0.5 + factor * delta, None))
+    for column, (title, shown, predicted) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=9)
+        for i in range(n_images):
+            axis = axes[i, column]
+            pixels = shown[i].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if predicted is not None:
+                right = bool(predicted[i] == examples["y"][i])
+                text = _class_name(int(predicted[i]), spec.classes)
+                axis.set_xlabel(text, color="black" if right else "red", fontsize=9, labelpad=2)
+
+
+def _class_name(label, classes):
+    """At most twelve printable characters of a class's name, or its number."""
+    return cli.printable(classes[label])[:12] if classes else str(label)
+
+
+# ---------------------------------------------------------------------------------------- page
+
+
+def page(name, rows, plain, checked, trained, paths, picture):
+    """The lines of the page, in Markdown. picture: name of its file; the rest: see write_report."""
+    first = rows[1]
+    worst = rows[-1]
+    threats = [values["name"] for values in rows[1:-1]]
+    main = checked[0]
+    lines = [
+        f"# {name}",
+        "",
+        f"**{_interval(first)}** of {first['n']:,} test images withstand all attacks at "
+        f"{first['name']}. **{_interval(worst)}** withstand them in every norm.",
+        "",
+    ]
+    warnings = collect_warnings(threats, plain, checked)
+    if trained is not None and trained != (main["norm"], main["eps"]):
+        training = f"trained against {trained[0]} {trained[1]:.4g}"
+        warnings.insert(0, f"{training}, and this page is about {first['name']}")
+    if not main["sanity_images"]:
+        warnings.append("the sanity checks were left out (--sanity-images 0)")
+    lines += [f"- **WARNING** {cli.printable(text)}" for text in warnings] or ["No check failed."]
+    lines += ["", f"![Accuracies in each norm, and attacked images](<{picture}>)", ""]
+    lines += table_lines(rows)
+    lines += ["", *caption(main, trained), ""]
+    lines += ["## The adaptive check", "", *adaptive_lines(first, main), ""]
+    lines += [f"## Sanity checks at {first['name']}", "", *sanity_lines(plain[0], main), ""]
+    lines += ["## What these numbers do not say", "", *limits(main), ""]
+    lines += ["## Files", "", *[f"- `{os.path.basename(path)}`" for path in paths], ""]
+    command = shlex.join(main["environment"]["command"])
+    lines += [f"Each has one verdict per image in the `.npz` beside it. Last made by `{command}`."]
+    return lines
+
+
+def collect_warnings(threats, plain, checked):
+    """Lines, each naming its threat, of what the results warn of."""
+    lines = []
+    for name, *pair in zip(threats, plain, checked):
+        texts = [text for result in pair for text in result["warnings"]]
+        lines += [f"{name}: {text}" for text in dict.fromkeys(texts)]
+    return lines
+
+
+def table_lines(rows):
+    """The table in Markdown; n stands in every row."""
+    titles = ["", "n", "accuracy, %", "95 % interval", "plain attack alone, %", "worst class, %"]
+    halves = [half for half in ("head", "tail") if half in rows[0]]
+    titles += [f"{half} classes, %" for half in halves]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for values in rows:
+        low, high = values["interval"]
+        accuracy = 100 * values["worst_class_accuracy"]
+        worst_class = f"{accuracy:.1f} ({values['worst_class']}, n = {values['worst_class_n']})"
+        cells = [
+            values["name"],
+            f"{values['n']:,}",
+            f"**{100 * values['accuracy']:.1f}**",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{100 * values['plain']:.1f}",
+            worst_class.replace("|", "\\|"),
+        ]
+        cells += [f"{100 * values[half]:.1f}" for half in halves]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def caption(result, trained):
+    """What was attacked, and how."""
+    attack = result["attack_name"]
+    training = "not known" if trained is None else f"{trained[0]} {trained[1]:.4g}"
+    versions = f"{result['version']}, torch {result['environment']['torch']}"
+    return [
+        f"Attacks: {attack}. Training: {training}. Precision {result['precision']}, seed "
+        f"{result['seed']}, {versions}, {result['environment']['device']}. The last row counts an "
+        "image where no attack of any norm, at the norm's first radius, fools the model (Tramer & "
+        "Boneh, arXiv 1904.13000). Intervals are Wilson's.",
+    ]
+
+
+def adaptive_lines(first, result):
+    """Whether other backward passes change the number of the first threat, and what they change."""
+    plain = f"plain {100 * first['plain']:.1f} %"
+    checked = f"with the adaptive check **{100 * first['accuracy']:.1f} %**"
+    lines = [
+        f"{first['name']}: {plain}, {checked}; {first['newly_fooled']} images more are fooled.",
+        "",
+        "APGD was tried again on what withstood. The forward pass, and so every verdict, is the "
+        "model's own; the backward pass differs:",
+        "",
+        "- unit: logits divided by their mean margin.",
+    ]
+    changes = {
+        "straight": "the identity as the derivative of",
+        "leaky": "besides, a slope in the flat parts of",
+    }
+    for kind, change in changes.items():
+        layers = [f"`{cli.printable(name)}`" for name in result["layers"][kind]]
+        done = f"{change} {', '.join(layers)}." if layers else "the model has no such layers."
+        lines.append(f"- {kind}: {done}")
+    return lines
+
+
+def sanity_lines(plain, checked):
+    """The sanity checks of the first threat, as a table in Markdown."""
+    n = plain["sanity_images"]
+    images = f"On the first {n} images." if n else "Most were left out, by `--sanity-images 0`."
+    lines = [images, "", "| | check | found |", "|---|---|---|"]
+    for outcome in plain["sanity"] + checked["sanity"]:
+        state = "ok" if outcome["ok"] else "**FAILED**"
+        lines.append(f"| {state} | {outcome['check']} | {outcome['found']} |")
+    return lines
+
+
+def limits(result):
+    """What a reader might take the numbers for, and should not."""
+    lines = ["- They are upper bounds. A stronger attack may fool more images."]
+    if "square" not in result["attacks"]:
+        lines.append("- `--attack autoattack` also runs FAB and Square, which were not run here.")
+    return lines + [
+        "- The adaptive check knows rounding, replaced values, modules of unknown code and clipped "
+        "activations. A mask inside a block or a purification step needs an attack of its own.",
+        "- Radii of different norms are not equally hard, and the last row depends on all of them.",
+        "- Intervals are over test images. Another training seed is another model.",
+        "- Changes outside the three norms (rotations, patches, corruptions) are not tried.",
+    ]
+
+
+def _interval(values):
+    low, high = values["interval"]
+    return f"{100 * values['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
