@@ -24,7 +24,7 @@ HUB_DATASETS = {  # the names of our data sets on the hub
     "imagenet": "ILSVRC/imagenet-1k",
 }
 # --attack of the results that may stand for a model's robust accuracy. Others are checks of it.
-REPORTED = ("apgd", "apgd-adaptive", "autoattack", "autoattack-adaptive", "rand")
+REPORTED = ("apgd", "autoattack", "rand")
 
 
 def weights_of(model, about):
@@ -148,7 +148,7 @@ def _hub_data(title, config, results):
 
 def _hub_metrics(results):
     """(name, accuracy) pairs: clean on the most images, then each robust one that is no check."""
-    reported = [result for result in results.values() if result["attack"] in REPORTED]
+    reported = [result for result in results.values() if _is_reported(result)]
     largest = max(reported, key=lambda result: result["n"])
     metrics = [(f"clean accuracy, n = {largest['n']}", largest["clean"])]
     for result in reported:
@@ -157,6 +157,11 @@ def _hub_metrics(results):
             name += ", with warnings"
         metrics.append((name, result["robust"]))
     return metrics
+
+
+def _is_reported(result):
+    """Whether a result, with evaluate.py's adaptive check or without, is one of REPORTED."""
+    return result["attack"].removesuffix("-adaptive") in REPORTED
 
 
 def _facts(config, n_parameters):
@@ -248,7 +253,7 @@ def _results_table(results):
 
 def _remarks(result):
     remarks = []
-    if result["attacks"] and result["attack"] not in REPORTED:
+    if result["attacks"] and not _is_reported(result):
         remarks.append("a check, not the number to report")
     if result["warnings"]:
         remarks.append("**warnings, see below**")
