@@ -455,20 +455,18 @@ def use_manifest(args, manifest):
     """
     path = os.path.join(args.out_dir, "manifest.json")
     sampler = manifest.get("sampler")
-    recorded = sampler if isinstance(sampler, dict) else {}
-    recorded = {name: recorded.get(name) for name in SAMPLER} | {"seed": manifest.get("seed")}
-    for name, value in recorded.items():
-        kind = SAMPLER.get(name, cli.seed)
+    recorded = {"seed": manifest.get("seed")}
+    if isinstance(sampler, dict):
+        recorded |= sampler
+    for name, kind in {"seed": cli.seed, **SAMPLER}.items():
         try:
-            setattr(args, name, kind(str(value)))
+            setattr(args, name, kind(str(recorded.get(name))))
         except ArgumentTypeError as error:
             raise UserError(f"{path}: damaged, {name}: {error}") from error
     args.precision = manifest.get("precision")
-    shape = manifest.get("image_shape")
-    sound = args.precision in ("fp32", "tf32", "bf16") and isinstance(shape, list)
-    if not sound or not all(isinstance(size, int) for size in shape):
-        found = f"its precision is {args.precision}, its image_shape {shape}"
-        raise UserError(f"{path}: damaged, {found}")
+    if args.precision not in ("fp32", "tf32", "bf16"):
+        expected = "expected fp32, tf32 or bf16"
+        raise UserError(f"{path}: its precision is {args.precision}, {expected}")
     args.n_images = manifest["n"]
     args.shard_size = manifest["shard_size"]
     n_shards = math.ceil(args.n_images / args.shard_size)
@@ -477,7 +475,11 @@ def use_manifest(args, manifest):
 
 
 def load_verified(flag, path, expected, device, precision):
-    """The network of a flag, which must have the SHA-256 `expected`; None for None and None."""
+    """The network of a flag, of the SHA-256 `expected`; None where the set was made without one.
+
+    Raises UserError where path is None and expected is not, or the other way round, or where it is
+    another network.
+    """
     if expected is None and path is None:
         return None
     if path is None or expected is None:
@@ -515,20 +517,21 @@ def verify(args):
     """
     manifest = read_manifest(args.out_dir)
     use_manifest(args, manifest)
-    ids = shard_ids(args.verify, args)
-    images_path, labels_path = shard_paths(args.out_dir, args.verify)
-    images = files.open_npy(images_path, np.uint8, (len(ids), *manifest["image_shape"]))
-    labels = files.open_npy(labels_path, np.int64, (len(ids),))
     rank, world_size, device = run.start_processes(args.precision)
-    networks = []
-    for flag, path, key in (
-        ("--diffusion", args.diffusion, "network_sha256"),
-        ("--guide", args.guide, "guide_sha256"),
-    ):
-        networks.append(load_verified(flag, path, manifest.get(key), device, args.precision))
-    model, guide = networks
-    spec = open_dataset(args)
-    classifier = load_labeller(args, manifest, spec, device)
+    own = manifest.get("network_sha256")
+    model = load_verified("--diffusion", args.diffusion, own, device, args.precision)
+    other = manifest.get("guide_sha256")
+    guide = load_verified("--guide", args.guide, other, device, args.precision)
+    ids = shard_ids(args.verify, args)
+    shape = (len(ids), model.image_size, model.image_size, model.channels)
+    images_path, labels_path = shard_paths(args.out_dir, args.verify)
+    images = files.open_npy(images_path, np.uint8, shape)
+    labels = files.open_npy(labels_path, np.int64, (len(ids),))
+    classifier = None
+    spec = None  # the data set, which only a classifier needs
+    if manifest.get("labels_of_sha256") or args.classifier:
+        spec = open_dataset(args)
+        classifier = load_labeller(args, manifest, spec, device)
     args.relabel = classifier is not None
 
     gaps = torch.zeros(256, dtype=torch.long)  # numbers of values, by their distance

@@ -487,8 +487,7 @@ def test_what_cannot_be_verified_is_one_line(
         ({"sampler": None}, "n_steps: expected a whole number, got 'None'"),
         ({"seed": -1}, "seed: expected a whole number from 0"),
         ({"precision": "fp8"}, "its precision is fp8"),
-        ({"image_shape": [8, 8]}, "shard-00001-images.npy: found"),
-        ({"image_shape": "x"}, "its image_shape x"),
+        ({"shard_size": 10}, "shard-00001-images.npy: found uint8 (20, 8, 8, 1), expected"),
         ({"format": 1}, "format 1, expected 2"),
         ({"guide_sha256": "0"}, "--guide: the set has such a network"),
     ):
