@@ -178,9 +178,7 @@ def parse_args(argv=None):
     add("--mixup", type=cli.non_negative, help="alpha of MixUp; 0 is off")
     add("--cutmix", type=cli.non_negative, help="alpha of CutMix; with MixUp, one is drawn a batch")
     add = parser.add_argument_group("alignment with the diffusion model (DRA)").add_argument
-    add(
-        "--teacher", type=cli.path, help="directory, .pkl or hub:NAME; else out/diffusion-<dataset>"
-    )
+    add("--teacher", type=cli.path, help="directory, .pkl, hub:NAME; else out/diffusion-<dataset>")
     add("--block", help="block of the teacher that gives the target; without it, by its family")
     add("--sigma", type=cli.positive, help="noise level of the teacher's input, images in [-1, 1]")
     add("--teacher-label", choices=["none", "true"], default="none", help="label the teacher gets")

@@ -127,7 +127,7 @@ def read(path):
     with files.reading(path, "a readable NVlabs network"), open(path, "rb") as file:
         if file.read(2) == b"PK":
             converted = "SiT's and JiT's are converted by teachers.sit and teachers.jit"
-            raise UserError(f"{path}: a file of torch.save, expected NVlabs' .pkl; {converted}")
+            raise UserError(f"{path}: a zip file of weights, expected NVlabs' .pkl; {converted}")
         file.seek(0)
         try:
             with warnings.catch_warnings(action="ignore"):  # torch's own, of TypedStorage

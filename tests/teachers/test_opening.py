@@ -389,7 +389,7 @@ def test_a_part_of_a_pipeline(dirs):
         ("model.safetensors", "weights alone"),
         ("pytorch_lora_weights.safetensors", "a LoRA"),
         ("notes.txt", "a file that is no diffusion model"),
-        ("random_states_0.pkl", "a file of torch.save, expected NVlabs' .pkl"),
+        ("random_states_0.pkl", "a zip file of weights, expected NVlabs' .pkl"),
     ],
 )
 def test_files_that_are_no_model(name, words, tmp_path):
