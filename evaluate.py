@@ -188,14 +188,10 @@ def check_args(parser, argv, args):
     if args.dataset != "folder":  # whose classes are read
         not_exported += ("--data-dir",)
     not_exported += ("--weights", "--sanity-images", "--precision", "--compile", "--check")
-    not_exported += ("--report",)
     parser.refuse_unused(argv, dict.fromkeys(not_exported, evaluation))
     of_one_result = ("--n-images", "--image-list", "--norm", "--eps", "--attack", "--seed")
     not_hub = ("one result, not --export hub", args.export != "hub")
     parser.refuse_unused(argv, dict.fromkeys(of_one_result, not_hub))
-    # A compiled model would not run the layers that the report goes straight through.
-    not_report = ("a single evaluation, not --report", not args.report)
-    parser.refuse_unused(argv, dict.fromkeys(("--out", "--transfer-from", "--compile"), not_report))
 
     if not args.checkpoint and args.model != "diffusion-classifier":
         parser.error("argument --checkpoint: required")
@@ -203,10 +199,6 @@ def check_args(parser, argv, args):
         parser.error(f"argument --teacher: --model {args.model} needs a diffusion model")
     if args.fresh_noise and args.attack in ("apgd", "autoattack"):
         parser.error("argument --fresh-noise: needs --attack rand, or pgd with --eot")
-    if args.report and args.attack not in ("apgd", "autoattack"):
-        parser.error("argument --report: needs --attack apgd or autoattack")
-    if args.report and generative:
-        parser.error(f"argument --report: of a network's checkpoint, not of --model {args.model}")
     for flag, values in (("--mean", args.mean), ("--std", args.std)):
         if values is not None and len(values) not in (1, spec.channels):
             expected = f"expected 1 or {spec.channels} numbers, one per channel of {spec.name}"
@@ -236,6 +228,15 @@ def check_args(parser, argv, args):
     for eps in radii(args):
         parser.check_radius("--eps", eps, args.norm, spec)
     parser.check_radius("--step-size", args.step_size, args.norm, spec)
+
+    # A compiled model would not run the layers that the report goes straight through.
+    not_report = ("a single evaluation, not --report", not args.report)
+    parser.refuse_unused(argv, dict.fromkeys(("--out", "--transfer-from", "--compile"), not_report))
+    parser.refuse_unused(argv, {"--report": evaluation})
+    if args.report and args.attack not in ("apgd", "autoattack"):
+        parser.error("argument --report: needs --attack apgd or autoattack")
+    if args.report and generative:
+        parser.error(f"argument --report: of a network's checkpoint, not of --model {args.model}")
 
     if args.out and args.export != "hub" and not args.out.endswith(".json"):
         parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")

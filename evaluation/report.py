@@ -32,6 +32,8 @@ def write_report(model, images, labels, spec, results, paths, trained, stem, dev
     tail = None
     if trained is not None and is_long_tail(checked[0]["checkpoint"]):
         tail = labels >= spec.num_classes / 2
+        if not 0 < tail.sum() < len(tail):  # of a few images
+            tail = None
     rows = table(checked, arrays, labels, spec.classes, tail)
     files.write_json({"rows": rows}, f"{stem}.json")
 
@@ -113,12 +115,15 @@ def attacked_examples(model, images, labels, spec, checked, arrays, device):
 
     A dict: x (k, C, H, W) and y (k,), predicted (k,), and attacked, a list of a dict for each norm
     with norm, eps, x_adv and predicted. They are attacked again here, as results keep no images.
+    None where no image is classified correctly.
     """
     firsts = {}
     for result, array in zip(checked, arrays):
         firsts.setdefault(result["norm"], (result, array["robust"]))
     robust = np.stack([robust for _, robust in firsts.values()])
     chosen = choose(labels, arrays[0]["clean_correct"], robust)
+    if not chosen:
+        return None
     x = data.to_x(images[chosen], device)
     y = torch.from_numpy(labels[chosen]).to(device)
     examples = {"x": x, "y": y, "predicted": _predict(model, x), "attacked": []}
@@ -179,7 +184,7 @@ def draw(rows, examples, spec, trained, path):
     figure = plt.figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[5, 7])
     draw_bars(left.subplots(), rows, trained)
-    if len(examples["y"]):
+    if examples is not None:
         draw_examples(right, examples, spec)
     with files.atomic(path) as file:
         figure.savefig(file, format="png", dpi=90)

@@ -161,7 +161,7 @@ def gradients(model, x, y, norm, eps, seed):
     own = margin_after(model)
     for kind in adaptive.kinds(adaptive.layers_of(model, x[:2])):
         left = margin_after(adaptive.Surrogate(model, kind, margin))
-        check = f"{kind} backward pass: no smaller margin after APGD-CE"
+        check = f"{kind}: APGD-CE leaves no smaller margin"
         found = f"{left:.3f} of the clean one, {own:.3f} by the model's own gradient"
         outcomes.append(outcome(check, left >= own - LOWER, found))
     return outcomes

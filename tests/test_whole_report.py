@@ -121,6 +121,8 @@ def test_a_masked_gradient_is_seen_through(name, best, tmp_path, short, linf_alo
     by_hand, _ = evaluate_with(best, tmp_path / "by_hand", f"--attack apgd {flags}")
 
     threat = rows[1]
+    numbers = [threat["plain"], threat["accuracy"], by_hand["robust"]]
+    print(name, [f"{number:.1%}" for number in numbers])  # of docs/evaluation.md
     assert by_hand["clean"] == rows[0]["accuracy"]  # the same model
     assert threat["plain"] > by_hand["robust"] + 0.15
     assert threat["accuracy"] == pytest.approx(by_hand["robust"], abs=0.07)

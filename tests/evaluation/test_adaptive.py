@@ -133,6 +133,17 @@ def test_the_model_is_as_before():
     assert "forward" not in vars(net.between)
 
 
+class Outer(nn.Module):
+    """Unknown code around unknown code."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, h):
+        return self.inner(h)
+
+
 class Halves(nn.Module):
     """The derivative is unknown, and the shape another one."""
 
@@ -150,10 +161,10 @@ class WithProduct(nn.Module):
 
 
 def test_which_modules_are_unusual():
-    net = nn.Sequential(nn.Linear(6, 5), nn.Sequential(Inner(), WithProduct()), nn.BatchNorm1d(5))
+    net = nn.Sequential(nn.Linear(6, 5), nn.Sequential(Outer(), WithProduct()), nn.BatchNorm1d(5))
     assert list(adaptive.unusual_modules(net)) == ["1.0"]
     layers = adaptive.layers_of(net.eval(), torch.randn(4, 6))
-    assert layers == {"straight": ["1.0 (Inner)"], "leaky": ["relu"]}
+    assert layers == {"straight": ["1.0 (Outer)"], "leaky": ["relu"]}
     assert adaptive.attack_names(layers) == [
         "unit-ce",
         "straight-ce",

@@ -80,9 +80,18 @@ def test_the_choice_of_images():
     assert report.choose(labels, np.zeros(8, bool), robust) == []
 
 
-@pytest.mark.parametrize("channels,n", [(1, 2), (3, 4), (3, 0)])
+def test_a_model_that_is_never_right_has_no_examples(tmp_path):
+    pairs = [made("linf", 0.1, np.full(6, -1))]
+    checked, arrays = zip(*pairs)
+    found = report.attacked_examples(None, None, LABELS, DIGITS, checked, arrays, "cpu")
+    assert found is None
+    report.draw(rows(), found, DIGITS, None, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("channels,n", [(1, 2), (3, 4)])
 def test_the_picture(channels, n, tmp_path):
-    """Grey and coloured images, and none at all."""
+    """Grey and coloured images."""
     x = torch.rand(n, channels, 8, 8)
     y = torch.arange(n)
     attacked = {"norm": "linf", "eps": 0.1, "x_adv": x, "predicted": (y + 1) % 10}
