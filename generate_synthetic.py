@@ -185,11 +185,12 @@ def sigma_limits(model, args, guide=None):
     return sigma_min, sigma_max
 
 
-def sample(model, ids, args, guide=None):
+def sample(model, ids, args, guide=None, label=None):
     """Generate the images with the given ids, an int64 array (B,).
 
-    Returns uint8 images (B, H, W, C), and the int64 labels (B,) that the network was told, None
-    with --relabel. Raises UserError where samples are not finite.
+    label: a function from images to their labels; then the network is told none.
+    Returns uint8 images (B, H, W, C) and int64 labels (B,). Raises UserError where samples are not
+    finite.
     """
     generators = data.id_streams(args.seed, "generate", ids)
 
@@ -198,7 +199,7 @@ def sample(model, ids, args, guide=None):
         return data.normal_of(generators, model.noise_shape).to(model.device)
 
     y = None
-    if not args.relabel:
+    if label is None:
         y = torch.from_numpy(ids % model.num_classes).to(model.device)
     sigma_min, sigma_max = sigma_limits(model, args, guide)
     x = sampling.heun(
@@ -215,8 +216,8 @@ def sample(model, ids, args, guide=None):
         reason = "samples not finite, a broken network or too large a --guidance-scale"
         raise UserError(f"--diffusion {args.diffusion}: {reason}")
     x = model.decode(x)
-    images = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return images.cpu().numpy(), None if y is None else y.cpu().numpy()
+    images = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return images, label(images) if y is None else y.cpu().numpy()
 
 
 @torch.no_grad()
@@ -234,6 +235,16 @@ def probabilities(classifier, images, spec, device, precision):
     if not probs.isfinite().all():  # argmax of NaN is class 0
         raise UserError("--classifier: its logits are not finite")
     return probs
+
+
+def labeller(classifier, spec, device, precision):
+    """A function from uint8 images (B, H, W, C) to the labels (B,) that a classifier predicts."""
+
+    def label(images):
+        probs = probabilities(classifier, images, spec, device, precision)
+        return probs.argmax(1).cpu().numpy()
+
+    return label
 
 
 def confidences(source, classifier, spec, args, device, rank, world_size):
@@ -351,25 +362,15 @@ def batches_of(ids, args):
     return np.split(ids, range(args.batch_size, len(ids), args.batch_size))
 
 
-def sample_labelled(model, ids, spec, args, guide, classifier):
-    """The images of `sample`, with the labels told or, with --relabel, predicted."""
-    images, labels = sample(model, ids, args, guide)
-    if args.relabel:
-        probs = probabilities(classifier, images, spec, model.device, args.precision)
-        labels = probs.argmax(1).cpu().numpy()
-    return images, labels
-
-
-def generate(model, shards, spec, args, rank, guide=None, classifier=None):
-    """Generate and write the given shards."""
+def generate(model, shards, args, rank, guide=None, label=None):
+    """Generate and write the given shards. label: as in sample."""
     n_images = sum(len(shard_ids(shard, args)) for shard in shards)
     with run.progress(rank=rank, desc="generate", unit="image", total=n_images) as bar:
         for shard in shards:
             ids = shard_ids(shard, args)
             images, labels = [], []
             for batch in batches_of(ids, args):
-                made = sample_labelled(model, batch, spec, args, guide, classifier)
-                batch_images, batch_labels = made
+                batch_images, batch_labels = sample(model, batch, args, guide, label)
                 images.append(batch_images)
                 labels.append(batch_labels)
                 bar.update(len(batch))
@@ -492,8 +493,8 @@ def load_verified(flag, path, expected, device, precision):
     return network
 
 
-def load_labeller(args, manifest, spec, device):
-    """The classifier of --classifier, which labelled the set; None where none did.
+def load_labeller(args, manifest, device):
+    """The labeller of --classifier, which labelled the set; None where none did.
 
     Raises UserError where it is missing, another one, or not of use.
     """
@@ -505,9 +506,10 @@ def load_labeller(args, manifest, spec, device):
         return None
     if files.sha256(args.classifier) != expected:
         raise UserError(f"--classifier {args.classifier}: not the one that labelled the set")
+    spec = open_dataset(args)
     weights = manifest.get("labels_of_weights")
     classifier, _ = load_classifier(args.classifier, spec, device, weights=weights)
-    return classifier
+    return labeller(classifier, spec, device, args.precision)
 
 
 def verify(args):
@@ -527,19 +529,13 @@ def verify(args):
     images_path, labels_path = shard_paths(args.out_dir, args.verify)
     images = files.open_npy(images_path, np.uint8, shape)
     labels = files.open_npy(labels_path, np.int64, (len(ids),))
-    classifier = None
-    spec = None  # the data set, which only a classifier needs
-    if manifest.get("labels_of_sha256") or args.classifier:
-        spec = open_dataset(args)
-        classifier = load_labeller(args, manifest, spec, device)
-    args.relabel = classifier is not None
+    label = load_labeller(args, manifest, device)
 
     gaps = torch.zeros(256, dtype=torch.long)  # numbers of values, by their distance
     n_other = torch.zeros(2, dtype=torch.long)  # images that differ, labels that differ
     batches = batches_of(ids, args)[rank::world_size]
     for batch in run.progress(batches, rank, desc="verify", unit="batch"):
-        made = sample_labelled(model, batch, spec, args, guide, classifier)
-        made_images, made_labels = made
+        made_images, made_labels = sample(model, batch, args, guide, label)
         rows = batch - ids[0]
         gap = np.abs(made_images.astype(np.int16) - images[rows])
         gaps += torch.from_numpy(np.bincount(gap.flatten(), minlength=256))
@@ -626,7 +622,8 @@ def main(args):
     missing = [shard for shard in range(n_shards) if not is_made(args.out_dir, shard)]
     run.barrier()
     # Whole shards are shared out over ranks: a shard's batches are the same for any number of them.
-    generate(model, missing[rank::world_size], spec, args, rank, guide, classifier)
+    label = labeller(classifier, spec, device, args.precision) if args.relabel else None
+    generate(model, missing[rank::world_size], args, rank, guide, label)
     run.barrier()
 
     if args.keep_fraction:

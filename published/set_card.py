@@ -129,7 +129,7 @@ def _facts(source):
 
 
 def _balance(source):
-    """How many images the classes have."""
+    """How many images the classes have, and whose labels they are."""
     labels = np.concatenate(source.labels)
     if source.rows is not None:
         labels = labels[source.rows]
@@ -137,17 +137,25 @@ def _balance(source):
     per_class = f"{counts.min():,} to {counts.max():,} images each"
     if counts.min() == counts.max():
         per_class = f"{counts.min():,} images each"
-    return f"{len(counts)} classes, {per_class}"
+    balance = f"{len(counts)} classes, {per_class}"
+    if "labels_of_sha256" in source.manifest:
+        digest = cards.digest(source.manifest["labels_of_sha256"])
+        balance += f"; predicted by the classifier SHA-256 {digest}, the network was told none"
+    return balance
 
 
 def _commands(source):
     """How the set is fetched, checked, trained on, and one of its shards made again."""
-    guide = " --guide GUIDE" if "guide_sha256" in source.manifest else ""
+    networks = "--diffusion NETWORK"
+    if "guide_sha256" in source.manifest:
+        networks += " --guide GUIDE"
+    if "labels_of_sha256" in source.manifest:
+        networks += f" --dataset {source.manifest['dataset']} --classifier CLASSIFIER"
     dataset = source.manifest["dataset"]
     lines = [
         "hf download --repo-type dataset OWNER/NAME --local-dir SET",
         "cd SET && sha256sum -c SHA256SUMS",
         f"python train_at.py --dataset {dataset} --synthetic SET",
-        f"python generate_synthetic.py --out-dir SET --diffusion NETWORK{guide} --verify 0",
+        f"python generate_synthetic.py --out-dir SET {networks} --verify 0",
     ]
     return "\n".join(lines)

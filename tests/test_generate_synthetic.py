@@ -222,6 +222,12 @@ def test_relabelled_images_have_the_label_that_a_classifier_predicts(
     again += ["--classifier", checkpoint]
     generate_synthetic.main(generate_synthetic.parse_args(again))
     assert "labels  equal: 10" in capsys.readouterr().out
+    generate_synthetic.main(
+        generate_synthetic.parse_args(["--out-dir", str(tmp_path / "set"), "--export", "hub"])
+    )
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert f"predicted by the classifier SHA-256 `{files.sha256(checkpoint)}`" in card
+    assert "--dataset digits --classifier CLASSIFIER --verify 0" in card
 
     model = load_diffusion(diffusion_dir, "cpu")
     noise = data.normal_of(data.id_streams(0, "generate", range(10)), (1, 8, 8))
