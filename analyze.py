@@ -500,12 +500,14 @@ def load_images(spec, args):
     return fit, (images, labels[: args.n_images])
 
 
-def load_teacher(spec, args, device):
+def load_teacher(spec, args, device, rank):
     """(diffusion model, dict of what its features depend on) of --teacher; two None without it."""
     if not args.teacher:
         return None, None
     diffusion = load.load_diffusion(args.teacher, device, args.precision)
     diffusion.check_teaches(f"--teacher {args.teacher}", spec, with_labels=False)
+    if rank == 0:
+        diffusion.warn_of_null_label(args.teacher)
     teacher = {
         "network_sha256": diffusion.sha256,
         "block": diffusion.default_block if args.block is None else args.block,
@@ -524,7 +526,7 @@ def main(args):
     rank, world_size, device = run.start_processes(args.precision)
     spec = open_dataset(args)
     fit, test = load_images(spec, args)
-    diffusion, teacher = load_teacher(spec, args, device)
+    diffusion, teacher = load_teacher(spec, args, device, rank)
 
     # What is measured of a model has its files, named by the hash of all that it depends on.
     not_shared = ("model", "teacher", "block", "sigma", "n_noise", "out_dir")

@@ -431,6 +431,8 @@ def main(args):
     spec = open_dataset(args)
     model = load.load_diffusion(args.diffusion, device, args.precision)
     model.check_teaches(f"--diffusion {args.diffusion}", spec, with_labels=False)
+    if rank == 0:
+        model.warn_of_null_label(args.diffusion)
     blocks = args.blocks or model.blocks
     try:
         model.check_blocks(blocks)

@@ -185,6 +185,12 @@ def sigma_limits(model, args, guide=None):
     return sigma_min, sigma_max
 
 
+def noise_levels(model, args, guide=None):
+    """The sampler's noise levels, float64 (n_steps + 1,), before they are rounded to a ladder."""
+    sigma_min, sigma_max = sigma_limits(model, args, guide)
+    return sampling.sigma_steps(args.n_steps, sigma_min, sigma_max, args.rho)
+
+
 def sample(model, ids, args, guide=None, label=None):
     """Generate the images with the given ids, an int64 array (B,).
 
@@ -201,16 +207,20 @@ def sample(model, ids, args, guide=None, label=None):
     y = None
     if label is None:
         y = torch.from_numpy(ids % model.num_classes).to(model.device)
-    sigma_min, sigma_max = sigma_limits(model, args, guide)
+
+    def round_sigma(sigma):
+        sigma = model.round_sigma(sigma)
+        return sigma if guide is None else guide.round_sigma(sigma)
+
     x = sampling.heun(
         guided(model, y, args.guidance_scale, guide),
         draw_noise(),
-        sampling.sigma_steps(args.n_steps, sigma_min, sigma_max, args.rho),
+        noise_levels(model, args, guide),
         args.s_churn,
         (args.s_tmin, args.s_tmax),
         args.s_noise,
         draw_noise,
-        model.round_sigma,
+        round_sigma,
     )
     if not x.isfinite().all():  # as bytes they would be black images with a label
         reason = "samples not finite, a broken network or too large a --guidance-scale"
@@ -313,6 +323,12 @@ def load_guide(args, spec, model):
     if not same:
         message = "its latents are not those of --diffusion: they give other images"
         raise UserError(f"--guide {args.guide}: {message}")
+    # Where both know a ladder of noise levels alone, a level of one must be a level of the other.
+    for sigma in noise_levels(model, args, guide).tolist()[:-1]:
+        level = guide.round_sigma(model.round_sigma(sigma))
+        if model.round_sigma(level) != level:
+            message = f"its noise levels are not those of --diffusion (near {sigma:.4g})"
+            raise UserError(f"--guide {args.guide}: {message}")
     return guide
 
 

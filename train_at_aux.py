@@ -182,7 +182,7 @@ def parse_args(argv=None):
     add("--block", help="block of the teacher that gives the target; without it, by its family")
     add("--sigma", type=cli.positive, help="noise level of the teacher's input, images in [-1, 1]")
     add("--teacher-label", choices=["none", "true"], default="none", help="label the teacher gets")
-    add("--teacher-every", type=cli.count, default=1, help="K: align every K-th image only")
+    add("--teacher-every", type=cli.count, help="K: align every K-th image only (default: all)")
     add("--aux-weight", type=cli.non_negative, help="weight of the alignment loss")
     add("--align", choices=["adv", "clean", "both"], default="adv", help="images that are aligned")
     add("--align-loss", choices=["cosine", "contrastive"], default="cosine", help="or InfoNCE")
@@ -526,9 +526,9 @@ def check(args, spec, world_size):
         raise UserError(f"--batch-size {args.batch_size}: {message}, see --mixup and --cutmix")
     if args.val_size < world_size:
         raise UserError(f"--val-size {args.val_size}: fewer images than processes ({world_size})")
-    least = args.teacher_every if args.align_loss == "cosine" else args.teacher_every + 1
-    if args.batch_size < least * world_size * args.accumulate:
-        flags = f"--teacher-every {args.teacher_every} and --align-loss {args.align_loss}"
+    n_targets = 1 if args.align_loss == "cosine" and not args.shuffle_targets else 2  # at least
+    if args.batch_size < n_targets * (args.teacher_every or 1) * world_size * args.accumulate:
+        flags = "--teacher-every, --align-loss and --shuffle-targets"
         raise UserError(f"--batch-size {args.batch_size}: too small for {flags}")
     models.check_model(args.model, spec)
 
@@ -541,8 +541,8 @@ def load_teacher(args, spec, device, rank):
     network.check_sigmas([teacher.sigma])
     if rank == 0 and network.val_size < args.val_size:
         print("note: the diffusion model of --teacher may have seen the validation images")
-    if rank == 0 and network.num_classes and not network.label_dropout and not teacher.with_label:
-        print(f"warning: {args.teacher} was trained without label dropout: no null label is known")
+    if rank == 0 and not teacher.with_label:
+        network.warn_of_null_label(args.teacher)
     return teacher
 
 

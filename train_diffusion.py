@@ -269,13 +269,13 @@ def main(args):
     rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = open_dataset(args)
     check(args, spec, world_size)
-    if args.n_labels == 0:  # the null label is the only one
-        spec = dataclasses.replace(spec, num_classes=0, classes=())
     mixed = autocast(device, args.precision)
 
     # Data: no crops; mirrored where the classes do not mind. Each rank makes the global batch and
     # takes its rows, so that the noise does not depend on the number of processes.
     train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train, args.imbalance)
+    if args.n_labels == 0:  # the null label is the only one
+        spec = dataclasses.replace(spec, num_classes=0, classes=())
     mine = slice(rank, None, world_size)
     x_val = data.to_x(val[0][mine], device)
     y_val = torch.from_numpy(val[1][mine]).clamp(max=spec.num_classes).to(device)

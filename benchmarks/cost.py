@@ -205,7 +205,7 @@ def training(words, flags, teacher=None):
     flop = {args.model: count(step)}
     if teacher:
         for name, of_target in teacher_flop(teacher, x, args).items():
-            flop[name] = of_target / args.teacher_every
+            flop[name] = of_target / (args.teacher_every or 1)
     epoch_images = args.epoch_images or IMAGENET_SIZE - DATASETS["imagenet"].val_size
     n_steps = args.epochs * math.ceil(epoch_images / args.batch_size)
     return words, n_steps * args.batch_size, flop, ["fp32", "bf16"]

@@ -170,6 +170,11 @@ class Diffusion:
         if with_labels:
             spec.check_classes(name, self.classes)
 
+    def warn_of_null_label(self, name):
+        """Print a warning where the network is told classes and never was told none in training."""
+        if self.num_classes and not self.label_dropout:
+            print(f"warning: {name} was trained without label dropout: no null label is known")
+
     def check_generates(self, name, spec, with_labels=True):
         """Raises UserError where the network's images or classes are not those of `spec`.
 

@@ -380,7 +380,7 @@ class Precond(nn.Module):
         if self.kind == "VEPrecond":
             return one, sigma, one, (sigma / 2).log()
         if self.kind == "VPPrecond":
-            # The time t whose sigma^2 is exp(beta_d t^2 / 2 + beta_min t) - 1.
+            # The time t of sigma: the inverse of sigma_at.
             beta_min = args["beta_min"]
             root = (beta_min**2 + 2 * args["beta_d"] * (1 + sigma**2).log()).sqrt()
             t = (root - beta_min) / args["beta_d"]
@@ -388,6 +388,11 @@ class Precond(nn.Module):
         else:
             c_noise = (args["M"] - 1 - self.nearest(sigma)).to(sigma)
         return one, -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
+
+    def sigma_at(self, t):
+        """VP's noise level at a time t: sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1."""
+        beta_d, beta_min = self.args["beta_d"], self.args["beta_min"]
+        return math.sqrt(math.expm1(beta_d * t**2 / 2 + beta_min * t))
 
     def nearest(self, sigma):
         """iDDPM's indices (B,) of the levels u that are nearest to noise levels (B,)."""
@@ -419,6 +424,8 @@ class EDMNetwork(Diffusion):
         self.hooked = net.model
         if net.kind == "VEPrecond":
             self.sigma_range = (net.args["sigma_min"], net.args["sigma_max"])
+        if net.kind == "VPPrecond":
+            self.sigma_range = (net.sigma_at(net.args["epsilon_t"]), net.sigma_at(1))
         if net.kind == "iDDPMPrecond":
             self.sigma_range = (net.u[-2].item(), net.u[0].item())
         decoder = [name for name in self.blocks if name.startswith("dec.16x16_block")]
@@ -472,6 +479,7 @@ _LISTS = ("channel_mult", "attn_resolutions", "resample_filter")
 _FRACTIONAL = (
     "sigma_min sigma_max sigma_data beta_d beta_min epsilon_t C_1 C_2 dropout label_dropout"
 ).split()
+_DIVISORS = ("sigma_data", "beta_d")
 _FROM_ZERO = ("label_dim", "augment_dim")
 # Far above any published network; without limits a small file could ask for endless work.
 _MOST = {"num_blocks": 64, "M": 10**4, "img_resolution": parts.MAX_SIZE}
@@ -491,7 +499,9 @@ def _check(name, value):
         expected = "a list of at most 16 whole numbers from 1"
     elif name in _FRACTIONAL:
         good = type(value) in (int, float) and 0 <= value <= most
-        expected = f"a number from 0 to {most}"
+        good = good and (value > 0 or name not in _DIVISORS)
+        above = "a number above 0, at most" if name in _DIVISORS else "a number from 0 to"
+        expected = f"{above} {most}"
     else:
         least = 0 if name in _FROM_ZERO else 1
         good = type(value) is int and least <= value <= most

@@ -28,8 +28,10 @@ class Flow(Diffusion):
     In the scale of sigma, t = noise_scale / (noise_scale + sigma) and x_t = t * noisy.
     A family adds `_clean`. The label num_classes is the null label; 0.1 of the labels were dropped.
     The default block and noise level are choices of ours: the last block of the first half, as for
-    DiT, and t = 0.75, about DiT's noise level.
+    DiT, and `default_t`.
     """
+
+    default_t = 0.75  # about DiT's noise level
 
     def __init__(self, net, image_size, channels, noise_scale=1.0):
         super().__init__(
@@ -42,7 +44,7 @@ class Flow(Diffusion):
         )
         self.noise_scale = noise_scale
         self.default_block = self.blocks[max(len(self.blocks) // 2 - 1, 0)]
-        self.default_sigma = noise_scale / 3
+        self.default_sigma = noise_scale * (1 / self.default_t - 1)
 
     def _denoise(self, noisy, sigma, labels):
         t = self.noise_scale / (self.noise_scale + sigma)

@@ -37,6 +37,7 @@ def load_diffusion(name, device, precision="fp32"):
         path = os.path.expanduser(name).rstrip("/") or name
         if path.lower().endswith(".pkl") and not os.path.isdir(path):
             model = _open_nvlabs(path)
+            _check_runs(model, path)
             model.sha256 = files.sha256(path)
         else:
             model = _open_directory(path)
@@ -241,20 +242,21 @@ def _check_edm_config(config, path, folder):
 
 
 def _finished(model, directory, part):
-    """A model that has been run once, with its sha256.
+    """A model that has been run once, with its sha256."""
+    _check_runs(model, directory.file(part, "config.json"))
+    model.sha256 = directory.sha256()
+    return model
 
-    A config.json may name a network that can be built and not run.
-    """
-    path = directory.file(part, "config.json")
+
+def _check_runs(model, path):
+    """Raises UserError where settings, of the file `path`, name a network that cannot be run."""
     highest = model.sigma_range[1]  # the last of a DDPM's steps
     noisy = torch.zeros(1, *model.noise_shape)
     config = dict(getattr(model.net, "config", {}))
     with parts.describing(path, "a network that cannot be run", type(model.net), config):
-        with torch.no_grad():
+        with torch.no_grad(), parts.BoundedAttention():
             sigma = highest if highest < float("inf") else 1.0
             denoised = model.denoise(noisy, sigma, torch.zeros(1, dtype=torch.long))
     if denoised.shape != noisy.shape:
         found, expected = (" x ".join(map(str, t.shape[1:])) for t in (denoised, noisy))
         raise UserError(f"{path}: describes a network that makes {found} of {expected}")
-    model.sha256 = directory.sha256()
-    return model

@@ -13,6 +13,7 @@ import typing
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from common import UserError, files
@@ -23,6 +24,7 @@ FORMATS = ("safetensors", "bin")  # the first is preferred
 MAX_STEPS = 100_000  # of a DDPM; published ones have 1,000
 MAX_SIZE = 1024  # pixels or latents along a side; no published network has more
 MAX_LAYERS = 1000  # of a network, or of one of its blocks
+MAX_ATTENDED = 128**2  # places that attend to each other; published networks have up to 64 x 64
 
 # The names of attention's weights in files of before 2023, and today's.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -129,6 +131,16 @@ class _Unfilled(TorchFunctionMode):
         initial = getattr(function, "__module__", None) == "torch.nn.init"
         if initial or function in (torch.Tensor.uniform_, torch.Tensor.normal_):
             return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+class BoundedAttention(TorchFunctionMode):
+    """Raises ValueError at attention over more than MAX_ATTENDED places, which would not end."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        n = args[0].shape[-2] if function is F.scaled_dot_product_attention else 0
+        if n > MAX_ATTENDED:
+            raise ValueError(f"attention over {n:,} places, expected at most {MAX_ATTENDED:,}")
         return function(*args, **(kwargs or {}))
 
 
@@ -345,10 +357,10 @@ def write_converted(contents, out_dir, source):
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"{out_dir}: is a file, expected a directory")
     os.makedirs(out_dir, exist_ok=True)
-    # What a killed conversion leaves ends in .writing, and is no obstacle. The VAE of a network on
-    # latents may have been there first.
+    # What a killed conversion leaves ends in .writing, and is no obstacle.
     names = [name for name in sorted(os.listdir(out_dir)) if not name.endswith(".writing")]
-    names = [name for name in names if name != "vae"]
+    if "vae/config.json" not in contents:  # the VAE of such a network may have been there first
+        names = [name for name in names if name != "vae"]
     same = "config.json" in names and files.read_json(config_path) == contents["config.json"]
     if names and not same:
         expected = f"not a conversion of {source}; give a new directory"

@@ -235,17 +235,22 @@ FLAGS = [
     (
         "train_at_aux",
         ["--align-loss", "contrastive", "--batch-size", "4", "--accumulate", "4"],
-        ["--batch-size 4", "too small", "--align-loss contrastive"],
+        ["--batch-size 4", "too small", "--align-loss"],
     ),
     (
         "train_at_aux",
         ["--align-loss", "contrastive", "--batch-size", "4", "--teacher-every", "4"],
-        ["--batch-size 4", "too small", "--teacher-every 4"],
+        ["--batch-size 4", "too small", "--teacher-every"],
     ),
     (
         "train_at_aux",
         ["--teacher-every", "65", "--batch-size", "128", "--accumulate", "2"],
-        ["--batch-size 128", "too small", "--teacher-every 65"],
+        ["--batch-size 128", "too small", "--teacher-every"],
+    ),
+    (  # one target alone is never another image's
+        "train_at_aux",
+        ["--shuffle-targets", "--batch-size", "128", "--accumulate", "2", "--teacher-every", "33"],
+        ["--batch-size 128", "too small", "--shuffle-targets"],
     ),
     ("train_at_aux", ["--teacher-every", "0"], ["--teacher-every", "at least 1"]),
     (

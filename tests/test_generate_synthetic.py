@@ -112,6 +112,20 @@ def test_a_guide_is_part_of_the_set(diffusion_dir, tmp_path):
         generate(tmp_path / "1", *argv)
 
 
+def test_a_guide_bounds_what_is_asked_and_held_out(diffusion_dir):
+    """Its noise levels, and the images that it has not seen, where they are fewer."""
+    model, guide = load_diffusion(diffusion_dir, "cpu"), load_diffusion(diffusion_dir, "cpu")
+    args = generate_synthetic.parse_args([])
+    guide.sigma_range = (0.05, 40.0)
+    guide.val_size = model.val_size - 1
+    guide.sha256 = "of the guide"
+    for pair in ((model, guide), (guide, model)):
+        assert generate_synthetic.sigma_limits(pair[0], args, pair[1]) == (0.05, 40.0)
+        manifest = generate_synthetic.manifest_of(args, DATASETS["digits"], *pair)
+        assert manifest["held_out"] == guide.val_size
+        assert (manifest["sampler"]["sigma_min"], manifest["sampler"]["sigma_max"]) == (0.05, 40.0)
+
+
 def test_guides_that_do_not_fit_are_one_line(diffusion_dir, dit_dir, tmp_path, capsys):
     def fails(words, guide, *argv):
         with pytest.raises(UserError) as info:

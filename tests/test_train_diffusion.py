@@ -30,7 +30,7 @@ def train(out, *flags):
 def unlabelled(tmp_path_factory):
     """A network trained without any label, on squares of 2 x 2 pixels: (directory, model)."""
     out = tmp_path_factory.mktemp("unlabelled") / "net"
-    return str(out), train(out, "--n-labels", "0", "--patch", "2")
+    return str(out), train(out, "--n-labels", "0", "--patch", "2", "--imbalance", "4")
 
 
 def test_loss_is_edms():

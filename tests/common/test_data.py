@@ -87,6 +87,10 @@ def test_long_tail_against_a_loop():
         assert counts[0] == n_max and counts[4] == max(1, int(n_max / ratio))
     with pytest.raises(UserError, match="--imbalance 2: the 300 training images lack a class"):
         data.long_tail(labels, 6, 2)
+    # 512 / 32^(4/5) is 32, and 31.999999999999993 in floating point.
+    labels = np.repeat(np.arange(6), 512)
+    counts = np.bincount(labels[data.long_tail(labels, 6, 32)])
+    assert counts.tolist() == [512, 256, 128, 64, 32, 16]
 
 
 def test_the_tail_is_cut_from_what_is_trained_on_alone():

@@ -83,12 +83,14 @@ def test_every_family_is_whole_graphs(family, tmp_path, diffusion_dir, monkeypat
     assert_close(features(model, 0), expected[0])
     n_graphs = len(graphs)
     assert 0 < n_graphs <= len(model.blocks) + 1
+    has_vae = family in ("EDM2 on latents", "DiT", "SiT")
+    assert len(model.modules) == 1 + has_vae
+    # An instance has a forward of its own where it is compiled.
+    assert all("forward" in vars(vae.encoder) for vae in model.modules[1:])
     for step in (1, 2, 3):
         assert_close(features(model, step), expected[step])
     assert len(graphs) == n_graphs
     assert not torch._dynamo.utils.counters["graph_break"]
-    has_vae = family in ("EDM2 on latents", "DiT", "SiT")
-    assert len(model.modules) == 1 + has_vae
     torch._dynamo.reset()
 
 

@@ -236,6 +236,7 @@ def test_denoised_images_and_features_are_the_networks(name, dirs):
     assert model.label_dropout == 0 and model.has_null_label
     assert model.num_classes == (0 if name == "uncond" else 3)
     assert model.image_size == (64 if name == "latents" else 16) and model.channels == 3
+    assert model.default_sigma == (0.17 if name == "latents" else 0.06)
     noisy, sigma, y = inputs(net, torch.float32)
     labels = one_hot(net, y).float()
     expected = net(noisy, sigma, labels)
@@ -453,7 +454,8 @@ ARGUMENTS = [
     ("attn_resolutions", "8", "attn_resolutions is '8', expected a list"),
     ("label_dim", 4, "unet.emb_label.weight is 128x3, expected 128x4"),
     ("logvar_channels", 0, "logvar_channels is 0, expected a whole number from 1"),
-    ("sigma_data", math.nan, "sigma_data is nan, expected a number from 0"),
+    ("sigma_data", math.nan, "sigma_data is nan, expected a number above 0"),
+    ("sigma_data", 0, "sigma_data is 0, expected a number above 0"),
 ]
 
 

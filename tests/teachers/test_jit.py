@@ -123,7 +123,7 @@ def test_denoising_with_labels_and_without(noise_scale, jit_dir, tmp_path):
 def test_features_are_those_of_a_plain_hook_without_class_tokens(jit_dir):
     model = load_diffusion(str(jit_dir), "cpu")
     assert model.blocks == [f"blocks.{i}" for i in range(12)]
-    assert (model.default_block, model.default_sigma) == ("blocks.5", pytest.approx(1 / 3))
+    assert (model.default_block, model.default_sigma) == ("blocks.5", 1.0)
     assert (model.num_classes, model.label_dropout, model.image_size) == (10, 0.1, 8)
     x, noise = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
     names = ["blocks.11", "blocks.3", "blocks.4"]

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers_helper import tiny_ddpm, tiny_dit, tiny_unet
-from edm_helper import EDM_CONFIGS, random_edm
+from edm_helper import EDM_CONFIGS, SONG, edm_config, random_edm
 
 import train_at_aux
 import train_diffusion
@@ -26,6 +26,21 @@ from teachers import edm
 from teachers.load import load_diffusion
 
 NAME = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize("form", ["directory", "pickle"])
+def test_attention_without_end_is_one_line(form, tmp_path, nvlabs):
+    """Over 256 x 256 places. A small file can ask for it; one pass would take minutes or hours."""
+    path = nvlabs.path
+    if form == "directory":
+        path = tmp_path / "net"
+        blocks = dict(down_block_types=["AttnDownBlock2D", "DownBlock2D"])
+        tiny_ddpm(path, tiny_unet(sample_size=256, **blocks))
+    else:
+        config = edm_config("EDMPrecond", **SONG | {"attn_resolutions": [256]}, img_resolution=256)
+        path.write_bytes(pickle.dumps(nvlabs.content(edm.build(config), config)))
+    with pytest.raises(UserError, match="attention over 65,536 places, expected at most 16,384"):
+        load_diffusion(str(path), "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,21 @@ def test_the_decoder_is_told_what_the_middle_found():
     assert not torch.allclose(without, expected, rtol=1e-3)
 
 
+def test_the_gradient_flows_through_what_the_middle_found():
+    """Against finite differences: an encoder weight moves the output through h as well."""
+    net = build("--self-conditioning", perturbed=True).double()
+    weight = net.mid_block.resnets[1].conv2.weight
+    output = denoised(net, torch.float64).square().sum()
+    (gradient,) = torch.autograd.grad(output, weight)
+    ends = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            weight[0, 0, 1, 1] += step
+            ends.append(denoised(net, torch.float64).square().sum().item())
+            weight[0, 0, 1, 1] -= step
+    assert gradient[0, 0, 1, 1].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5)
+
+
 def test_features_of_the_decoder_depend_on_it_and_leave_no_trace():
     model = EDMUNet(build("--self-conditioning", perturbed=True))
     plain = EDMUNet(build())

@@ -92,6 +92,11 @@ def test_the_velocity_on_the_scale_of_sigma(sit_dir):
         t, labels = model.net.told[-1]
         torch.testing.assert_close(t, torch.full_like(t, 1 / (1 + sigma)))
         assert labels.tolist() == [3] * 4  # the null label
+    # In float32 at the lowest level, 1 - t would have lost three digits.
+    low = 1e-4
+    moved = model.denoise(noisy.float(), low) - noisy.float() / (1 + low)
+    velocity = model.net(noisy / (1 + low), torch.full((4,), 1 / (1 + low)), None)[:, :4]
+    torch.testing.assert_close(moved.double(), low / (1 + low) * velocity, rtol=1e-2, atol=1e-7)
     sigmas = torch.tensor([1e-3, 0.1, 2.0, 80.0])
     model.denoise(noisy, sigmas, torch.tensor([0, 1, 2, 3]))
     assert model.net.told[-1][0].tolist() == pytest.approx((1 / (1 + sigmas)).tolist())
@@ -224,6 +229,11 @@ def test_other_files_are_one_line(sit_dir, tmp_path):
     refused(lambda: convert(path, tmp_path / "none", out), "none/config.json: no such file")
     refused(lambda: convert(path, vae, tmp_path), "holds SiT.pt, not a conversion of")
     refused(lambda: convert(path, vae, path), "is a file, expected a directory")
+    other = tmp_path / "other"
+    tiny_vae(other / "vae", channels=1)
+    config = (other / "vae" / "config.json").read_bytes()
+    refused(lambda: convert(path, vae, other), "holds vae, not a conversion of")
+    assert (other / "vae" / "config.json").read_bytes() == config
     refused(lambda: load_diffusion(str(path), "cpu"), "python -m teachers.sit convert")
 
 
