@@ -489,7 +489,7 @@ def load_images(spec, args):
     n_train = len(train[1])
     if n_train < MIN_IMAGES:
         few = f"the fits need at least {MIN_IMAGES} training images, there are {n_train}"
-        raise UserError(f"--val-size, --n-train: {few}")
+        raise UserError(f"--val-size, --n-train, --imbalance: {few}")
     n_least = min(len(labels), args.n_images, args.n_attacked)
     if n_least < MIN_IMAGES:
         few = f"intervals need at least {MIN_IMAGES} test images, there are {n_least}"

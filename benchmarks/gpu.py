@@ -8,7 +8,6 @@ skipped. After each part all results so far are written to --out. The exit statu
 failed or a part raised an error. Speeds are shares of the peak of an H100 SXM, whatever the card.
 """
 
-import dataclasses
 import functools
 import gc
 import io
@@ -322,14 +321,8 @@ def alignment(args, model, batch_size, teacher):
     network = frozen_network(args, teacher, device, "bf16")
     flags = flags_of(args, model, batch_size, "bf16")
     n_steps, rounds = (1, 1) if args.toy else (5, 3)
-    spec = dataclasses.replace(DATASETS["imagenet"], files=False, batches=None)
-    if args.toy:
-        spec = dataclasses.replace(spec, image_size=64)
-    with (
-        mock.patch.dict(DATASETS, imagenet=spec),
-        mock.patch.object(train_step, "N_IMAGES", 1000),
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    in_memory = train_step.imagenet_in_memory(64 if args.toy else 224)
+    with in_memory, tempfile.TemporaryDirectory() as folder:
         plain = train_step.our_step(train_at, flags, folder, device=device)
         aligned = train_step.our_step(train_at_aux, flags, folder, network, device)
         timers = {

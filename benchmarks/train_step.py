@@ -5,9 +5,13 @@ measured against, in reference.py. Images are random bytes; a step calls the scr
 in their order.
 """
 
+import dataclasses
 import itertools
 import os
 import tempfile
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -43,6 +47,7 @@ CASES = {  # name: (flags of train_at.py, words, steps of one measurement)
         1,
     ),
 }
+CONVNEXT = "--dataset imagenet --model convnext_tiny --precision bf16"
 N_IMAGES = 50_000  # real ones, and as many synthetic ones
 
 
@@ -62,20 +67,69 @@ def against_plain(case, precision, target, rounds):
     return compare(what, "plain PyTorch, fp32", seconds["ours"], seconds["plain"], target)
 
 
-def alignment_cost(case, target, rounds):
-    """A row: train_at_aux.py's step against train_at.py's."""
+def alignment_cost(case, every, target, rounds):
+    """A row: train_at_aux.py's step against train_at.py's. every: K of --teacher-every."""
     flags, words, n_steps = CASES[case]
     network = small_network() if case == "digits" else cost.build_diffusion("DDPM++")
     freeze(network, CPU)
-    with tempfile.TemporaryDirectory() as folder:
-        timers = {
-            "without": timer(our_step(train_at, flags, folder), n_steps),
-            "with": timer(our_step(train_at_aux, flags, folder, network), n_steps),
-        }
-        seconds = alternate(timers, rounds)
-    what = f"a step with DRA: {words}"
+    seconds = alignment_seconds(network, every, flags, n_steps, rounds)
+    what = f"a step with DRA, K = {every}: {words}"
     against = "a step of train_at.py"
     return compare(what, against, seconds["with"], seconds["without"], target, "the cost")
+
+
+def imagenet_alignment_cost(teacher, every, target, rounds):
+    """A row: the same of ImageNet's size. teacher: a name that cost.build_diffusion knows."""
+    network = cost.build_diffusion(teacher)
+    freeze(network, CPU, "bf16")
+    flags = "--dataset imagenet --model convnext_tiny --precision bf16 --batch-size 10"
+    with imagenet_in_memory():
+        seconds = alignment_seconds(network, every, flags, 1, rounds)
+    what = f"a step with DRA in bf16, {teacher}, K = {every}: ConvNeXt-T, PGD-2, 224 x 224"
+    against = "a step of train_at.py"
+    return compare(what, against, seconds["with"], seconds["without"], target, "the cost")
+
+
+def alignment_seconds(network, every, flags, n_steps, rounds, device=CPU):
+    """The seconds of n_steps steps "with" DRA and "without", one of each for each round."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = our_step(train_at, flags, folder, device=device)
+        flags = f"{flags} --teacher-every {every}"
+        aligned = our_step(train_at_aux, flags, folder, network, device)
+        return alternate(
+            {"without": timer(plain, n_steps), "with": timer(aligned, n_steps)}, rounds
+        )
+
+
+@contextmanager
+def imagenet_in_memory(image_size=224):
+    """ImageNet has 100 random images, which lie in memory and not in files."""
+    spec = DATASETS["imagenet"]
+    spec = dataclasses.replace(spec, files=False, batches=None, image_size=image_size)
+    with (
+        mock.patch.dict(DATASETS, imagenet=spec),
+        mock.patch.dict(globals(), N_IMAGES=100),
+    ):
+        yield
+
+
+def target_speed(how, target, rounds):
+    """A row: a target of DiT-XL/2 with its VAE in bf16, eager or compiled, against fp32, eager."""
+    timers = {}
+    for name, precision in (("ours", "bf16"), ("reference", "fp32")):
+        network = cost.build_diffusion("DiT-XL/2")
+        freeze(network, CPU, precision)
+        if name == "ours" and how == "compiled":
+            network.compile()
+        x = torch.rand(4, 3, 256, 256)
+        noise = torch.randn(4, *network.noise_shape)
+        block = [network.default_block]
+        sigma = network.default_sigma
+        timers[name] = timer(partial(network.features, x, sigma, None, block, noise))
+    with torch.no_grad():
+        seconds = alternate(timers, rounds)
+    what = f"targets of DiT-XL/2 and its VAE, bf16, {how}, 4 images"
+    return compare(what, "fp32, eager", seconds["ours"], seconds["reference"], target)
 
 
 def loader_wait(case, target, rounds):

@@ -12,7 +12,8 @@
 #
 # Put train/ and val/ of ILSVRC-2012 into data/imagenet. The teacher is JiT-B/16 at 256 pixels, which
 # needs no VAE; every second image has a target (docs/costs.md). The generator is DiT-XL/2, fetched
-# from the hub, CC BY-NC 4.0: not for commercial use. The ADM teacher of 64 pixels, in the ablations,
+# from the hub, CC BY-NC 4.0: not for commercial use. (JiT-B/16 or EDM2 in its place: give --diffusion
+# out/jit-b-16, or see docs/recipes.md for EDM2 with its guide.) The ADM teacher of 64 pixels, in the ablations,
 # has a target for every fifth image.
 # Files to fetch yourself:
 #   data/jit-b-16/checkpoint-last.pth
@@ -71,8 +72,8 @@ row swin_b-dm_at_dra train_at_aux.py --model swin_b $dm $dra  # -
 for weight in 0 0.3 1 3; do ablation weight-$weight train_at_aux.py $dra --aux-weight $weight; done
 # Control: everything of DRA, with the target of another image
 ablation shuffled train_at_aux.py $dra --shuffle-targets
-# Noise level (the default is 0.33) and block (the default is blocks.5)
-for sigma in 0.1 1; do ablation sigma-$sigma train_at_aux.py $dra --sigma $sigma; done
+# Noise level (the default is 1) and block (the default is blocks.5)
+for sigma in 0.3 3; do ablation sigma-$sigma train_at_aux.py $dra --sigma $sigma; done
 for n in 2 8; do ablation block-$n train_at_aux.py $dra --block blocks.$n; done
 # Images that have a target (the default is every second)
 for k in 1 4; do ablation every-$k train_at_aux.py $dra --teacher-every $k; done
