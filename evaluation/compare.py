@@ -1,6 +1,6 @@
-"""Two models on the same images: McNemar's test and Newcombe's interval of a paired difference.
+"""Two models on the same images: McNemar's test, and what two results of evaluate.py differ in.
 
-The intervals of a single accuracy are in common/stats.py.
+Intervals are in common/stats.py.
 """
 
 import os
@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from common import UserError, files
-from common.stats import wilson
+from common.stats import paired_difference
 
 PER_IMAGE = "a per-image file of evaluate.py"
 LARGEST = 1 << 28  # bytes of a per-image file when unpacked
@@ -29,32 +29,6 @@ def mcnemar(only_a, only_b):
     """
     n = only_a + only_b
     return float(binomtest(only_a, n).pvalue) if n else 1.0
-
-
-def paired_difference(both, only_a, only_b, neither):
-    """(accuracy of A - accuracy of B, [low, high]) with a 95 % interval, from four counts.
-
-    The interval is Newcombe's (1998, method 10): Wilson's limits of the two accuracies, combined
-    with the correlation phi of the two over the images, which is corrected for continuity.
-    """
-    n = both + only_a + only_b + neither
-    a = (both + only_a) / n
-    b = (both + only_b) / n
-    low_a, high_a = wilson(both + only_a, n)
-    low_b, high_b = wilson(both + only_b, n)
-
-    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
-    surplus = both * neither - only_a * only_b
-    if surplus > 0:
-        surplus = max(surplus - n / 2, 0)
-    phi = surplus / product**0.5 if product else 0.0
-
-    def distance(in_a, in_b):
-        return max(in_a**2 - 2 * phi * in_a * in_b + in_b**2, 0) ** 0.5
-
-    low = a - b - distance(a - low_a, high_b - b)
-    high = a - b + distance(high_a - a, b - low_b)
-    return a - b, [low, high]
 
 
 def read_verdicts(path):

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from common import UserError
+from common import UserError, stats
 from evaluation import compare
 
 
@@ -21,28 +21,6 @@ def test_mcnemar_is_the_binomial_test():
     expected = 2 * sum(math.comb(13, k) for k in range(4)) / 2**13
     assert compare.mcnemar(3, 10) == pytest.approx(expected)
     assert compare.mcnemar(10, 3) == compare.mcnemar(3, 10)
-
-
-def test_paired_difference_of_newcombe():
-    """His example of 50 pairs, 36 + 12 against 36 + 2: 0.2000, 0.0569 to 0.3404 by method 10."""
-    difference, interval = compare.paired_difference(36, 12, 2, 0)
-    assert difference == pytest.approx(0.2)
-    assert interval == pytest.approx([0.0569, 0.3404], abs=5e-5)
-    swapped, mirrored = compare.paired_difference(36, 2, 12, 0)
-    assert swapped == -difference
-    assert mirrored == pytest.approx([-interval[1], -interval[0]])
-    assert compare.paired_difference(10, 0, 0, 0)[0] == 0
-
-
-def test_paired_interval_covers():
-    """95 % nominal: the true difference of simulated pairs lies inside 92 to 98 % of the time."""
-    rng = np.random.default_rng(0)
-    shares = np.array([0.75, 0.09, 0.06, 0.10])
-    n_inside = 0
-    for counts in rng.multinomial(200, shares, 2000):
-        low, high = compare.paired_difference(*counts.tolist())[1]
-        n_inside += low <= shares[1] - shares[2] <= high
-    assert 0.92 <= n_inside / 2000 <= 0.98
 
 
 def write_result(path, **changes):
@@ -76,7 +54,7 @@ def test_compare_prints_counts_interval_and_p(pair, capsys):
     compare.compare(*map(str, pair))
     printed = capsys.readouterr().out
     assert "robust  A 70.00%  B 60.00%  (both 5, A alone 2, B alone 1, neither 2)" in printed
-    low, high = compare.paired_difference(5, 2, 1, 2)[1]
+    low, high = stats.paired_difference(5, 2, 1, 2)[1]
     interval = f"95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
     assert f"A - B +10.00 points, {interval}; McNemar's exact test p = 1" in printed
     assert "WARNING" not in printed
