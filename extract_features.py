@@ -149,15 +149,15 @@ class StoredDrawsHead(classifier.DiffusionHead):
         return self.stored_draws
 
 
-def attacked_accuracy(model, probe, images, labels, args):
-    """Share of images that are correct with and without PGD-20 on the margin, step eps / 4.
+def resists(model, probe, images, labels, args):
+    """Which images (N,) are right with and without PGD-20 on the margin, step eps / 4.
 
-    images: of the probed split. labels: of its first images, those that are attacked.
+    images: of the probed split. labels: (N,) of its first images, those that are attacked.
     """
     head = StoredDrawsHead(model, n_noise=args.n_draws, fresh=False, seed=args.seed, **probe)
     head.to(model.device).eval().requires_grad_(False)
     settings = dict(norm="linf", eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
-    n_correct = 0
+    parts = []
     for i, ids in enumerate(batches_of(len(labels), args.batch_size)):
         x = data.to_x(images[ids], model.device)
         y = torch.from_numpy(labels[ids]).to(model.device)
@@ -167,8 +167,8 @@ def attacked_accuracy(model, probe, images, labels, args):
         x_adv = attacks.pgd(head, x, y, start, **settings)
         with torch.no_grad():
             correct = (head(x).argmax(1) == y) & (head(x_adv).argmax(1) == y)
-        n_correct += int(correct.sum())
-    return n_correct / len(labels)
+        parts.append(correct.cpu().numpy())
+    return np.concatenate(parts)
 
 
 # -------------------------------------------------------------------------------------- plumbing
@@ -292,7 +292,7 @@ def report(probes, blocks, args, n):
         print(" " * width + "".join(f"{sigma:>8g}" for sigma in args.sigmas))
         tables[key] = []
         for block in blocks:
-            row = [probes[block, sigma][key] for sigma in args.sigmas]
+            row = [float(np.mean(probes[block, sigma][key])) for sigma in args.sigmas]
             tables[key].append(row)
             print(f"{block:<{width}}" + "".join(f"{accuracy:8.1%}" for accuracy in row), flush=True)
     result = {
@@ -350,7 +350,7 @@ def extract_all(model, splits, blocks, manifest, args, rank, world_size):
 def measure_probes(model, splits, blocks, spec, args, rank, world_size):
     """{(block, sigma): what its probe does on the images of --probe-split}, on every rank.
 
-    That is "correct", bool (N,), "accuracy" and, with --eps, "attacked": shares of right answers.
+    That is "correct", bool (N,), its mean "accuracy" and, with --eps, "attacked", bool (M,).
     """
     images, labels = splits[args.probe_split]
     pairs = [(block, sigma) for block in blocks for sigma in args.sigmas]
@@ -359,43 +359,54 @@ def measure_probes(model, splits, blocks, spec, args, rank, world_size):
     for block, sigma in run.progress(own, rank, desc="probe", unit="probe", leave=False):
         probe = fit_probe(block, sigma, splits["train"][1], spec, args)
         correct = is_correct(probe, args.probe_split, labels, args)
-        probes[block, sigma] = {"correct": correct, "accuracy": float(correct.mean())}
+        results = {"correct": correct, "accuracy": correct.mean()}
         if args.eps:
-            attacked = attacked_accuracy(model, probe, images, labels[: args.n_attacked], args)
-            probes[block, sigma]["attacked"] = attacked
+            results["attacked"] = resists(model, probe, images, labels[: args.n_attacked], args)
+        probes[block, sigma] = results
     gathered = {}
     for part in gather_objects(probes):
         gathered.update(part)
     return gathered
 
 
-def shuffle_weights(net, seed):
-    """Put the entries of every parameter in a random order: the network forgets what it learned.
+def load_pupil(args, spec, train, val, rank, device):
+    """The classifier of --pupil, None without one.
 
-    The weights keep their distribution, so that no published family needs its own initialisation.
+    Raises UserError where its run had other labels or other held-out images.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    if args.pupil is None:
+        return None
+    pupil, _ = load_classifier(args.pupil, spec, device)
+    path = os.path.join(os.path.dirname(args.pupil), "args.json")
+    settings = files.read_json(path) if os.path.exists(path) else {}
+    digest = settings.get("data_sha256")
+    if digest is None and rank == 0:
+        print("note: no args.json beside --pupil tells whether it had the same training images")
+    if digest not in (None, data.sha256(train, val)):
+        flags = ("val_size", "n_train", "imbalance")
+        its = ", ".join(f"{flag} {settings.get(flag)}" for flag in flags)
+        message = f"trained or validated on other images than these; {path} has {its}"
+        raise UserError(f"--pupil {args.pupil}: {message}")
+    return pupil
 
 
-def write_verdict(probes, control, val, spec, args, device):
-    """Look at the pupil, if there is one, and write the verdict.
+def write_verdict(probes, control, pupil, val, spec, args, device):
+    """Write the verdict.
 
-    probes, control: of measure_probes, for the network and with shuffled weights. val: (images,
-    labels).
+    probes, control: of measure_probes, for the network and with shuffled weights. pupil: of
+    load_pupil. val: (images, labels).
     """
     images, labels = val
-    pupil = None
+    correct = None
     cka = None
-    if args.pupil:
-        predicted, pupil_features = look_at(args.pupil, images, spec, args, device)
-        pupil = predicted == labels
+    if pupil is not None:
+        predicted, features = verdict.look_at(
+            pupil, images, args.batch_size, args.precision, device
+        )
+        correct = predicted == labels
         block, sigma = verdict.best_place(probes)
-        features = read_features("val", block, sigma, len(labels), args)
-        cka = metrics.cka_interval(features.mean(1), pupil_features)
+        of_teacher = read_features("val", block, sigma, len(labels), args).mean(1)
+        cka = metrics.cka_interval(of_teacher, features)
     about = {
         "teacher": args.diffusion,
         "pupil": args.pupil,
@@ -407,23 +418,8 @@ def write_verdict(probes, control, val, spec, args, device):
         "precision": args.precision,
         "eps": args.eps,
     }
-    judged = verdict.judge(probes, control, pupil, cka)
+    judged = verdict.judge(probes, control, correct, cka)
     verdict.write(judged, probes, control, about, args.out_dir)
-
-
-@torch.no_grad()
-def look_at(path, images, spec, args, device):
-    """(predicted labels (N,), penultimate features (N, D)) of a classifier, NumPy arrays."""
-    pupil, _ = load_classifier(path, spec, device)
-    pupil.eval()
-    parts = []
-    for ids in batches_of(len(images), args.batch_size):
-        with run.autocast(device, args.precision):
-            logits, features = pupil(data.to_x(images[ids], device), with_features=True)
-        if not logits.isfinite().all():
-            raise UserError(f"--pupil {path}: the classifier's logits are not finite")
-        parts.append((logits.argmax(1).cpu(), features.float().cpu()))
-    return [torch.cat(values).numpy() for values in zip(*parts)]
 
 
 def main(args):
@@ -448,6 +444,10 @@ def main(args):
     labels = {split: split_labels for split, (_, split_labels) in splits.items()}
     if args.probe or args.save_head:
         check_classes(labels["train"], spec, args)
+    if args.verdict and args.val_size < verdict.MIN_IMAGES:
+        expected = f"--verdict needs at least {verdict.MIN_IMAGES} held-out images"
+        raise UserError(f"--val-size {args.val_size}: {expected}")
+    pupil = load_pupil(args, spec, train, val, rank, device)
 
     manifest = {
         "format": 3,
@@ -474,14 +474,14 @@ def main(args):
         if rank == 0:
             report(probes, blocks, args, len(labels[args.probe_split]))
     if args.verdict:
-        shuffle_weights(model.net, args.seed)
+        verdict.shuffle_weights(model.net, args.seed)
         folder = os.path.join(args.out_dir, "shuffled")
         shuffled = argparse.Namespace(**vars(args) | {"out_dir": folder, "eps": None})
         manifest["weights"] = "shuffled"
         extract_all(model, splits, blocks, manifest, shuffled, rank, world_size)
         control = measure_probes(model, splits, blocks, spec, shuffled, rank, world_size)
         if rank == 0:
-            write_verdict(probes, control, val, spec, args, device)
+            write_verdict(probes, control, pupil, val, spec, args, device)
     run.end_processes()
 
 

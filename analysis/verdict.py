@@ -7,7 +7,7 @@ the same held-out images. Only clean accuracy is compared, not robustness. docs/
 whether a verdict predicts the effect of DRA.
 
 The probes are fitted in extract_features.py; `correct` is always a bool array with an entry per
-held-out image.
+held-out image, `attacked` one per attacked image: the first of them.
 """
 
 import os
@@ -17,8 +17,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
-from common import files, stats
+from common import UserError, data, files, run, stats
 
 ANSWERS = {  # what the page says, in words that runs/pupils.py repeats
     "may help": "It may help",
@@ -27,37 +28,90 @@ ANSWERS = {  # what the page says, in words that runs/pupils.py repeats
 }
 
 
-def best_place(probes):
-    """(block, sigma) of the most accurate probe; the first one of equals.
+MIN_IMAGES = 64  # held-out images; with fewer no difference of interest is told from chance
+NOTHING = 0.05  # a lead over shuffled weights that lies below this for certain counts as none
 
-    probes: {(block, sigma): {"correct": (N,)}}.
+
+# -------------------------------------------------------------------------- what is measured
+
+
+def shuffle_weights(net, seed):
+    """Put the entries of every parameter in a random order: the network forgets what it learned.
+
+    The weights keep their distribution, so that no published family needs its own initialisation.
     """
-    return max(probes, key=lambda place: probes[place]["correct"].mean())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+@torch.no_grad()
+def look_at(pupil, images, batch_size, precision, device):
+    """(predicted labels (N,), penultimate features (N, D)) of a classifier, NumPy arrays.
+
+    images: uint8 (N, H, W, C). Raises UserError where the logits are not finite.
+    """
+    parts = []
+    for start in range(0, len(images), batch_size):
+        x = data.to_x(images[np.arange(start, min(start + batch_size, len(images)))], device)
+        with run.autocast(device, precision):
+            logits, features = pupil(x, with_features=True)
+        if not logits.isfinite().all():
+            raise UserError("--pupil: the classifier's logits are not finite")
+        parts.append((logits.argmax(1).cpu(), features.float().cpu()))
+    return [torch.cat(values).numpy() for values in zip(*parts)]
+
+
+# ---------------------------------------------------------------------------- what it concludes
+
+
+def best_place(probes, images=slice(None)):
+    """(block, sigma) of the probe that is most accurate on some images; the first one of equals.
+
+    probes: {(block, sigma): {"correct": (N,)}}. images: an index of their N images, default all.
+    """
+    return max(probes, key=lambda place: probes[place]["correct"][images].mean())
+
+
+def correct_at_best(probes):
+    """Which of the N images are right at the best place, (N,). No image has chosen its own place.
+
+    Images of even number are judged at the place that is best on the odd ones, and the odd ones at
+    that which is best on the even ones. The best place on all images would look better than it is.
+    """
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    correct = probes[best_place(probes, odd)]["correct"].copy()
+    correct[odd] = probes[best_place(probes, even)]["correct"][odd]
+    return correct
 
 
 def judge(probes, control, pupil=None, cka=None):
     """A dict of all that the page and the picture show.
 
-    probes: {(block, sigma): {"correct": (N,)[, "attacked": share]}} of the network. control: the
+    probes: {(block, sigma): {"correct": (N,)[, "attacked": (M,)]}} of the network. control: the
     same of the network with shuffled weights. pupil: its correct (N,), None without one. cka:
     linear CKA of the pupil's features with the network's at the best place, [value, low, high].
     """
     block, sigma = best_place(probes)
-    correct = probes[block, sigma]["correct"]
     control_block, control_sigma = best_place(control)
-    control_correct = control[control_block, control_sigma]["correct"]
+    correct = correct_at_best(probes)
+    control_correct = correct_at_best(control)
     verdict = {
         "n": len(correct),
         "block": block,
         "sigma": sigma,
         "probe": share(correct),
-        "attacked": probes[block, sigma].get("attacked"),
         "control_block": control_block,
         "control_sigma": control_sigma,
         "control": share(control_correct),
         "above_control": difference(correct, control_correct),
         "noise_levels": shape_over_noise(probes, block),
     }
+    attacked = probes[block, sigma].get("attacked")
+    if attacked is not None:
+        verdict |= {"n_attacked": len(attacked), "attacked": share(attacked)}
     if pupil is not None:
         verdict |= {
             "pupil": share(pupil),
@@ -66,20 +120,28 @@ def judge(probes, control, pupil=None, cka=None):
             "pupil_alone": share(pupil & ~correct),
             "cka": cka,
         }
-    verdict["answer"] = answer(verdict)
-    return verdict
+    answer, reason = conclude(verdict)
+    return verdict | {"answer": answer, "reason": reason}
 
 
-def answer(verdict):
-    """The key of ANSWERS that the numbers of `judge` allow."""
-    if verdict["above_control"][1] <= 0:
-        return "no gain expected"
+def conclude(verdict):
+    """(the key of ANSWERS, its reason in words) that the numbers of `judge` allow."""
+    _, low, high = verdict["above_control"]
+    control = f"with shuffled weights {100 * verdict['control'][0]:.1f} %"
+    if "lead" in verdict:
+        _, lead_low, lead_high = verdict["lead"]
+        pupil = f"your classifier {100 * verdict['pupil'][0]:.1f} %"
+        if lead_high < 0:
+            return "no gain expected", f"{pupil}; it knows less than its pupil"
+    if low <= 0 and high < NOTHING:
+        return "no gain expected", f"{control}; it has learned nothing that a probe sees"
+    if low <= 0:
+        return "cannot tell", f"{control}; more held-out images would tell them apart (--val-size)"
     if "lead" not in verdict:
-        return "cannot tell"
-    _, low, high = verdict["lead"]
-    if low > 0:
-        return "may help"
-    return "no gain expected" if high < 0 else "cannot tell"
+        return "cannot tell", f"{control}; compare with your own classifier (--pupil)"
+    if lead_low <= 0:
+        return "cannot tell", f"{pupil}; within chance they know equally much"
+    return "may help", f"{pupil}; it knows more than its pupil"
 
 
 def share(correct):
@@ -88,8 +150,10 @@ def share(correct):
 
 
 def difference(a, b):
-    """[share of a less that of b, low, high], both on the same images; Student's interval."""
-    return [float(value) for value in stats.t_interval(a.astype(np.float64) - b)]
+    """[share of a less that of b, low, high], both on the same images; Newcombe's interval."""
+    counts = [int(images.sum()) for images in (a & b, a & ~b, b & ~a, ~a & ~b)]
+    value, interval = stats.paired_difference(*counts)
+    return [value, *interval]
 
 
 def shape_over_noise(probes, block):
@@ -97,7 +161,7 @@ def shape_over_noise(probes, block):
 
     By arXiv 2502.05743 it peaks between the ends in a diffusion model that generalises, and falls
     from the smallest level in one that has memorised its images. A peak is told only where it lies
-    above the smallest level by more than chance.
+    above both ends by more than chance.
     """
     sigmas = sorted(sigma for name, sigma in probes if name == block)
     if len(sigmas) < 3:
@@ -107,9 +171,13 @@ def shape_over_noise(probes, block):
     if best == 0:
         above_next = difference(correct[0], correct[1])
         return "falls" if above_next[1] > 0 else "unclear"
-    if difference(correct[best], correct[0])[1] <= 0:
+    above_first = difference(correct[best], correct[0])
+    if above_first[1] <= 0:
         return "unclear"
-    return "rises" if best == len(sigmas) - 1 else "peak"
+    if best == len(sigmas) - 1:
+        return "rises"
+    above_last = difference(correct[best], correct[-1])
+    return "peak" if above_last[1] > 0 else "unclear"
 
 
 # ------------------------------------------------------------------------------------ the page
@@ -134,19 +202,7 @@ def sentence(verdict):
     """The verdict in one sentence, with its reason."""
     probe = f"its best probe has {100 * verdict['probe'][0]:.1f} %"
     images = f"of the {verdict['n']} held-out images"
-    begin = ANSWERS[verdict["answer"]]
-    if verdict["above_control"][1] <= 0:
-        control = f"with shuffled weights {100 * verdict['control'][0]:.1f} %"
-        return f"{begin}: {probe} {images}, {control}; it has learned nothing that a probe sees."
-    if "lead" not in verdict:
-        return f"{begin} without a classifier: {probe} {images}; compare with your own (--pupil)."
-    pupil = f"your classifier {100 * verdict['pupil'][0]:.1f} %"
-    reasons = {
-        "may help": "it knows more than its pupil",
-        "cannot tell": "within chance they know equally much",
-        "no gain expected": "it knows less than its pupil",
-    }
-    return f"{begin}: {probe} {images}, {pupil}; {reasons[verdict['answer']]}."
+    return f"{ANSWERS[verdict['answer']]}: {probe} {images}, {verdict['reason']}."
 
 
 def page(verdict, about):
@@ -161,9 +217,9 @@ def page(verdict, about):
         ),
         ("teacher above shuffled weights, points", percent(verdict["above_control"], "+")),
     ]
-    if verdict["attacked"] is not None:
-        attacked = f"{100 * verdict['attacked']:.1f}"
-        rows.append((f"the teacher's probe under attack, linf {about['eps']:g}", attacked))
+    if "attacked" in verdict:
+        attack = f"under attack, linf {about['eps']:g}, first {verdict['n_attacked']} images"
+        rows.append((f"the teacher's probe {attack}", percent(verdict["attacked"])))
     if "pupil" in verdict:
         rows += [
             ("pupil, clean", percent(verdict["pupil"])),
@@ -186,8 +242,8 @@ def page(verdict, about):
         "",
         "![Accuracy over the noise level](verdict.png)",
         "",
-        "The places are the best on these very images, so that both probes look a little better",
-        "than they are. The probe is linear: a teacher may know more than it shows.",
+        "Each half of the images is judged at the place that is best on the other half; the place",
+        "named is the best on all. The probe is linear: a teacher may know more than it shows.",
         "",
     ]
     return lines + [f"- {name}: {value}" for name, value in about.items()] + [""]

@@ -4,6 +4,7 @@ Alone: python -m pytest tests/test_extract_features.py
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import extract_features
 import train_at
-from analysis import metrics
+from analysis import metrics, verdict
 from common import UserError, data
 from published.datasets import DATASETS
 from published.weights import load_classifier
@@ -115,57 +116,80 @@ def test_a_map_of_another_kind_is_refused(run, tmp_path):
 # ------------------------------------------------------------------------------------ the verdict
 
 
-def test_shuffled_weights_are_the_same_numbers_elsewhere(diffusion_dir):
-    model, shuffled = (load_diffusion(diffusion_dir, "cpu") for _ in range(2))
-    extract_features.shuffle_weights(shuffled.net, seed=0)
-    for before, after in zip(model.net.parameters(), shuffled.net.parameters()):
-        assert torch.equal(before.flatten().sort()[0], after.flatten().sort()[0])
-    weight, changed = model.net.conv_in.weight, shuffled.net.conv_in.weight
-    assert not torch.equal(weight, changed)
+@pytest.fixture(scope="module")
+def pupil(tmp_path_factory):
+    """The path of a classifier's best.pt. It had 300 digits; 200 were held out."""
+    out = tmp_path_factory.mktemp("pupil")
+    argv = "--n-train 300 --epochs 1 --n-steps 1 --eval-n-steps 1 --out-dir".split()
+    train_at.main(train_at.parse_args([*argv, str(out)]))
+    return str(out / "best.pt")
 
 
-def test_verdict(diffusion_dir, tmp_path, capsys):
+def test_verdict(diffusion_dir, pupil, tmp_path, capsys):
     """A teacher of three steps knows nothing, and the page says so. Finished, it is as before."""
-    train_at.main(
-        train_at.parse_args(
-            [
-                "--epochs",
-                "1",
-                "--n-steps",
-                "1",
-                "--eval-n-steps",
-                "1",
-                "--out-dir",
-                f"{tmp_path}/at",
-            ]
-        )
-    )
     out = tmp_path / "features"
-    argv = ["--verdict", "--pupil", f"{tmp_path}/at/best.pt", "--eps", "0.1", "--n-attacked", "20"]
-    argv += ["--blocks", "mid_block", "up_blocks.0.resnets.0", "--n-train", "300"]
+    blocks = ["mid_block", "up_blocks.0.resnets.0"]
+    argv = ["--verdict", "--pupil", pupil, "--eps", "0.1", "--n-attacked", "20", "--n-train", "300"]
+    argv += ["--blocks", *blocks]
     extract(diffusion_dir, out, *argv)
-    assert "# Will this teacher help?" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "# Will this teacher help?" in printed and "note" not in printed
     assert not list(out.glob("test-*"))
     judged = json.loads((out / "verdict.json").read_text())
-    assert judged["n"] == 200
-    assert 0 <= judged["attacked"] <= judged["probe"][0]
+    assert judged["n"] == 200 and judged["n_attacked"] == 20
+    assert 0 <= judged["attacked"][0] <= judged["probe"][0]
 
     # The numbers are those of the stored features and of the pupil itself.
-    place = f"{judged['block']}-sigma{judged['sigma']}.npy"
-    features = {split: np.load(out / f"{split}-{place}")[:, 0] for split in ("train", "val")}
-    labels = {split: np.load(out / f"{split}-labels.npy") for split in features}
-    weight, bias = metrics.fit_linear(features["train"], labels["train"], 10)
-    correct = (features["val"] @ weight.numpy().T + bias.numpy()).argmax(1) == labels["val"]
+    labels = {split: np.load(out / f"{split}-labels.npy") for split in ("train", "val")}
+    probes = {}
+    for block in blocks:
+        features = {split: np.load(out / f"{split}-{block}-sigma0.3.npy")[:, 0] for split in labels}
+        weight, bias = metrics.fit_linear(features["train"], labels["train"], 10)
+        predicted = (features["val"] @ weight.numpy().T + bias.numpy()).argmax(1)
+        probes[block, 0.3] = {"correct": predicted == labels["val"]}
+    correct = verdict.correct_at_best(probes)
+    assert (judged["block"], judged["sigma"]) == verdict.best_place(probes)
     assert judged["probe"][0] == pytest.approx(correct.mean())
-    pupil, _ = load_classifier(f"{tmp_path}/at/best.pt", DATASETS["digits"], "cpu")
+    network, _ = load_classifier(pupil, DATASETS["digits"], "cpu")
     _, (images, _) = data.load_train(DATASETS["digits"], None, 200, 300)
     with torch.no_grad():
-        right = pupil.eval()(data.to_x(images)).argmax(1).numpy() == labels["val"]
+        logits, of_pupil = network(data.to_x(images), with_features=True)
+    right = logits.argmax(1).numpy() == labels["val"]
     assert judged["pupil"][0] == pytest.approx(right.mean())
     assert judged["probe_alone"][0] == pytest.approx((correct & ~right).mean())
-    assert judged["control"][0] != judged["probe"][0]
+    of_teacher = np.load(out / f"val-{judged['block']}-sigma0.3.npy")[:, 0]
+    expected = metrics.cka_interval(of_teacher, of_pupil.numpy())
+    assert judged["cka"] == pytest.approx(expected, abs=1e-4)
+
+    # The control is the same network with shuffled weights.
+    model = load_diffusion(diffusion_dir, "cpu")
+    verdict.shuffle_weights(model.net, 0)
+    noise = data.normal_of(data.id_streams(0, "features-val", [7]), (1, 8, 8))
+    (direct,) = model.features(data.to_x(images[7:8]), 0.3, None, ["mid_block"], noise)
+    stored = np.load(out / "shuffled" / "val-mid_block-sigma0.3.npy")[7]
+    assert stored == pytest.approx(direct.detach().numpy(), abs=1e-5)
 
     before = contents(out)
     extract(diffusion_dir, out, *argv)
     assert contents(out) == before
     assert json.loads((out / "verdict.json").read_text()) == judged
+
+
+def test_a_pupil_of_other_images_is_refused_before_anything_is_written(
+    diffusion_dir, pupil, tmp_path, capsys
+):
+    out = tmp_path / "features"
+    argv = ["--verdict", "--blocks", "mid_block", "--pupil", pupil]
+    for others in ([], ["--n-train", "300", "--val-size", "201"]):
+        with pytest.raises(UserError, match="--pupil .*args.json has val_size 200, n_train 300"):
+            extract(diffusion_dir, out, *argv, *others)
+    with pytest.raises(UserError, match="--val-size 63: --verdict needs at least 64"):
+        extract(diffusion_dir, out, *argv, "--val-size", "63")
+    with pytest.raises(UserError, match="nowhere.pt: no such file"):
+        extract(diffusion_dir, out, *argv[:-1], "nowhere.pt")
+    assert not out.exists()
+    alone = tmp_path / "best.pt"
+    shutil.copy(pupil, alone)
+    capsys.readouterr()
+    extract(diffusion_dir, out, *argv[:-1], str(alone), "--n-train", "100")
+    assert "note: no args.json beside --pupil" in capsys.readouterr().out
