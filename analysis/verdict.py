@@ -246,7 +246,11 @@ def page(verdict, about):
         "named is the best on all. The probe is linear: a teacher may know more than it shows.",
         "",
     ]
-    return lines + [f"- {name}: {value}" for name, value in about.items()] + [""]
+    for name, value in about.items():
+        if value is not None:
+            words = ", ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"- {name}: {words}")
+    return [*lines, ""]
 
 
 def write(verdict, probes, control, about, out_dir):

@@ -6,12 +6,14 @@ pupil is a run of AT; it stands for those of DM-AT, too.
 """
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from scipy.stats import spearmanr
+import numpy as np
+from scipy.stats import rankdata
 
 from common import stats
 from runs.effects import effect, markdown, save_figure, show
@@ -23,6 +25,7 @@ EXPERIMENTS = {  # of docs/results.json: (data, labels)
     "digits-100": ("digits", "100"),
     "digits-200": ("digits", "200"),
     "digits-500": ("digits", "500"),
+    "digits-long-tail": ("digits", "178, long tail"),
     "fashion-6400": ("Fashion-MNIST", "6,400"),
 }
 KINDS = {"AT": ("at", "at_dra"), "DM-AT": ("dm_at", "dm_at_dra")}  # without DRA, and with it
@@ -82,19 +85,56 @@ def table(predictions):
     return markdown(titles, rows)
 
 
+def outcomes(predictions):
+    """The lines of a table: for each answer of the verdict, in how many rows DRA gained."""
+    rows = []
+    for answer in dict.fromkeys(prediction.verdict["answer"] for prediction in predictions):
+        told = [prediction for prediction in predictions if prediction.verdict["answer"] == answer]
+        row = [answer, len(told)]
+        for measure in MEASURES:
+            effects = [prediction.effects[measure].mean(1) for prediction in told]
+            row.append(sum(stats.t_interval(of_seeds)[1] > 0 for of_seeds in effects))
+        rows.append(row)
+    return markdown(["DRA may help?", "rows", "gain in clean", "in APGD-CE+T"], sorted(rows))
+
+
 def correlations(predictions):
     """The lines of a table: Spearman's correlation of each statistic with the effects."""
+    names = [(prediction.data, prediction.labels) for prediction in predictions]
+    teachers = list(dict.fromkeys(names))
     rows = []
     for statistic, name in STATISTICS.items():
-        predicted = [prediction.verdict[statistic][0] for prediction in predictions]
+        of_teacher = {}
+        for key, prediction in zip(names, predictions):
+            of_teacher[key] = prediction.verdict[statistic][0]
         row = [name]
         for measure in MEASURES:
             measured = [prediction.effects[measure].mean() for prediction in predictions]
-            rho, p = spearmanr(predicted, measured)
-            row.append(f"{rho:+.2f} (p = {p:.2f})")
+            row.append(rank_correlation(list(of_teacher.values()), names, measured))
         rows.append(row)
-    titles = [f"rank correlation over {len(predictions)} rows", "clean", "APGD-CE+T"]
-    return markdown(titles, rows)
+    titles = [f"rank correlation over {len(predictions)} rows of {len(teachers)} teachers"]
+    return markdown([*titles, "clean", "APGD-CE+T"], rows)
+
+
+def rank_correlation(predicted, names, measured):
+    """Spearman's correlation and its p, as text; "-" where all of one side are equal.
+
+    predicted: a number per teacher. names: the teacher of each row. measured: a number per row.
+    p: the share of all ways to deal the predictions out to the teachers that give a correlation at
+    least as far from 0. Rows of one teacher share its prediction and do not count twice.
+    """
+    if len(set(predicted)) == 1 or len(set(measured)) == 1:
+        return "-"
+    teachers = list(dict.fromkeys(names))
+    teacher_of_row = [teachers.index(name) for name in names]
+    orders = np.array(list(permutations(range(len(predicted)))))  # the first: as they are
+    ranks = rankdata(np.array(predicted)[orders[:, teacher_of_row]], axis=1)
+    ranks -= ranks.mean(1, keepdims=True)
+    measured_ranks = rankdata(measured) - (len(measured) + 1) / 2
+    products = ranks @ measured_ranks
+    rho = products / np.linalg.norm(ranks, axis=1) / np.linalg.norm(measured_ranks)
+    p = np.mean(np.abs(rho) >= abs(rho[0]) - 1e-9)
+    return f"{rho[0]:+.2f} (p = {p:.2f})"
 
 
 def figure(predictions, path):

@@ -259,7 +259,10 @@ def section(runs, verdicts):
     if predictions:
         what = "What the teacher knows beyond its pupil, and what DRA gives"
         lines += [f"**Does the verdict predict?** {what}, in points.", ""]
-        lines += pupils.table(predictions) + pupils.correlations(predictions)
+        lines += pupils.table(predictions)
+        lines += ["A gain counts where the seeds tell it from 0. p is of dealing the verdicts out"]
+        lines += ["to the teachers in every order.", ""]
+        lines += pupils.outcomes(predictions) + pupils.correlations(predictions)
         picture = "The effect of DRA against the lead of the teacher's probe"
         lines += [f"![{picture}](results-pupils.png)", ""]
     cells = experiments[MAIN]

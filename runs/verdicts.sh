@@ -17,9 +17,9 @@ verdict() {
   python extract_features.py --diffusion $2 --verdict --pupil $3/best.pt --out-dir $out/verdict-$1 \
     "${@:4}"
 }
-# On digits, of a teacher that learned from the pupil's images alone: digits N TEACHER_STEPS
+# On digits, of a teacher that learned from the pupil's images alone: digits NAME TEACHER_STEPS FLAG...
 digits() {
-  local flags="--val-size 500 --n-train $1" pupil=out/pupils/digits-$1
+  local flags="--val-size 500 ${@:3}" pupil=out/pupils/digits-$1
   python train_diffusion.py $flags --train-steps $2 --out-dir $out/diffusion-$1
   python train_at.py $flags --epoch-images 896 --out-dir $pupil
   verdict digits-$1 $out/diffusion-$1 $pupil $flags
@@ -33,12 +33,15 @@ fashion() {
 }
 
 fashion & lane=$!
-digits 100 200
-digits 200 400
-digits 500 800
+digits 100 200 --n-train 100
+digits 200 400 --n-train 200
+digits 500 800 --n-train 500
+digits long-tail 200 --imbalance 10
 for labels in 1000 5000; do
   pupil=$out/cifar-$labels/at/0
   verdict cifar-$labels docs/cifar10-teacher $pupil $cifar --n-train $labels
 done
+# With all labels at the block of DRA alone: features at all blocks would take 13 GB.
+verdict cifar-all docs/cifar10-teacher $out/cifar-all/at/0 $cifar --blocks up_blocks.1.resnets.1
 wait $lane
 python -m runs.results --add $out

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import ROOT
-from scipy.stats import t
+from scipy.stats import spearmanr, t
 
 import evaluate
 import extract_features
@@ -122,7 +122,7 @@ def evidence(tmp_path, diffusion_dir, monkeypatch):
     DRA of weight 0; zero/1 was killed before its first validation.
     """
     short = ["--epochs", "1", "--epoch-images", "16", "--batch-size", "8", "--n-steps", "1"]
-    short += ["--eval-n-steps", "1", "--val-size", "20"]
+    short += ["--eval-n-steps", "1", "--val-size", "64"]
     cells = tmp_path / "evidence" / "few"
     for seed in "01":
         argv = [*short, "--seed", seed, "--out-dir", str(cells / "at" / seed)]
@@ -479,18 +479,39 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
         "| digits | 100 | 20.0 | 50.0 | 35.0 | +15.0 (+5.0 to +25.0) | may help |"
     )
     assert "| +5.0 (-5.0 to +15.0) | may help | AT | 2 | +5.0 ± 63.5" in bottom
-    *_, lead, _, _, cka, _ = pupils.correlations(predictions)
-    assert lead.count("+1.00") == cka.count("-1.00") == 2
+    *_, lead, control, _, cka, _ = pupils.correlations(predictions)
+    assert (
+        lead.count("+1.00 (p = 1.00)") == cka.count("-1.00 (p = 1.00)") == 2
+    )  # of two orders both
+    assert control.endswith("| - | - |")  # all are equal
+    verdicts["digits-100"]["answer"] = "no gain expected"
+    assert pupils.outcomes(predictions)[2:-1] == [
+        "| may help | 1 | 0 | 0 |",
+        "| no gain expected | 1 | 1 | 1 |",
+    ]
 
     pupils.figure(predictions, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
     assert pupils.predictions_of(experiments, {}) == []
 
 
+def test_p_of_a_rank_correlation_counts_teachers_not_rows():
+    """Three teachers in the right order are one chance in six on either side, however many rows."""
+    predicted = [0.1, 0.2, 0.4]
+    assert pupils.rank_correlation(predicted, ["a", "b", "c"], [1, 2, 3]) == "+1.00 (p = 0.33)"
+    names = ["a", "a", "b", "b", "c", "c"]
+    measured = [1.0, 1.1, 2.0, 1.9, 3.0, 2.8]
+    rho, _ = spearmanr([0.1, 0.1, 0.2, 0.2, 0.4, 0.4], measured)
+    assert pupils.rank_correlation(predicted, names, measured) == f"{rho:+.2f} (p = 0.33)"
+    measured = [2.0, 2.0, 2.0]
+    assert pupils.rank_correlation(predicted, ["a", "b", "c"], measured) == "-"
+
+
 def test_verdicts_are_kept_beside_the_runs(evidence, diffusion_dir):
     """Only those on a pupil; they stay when other runs are added."""
     folder = evidence / "verdict-few"
     argv = ["--diffusion", diffusion_dir, "--verdict", "--sigmas", "0.1", "--blocks", "mid_block"]
+    argv += ["--val-size", "64"]
     for pupil in ([], ["--pupil", str(evidence / "few" / "at" / "0" / "best.pt")]):
         flags = [*argv, *pupil, "--out-dir", str(folder)]
         extract_features.main(extract_features.parse_args(flags))

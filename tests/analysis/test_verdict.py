@@ -146,7 +146,8 @@ def test_page_and_files(tmp_path, capsys):
     network, control = over_noise(200, 260, 150), over_noise(100, 90, 80)
     network["mid", 0.1]["attacked"] = np.arange(80) < 10
     judged = verdict.judge(network, control, right(120), cka=[0.5, 0.4, 0.6])
-    verdict.write(judged, network, control, {"teacher": "out/t", "eps": 0.03}, str(tmp_path))
+    about = {"teacher": "out/t", "pupil": None, "eps": 0.03, "sigmas": [0.1, 1.0]}
+    verdict.write(judged, network, control, about, str(tmp_path))
     page = (tmp_path / "verdict.md").read_text()
     assert capsys.readouterr().out == page
     for words in (
@@ -154,7 +155,7 @@ def test_page_and_files(tmp_path, capsys):
         "| the teacher's probe under attack, linf 0.03, first 80 images | 12.5 (6.9 to 21.5) |",
         "| linear CKA of their features, 0 to 1 | 0.50 (0.40 to 0.60) |",
         "it peaks at a middle level",
-        "- teacher: out/t",
+        "- teacher: out/t\n- eps: 0.03\n- sigmas: 0.1, 1.0\n",
     ):
         assert words in page
     assert (tmp_path / "verdict.png").read_bytes()[:4] == b"\x89PNG"
