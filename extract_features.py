@@ -30,14 +30,13 @@ verdict.md, a page with its picture, and verdict.json (analysis/verdict.py).
 """
 
 import argparse
-import math
 import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from analysis import metrics, pictures, verdict
+from analysis import metrics, verdict
+from analysis.probes import report
 from common import UserError, attacks, cli, data, files, run
 from published.datasets import DATASETS, open_dataset, spec_of
 from published.weights import load_classifier
@@ -189,28 +188,6 @@ def read_features(split, block, sigma, n, args):
     return files.open_npy(path, np.float32, (n, args.n_draws, None))
 
 
-def map_zeros(path, dtype, shape):
-    """Map an .npy array for writing. A missing one is made of zeros; one that exists must fit.
-
-    Its space is taken first, because on a full disk a write to a map ends the process.
-    """
-    if not os.path.exists(path):
-        dtype = np.dtype(dtype)
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        with files.atomic(path) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            size = file.tell() + dtype.itemsize * math.prod(shape)
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)
-    files.open_npy(path, dtype, shape)
-    return np.lib.format.open_memmap(path, "r+")
-
-
 def extract(model, images, split, sigma, blocks, args, rank, world_size):
     """Write the split's features at one sigma.
 
@@ -254,8 +231,8 @@ def make_maps(path, shape, n_batches):
     """Make the map of the features and that of the flags, or check those that are there."""
     if not os.path.exists(f"{path}.writing") and os.path.exists(f"{path}.done.writing"):
         os.unlink(f"{path}.done.writing")  # flags of a map that is gone
-    map_zeros(f"{path}.writing", np.float32, shape)
-    map_zeros(f"{path}.done.writing", np.uint8, (n_batches,))
+    files.map_zeros(f"{path}.writing", np.float32, shape)
+    files.map_zeros(f"{path}.done.writing", np.uint8, (n_batches,))
 
 
 def save_head(model, labels, spec, args):
@@ -276,39 +253,6 @@ def save_head(model, labels, spec, args):
     print(f"{args.save_head}: accuracy on {n} validation images {accuracy:.1%}")
 
 
-def report(probes, blocks, args, n):
-    """Print accuracies, block by sigma, and write probe.json and probe.png.
-
-    probes: of measure_probes. n: number of probed images.
-    """
-    titles = {"accuracy": f"linear probe, accuracy on {n} {args.probe_split} images"}
-    if args.eps:
-        first = min(n, args.n_attacked)
-        titles["attacked"] = f"the same under attack, linf {args.eps:g}, first {first} images"
-    width = max(len(block) for block in blocks)
-    tables = {}
-    for key, title in titles.items():
-        print(f"{title} (rows: block, columns: sigma)")
-        print(" " * width + "".join(f"{sigma:>8g}" for sigma in args.sigmas))
-        tables[key] = []
-        for block in blocks:
-            row = [float(np.mean(probes[block, sigma][key])) for sigma in args.sigmas]
-            tables[key].append(row)
-            print(f"{block:<{width}}" + "".join(f"{accuracy:8.1%}" for accuracy in row), flush=True)
-    result = {
-        "blocks": blocks,
-        "sigmas": args.sigmas,
-        "split": args.probe_split,
-        "n": n,
-        "precision": args.precision,
-        **tables,
-        "titles": titles,
-        "environment": run.environment(),
-    }
-    files.write_json(result, os.path.join(args.out_dir, "probe.json"))
-    pictures.heat_maps(result, os.path.join(args.out_dir, "probe.png"))
-
-
 def check_classes(labels, spec, args):
     """Raises UserError where the training labels lack a class."""
     if len(np.unique(labels)) == spec.num_classes:
@@ -318,16 +262,6 @@ def check_classes(labels, spec, args):
         flags += f" with --n-train {args.n_train}"
     lack = f"the {len(labels)} images of the split train lack a class"
     raise UserError(f"{flags}: {lack}; --probe and --save-head need all {spec.num_classes}")
-
-
-def gather_objects(value):
-    """A list of every rank's small picklable value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    run.barrier()  # probes take their time, and some ranks have more of them
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def extract_all(model, splits, blocks, manifest, args, rank, world_size):
@@ -364,7 +298,7 @@ def measure_probes(model, splits, blocks, spec, args, rank, world_size):
             results["attacked"] = resists(model, probe, images, labels[: args.n_attacked], args)
         probes[block, sigma] = results
     gathered = {}
-    for part in gather_objects(probes):
+    for part in run.gather_objects(probes):
         gathered.update(part)
     return gathered
 
@@ -381,7 +315,7 @@ def load_pupil(args, spec, train, val, rank, device):
     settings = files.read_json(path) if os.path.exists(path) else {}
     digest = settings.get("data_sha256")
     if digest is None and rank == 0:
-        print("note: no args.json beside --pupil tells whether it had the same training images")
+        print("note: no args.json beside --pupil tells whether it had these training images")
     if digest not in (None, data.sha256(train, val)):
         flags = ("val_size", "n_train", "imbalance")
         its = ", ".join(f"{flag} {settings.get(flag)}" for flag in flags)
@@ -391,10 +325,9 @@ def load_pupil(args, spec, train, val, rank, device):
 
 
 def write_verdict(probes, control, pupil, val, spec, args, device):
-    """Write the verdict.
+    """Write the verdict of what measure_probes found, for the network and with shuffled weights.
 
-    probes, control: of measure_probes, for the network and with shuffled weights. pupil: of
-    load_pupil. val: (images, labels).
+    pupil: of load_pupil. val: (images, labels).
     """
     images, labels = val
     correct = None
@@ -472,7 +405,8 @@ def main(args):
     if args.probe:
         probes = measure_probes(model, splits, blocks, spec, args, rank, world_size)
         if rank == 0:
-            report(probes, blocks, args, len(labels[args.probe_split]))
+            settings = {name: getattr(args, name) for name in ("precision", "eps", "out_dir")}
+            report(probes, blocks, args.sigmas, split=args.probe_split, **settings)
     if args.verdict:
         verdict.shuffle_weights(model.net, args.seed)
         folder = os.path.join(args.out_dir, "shuffled")

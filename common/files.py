@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
@@ -300,6 +301,28 @@ def open_npy(path, dtype, shape=None):
         actual = f"found {array.dtype} {array.shape}"
         raise UserError(f"{path}: {actual}, expected {np.dtype(dtype)}{wanted}")
     return array
+
+
+def map_zeros(path, dtype, shape):
+    """Map an .npy array for writing. A missing one is made of zeros; one that exists must fit.
+
+    Its space is taken first, because on a full disk a write to a map ends the process.
+    """
+    if not os.path.exists(path):
+        dtype = np.dtype(dtype)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        with atomic(path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell() + dtype.itemsize * math.prod(shape)
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    open_npy(path, dtype, shape)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def sha256(path):

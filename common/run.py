@@ -168,6 +168,16 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def gather_objects(value):
+    """A list of every rank's small picklable value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    barrier()  # probes take their time, and some ranks have more of them
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def wrap(module):
     """The module with gradients averaged over ranks (DDP); the module itself on one process.
 
