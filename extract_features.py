@@ -325,10 +325,7 @@ def load_pupil(args, spec, train, val, rank, device):
 
 
 def write_verdict(probes, control, pupil, val, spec, args, device):
-    """Write the verdict of what measure_probes found, for the network and with shuffled weights.
-
-    pupil: of load_pupil. val: (images, labels).
-    """
+    """Write the verdict. probes, control: of measure_probes, of the network and of its control."""
     images, labels = val
     correct = None
     cka = None
@@ -368,7 +365,8 @@ def main(args):
         model.check_sigmas(args.sigmas)
     except UserError as error:
         raise UserError(f"--diffusion {args.diffusion}: {error}") from error
-
+    if rank == 0 and model.num_classes and not model.label_dropout:
+        print(f"warning: {args.diffusion}: trained without label dropout, no null label is known")
     train, val = run.read_once(
         data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
     )
@@ -378,8 +376,7 @@ def main(args):
     if args.probe or args.save_head:
         check_classes(labels["train"], spec, args)
     if args.verdict and args.val_size < verdict.MIN_IMAGES:
-        expected = f"--verdict needs at least {verdict.MIN_IMAGES} held-out images"
-        raise UserError(f"--val-size {args.val_size}: {expected}")
+        raise UserError(f"--val-size {args.val_size}: --verdict needs {verdict.MIN_IMAGES} or more")
     pupil = load_pupil(args, spec, train, val, rank, device)
 
     manifest = {

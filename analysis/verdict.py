@@ -242,8 +242,9 @@ def page(verdict, about):
         "",
         "![Accuracy over the noise level](verdict.png)",
         "",
-        "Each half of the images is judged at the place that is best on the other half; the place",
-        "named is the best on all. The probe is linear: a teacher may know more than it shows.",
+        "Each half of the images is judged at the place that is best on the other half. The place",
+        "named is the best on all; on the map and the picture it looks a little better than it is.",
+        "The probe is linear: a teacher may know more than it shows.",
         "",
     ]
     for name, value in about.items():

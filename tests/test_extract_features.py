@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import extract_features
+import generate_synthetic
 import train_at
 from analysis import metrics, verdict
 from common import UserError, data
@@ -183,7 +184,7 @@ def test_a_pupil_of_other_images_is_refused_before_anything_is_written(
     for others in ([], ["--n-train", "300", "--val-size", "201"]):
         with pytest.raises(UserError, match="--pupil .*args.json has val_size 200, n_train 300"):
             extract(diffusion_dir, out, *argv, *others)
-    with pytest.raises(UserError, match="--val-size 63: --verdict needs at least 64"):
+    with pytest.raises(UserError, match="--val-size 63: --verdict needs 64 or more"):
         extract(diffusion_dir, out, *argv, "--val-size", "63")
     with pytest.raises(UserError, match="nowhere.pt: no such file"):
         extract(diffusion_dir, out, *argv[:-1], "nowhere.pt")
@@ -193,3 +194,18 @@ def test_a_pupil_of_other_images_is_refused_before_anything_is_written(
     capsys.readouterr()
     extract(diffusion_dir, out, *argv[:-1], str(alone), "--n-train", "100")
     assert "note: no args.json beside --pupil" in capsys.readouterr().out
+
+
+def test_a_network_without_a_null_label_is_warned_of(diffusion_dir, pupil, tmp_path, capsys):
+    """Features are taken, and with --relabel images made, as if it had one."""
+    network = tmp_path / "network"
+    shutil.copytree(diffusion_dir, network)
+    config = json.loads((network / "config.json").read_text()) | {"label_dropout": 0}
+    (network / "config.json").write_text(json.dumps(config))
+    warning = f"warning: {network}: trained without label dropout"
+    extract(str(network), tmp_path / "features", "--blocks", "mid_block")
+    assert capsys.readouterr().out.startswith(warning)
+    argv = f"--diffusion {network} --relabel --classifier {pupil} --n-images 20 --n-steps 2".split()
+    argv += ["--out-dir", str(tmp_path / "set")]
+    generate_synthetic.main(generate_synthetic.parse_args(argv))
+    assert warning in capsys.readouterr().out

@@ -64,6 +64,7 @@ def test_no_image_chooses_the_place_that_it_is_judged_at():
     is_even = np.arange(N) % 2 == 0
     halves = {("even", 0.1): {"correct": is_even}, ("odd", 0.1): {"correct": ~is_even}}
     assert not verdict.correct_at_best(halves).any()
+    assert np.array_equal(halves["even", 0.1]["correct"], is_even)  # left as it was
 
 
 def test_intervals_of_paired_differences_hold_the_pairing():
