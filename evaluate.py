@@ -45,14 +45,11 @@ a card (published/model_card.py). --checkpoint takes such a folder.
 """
 
 import argparse
-import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import time
 
 import torch
-from torch import nn
 
 from common import UserError, attacks, cli, data, files, run
 from evaluation import (
@@ -60,6 +57,7 @@ from evaluation import (
     autoattack,
     compare,
     curve,
+    duration,
     report,
     restarts,
     robustbench,
@@ -67,32 +65,21 @@ from evaluation import (
     verdicts,
 )
 from evaluation.image_list import select_listed
+from evaluation.requests import (
+    ATTACKS,
+    check_names,
+    is_randomised,
+    request_after,
+    request_at,
+    result_path,
+)
 from published import model_card
 from published.datasets import DATASETS, open_dataset, spec_of
 from published.image_files import check_images
-from published.weights import description_of, load_classifier
+from published.weights import load_classifier, with_normalisation
 from teachers import classifier
 from teachers.load import load_diffusion
 
-ATTACKS = {  # --attack: (its name in tables, its attacks in the order in which they run)
-    "clean": ("clean", []),
-    "pgd": ("PGD", ["pgd"]),
-    "transfer": ("transfer (black box)", ["transfer"]),
-    "apgd": ("APGD-CE+T (upper bound)", ["apgd-ce", "apgd-t"]),
-    "autoattack": ("AutoAttack standard", ["apgd-ce", "apgd-t", "fab-t", "square"]),
-    "rand": ("AutoAttack rand", ["apgd-ce", "apgd-dlr"]),
-}
-PASSES = {  # of an image that withstands an attack: (with gradient, without)
-    "apgd-ce": (101, 0),
-    "apgd-t": (909, 0),
-    "apgd-dlr": (101, 0),
-    "fab-t": (900, 900),
-    "square": (0, 5000),
-    "transfer": (40, 1),
-}
-PASSES |= {f"{kind}-ce": PASSES["apgd-ce"] for kind in adaptive.KINDS}
-PASSES |= {f"{kind}-t": PASSES["apgd-t"] for kind in adaptive.KINDS}
-EOT = 20  # passes that the attacks of rand average
 GENERATIVE = ("diffusion-classifier", "diffusion-head")  # --model: made of a diffusion model
 
 
@@ -146,10 +133,7 @@ def parse_args(argv=None):
     add("--export", choices=["robustbench", "hub"], help=what)
     args = parser.parse_args(argv)
     if args.compare:
-        others = cli.flags_given(argv) - {"--compare"}
-        if others:
-            given = ", ".join(sorted(others))
-            parser.error(f"argument --compare: takes no other flag, given {given}")
+        parser.check_alone(argv, "--compare")
     else:
         check_args(parser, argv, args)
     return args
@@ -269,51 +253,6 @@ def threats(args):
     return found
 
 
-def is_randomised(args):
-    """Whether the model is meant to give other logits at every pass."""
-    return args.attack == "rand" or args.fresh_noise
-
-
-def result_path(args, radius):
-    """Where the result at a radius goes, or the "curve" or "report" of all of them, as .json.
-
-    What a table tells apart is in the name. All else is compared with what the file holds.
-    """
-    if args.out:
-        return args.out
-    if args.checkpoint and args.checkpoint.startswith("hub:"):
-        name = args.checkpoint.rpartition("/")[2]
-        folder = f"out/{name}"
-    elif args.checkpoint and os.path.isdir(args.checkpoint):  # a published folder: not into it
-        folder, name = os.path.split(os.path.abspath(args.checkpoint))
-        folder = os.path.relpath(folder)
-    elif args.checkpoint:
-        folder, name = os.path.split(os.path.splitext(args.checkpoint)[0])
-    else:
-        folder = f"out/diffusion-classifier-{args.dataset}"
-        name = f"{args.n_noise}-draws"
-    if radius == "report":
-        stem = f"report-{name}"
-        if args.attack != "apgd":
-            stem += f"-{args.attack}"
-        if args.norm != "linf":
-            stem += f"-{args.norm}"
-    else:
-        radius = radius if radius == "curve" else f"{radius:.4g}"
-        stem = f"results-{name}-{args.attack}-{args.norm}-{radius}"
-    if args.keep_classes:
-        stem += f"-keep{args.keep_classes}"
-    if args.fresh_noise:
-        stem += "-fresh"
-    if args.image_list:
-        stem += "-listed"
-    if args.n_images:
-        stem += f"-n{args.n_images}"
-    if args.seed:
-        stem += f"-seed{args.seed}"
-    return os.path.join(folder, f"{stem}.json")
-
-
 # --------------------------------------------------------------------------------- the attacks
 
 
@@ -400,26 +339,6 @@ def set_seed(seed, use, number):
     torch.manual_seed(data.seed_of(seed, use, number) % 2**32)
 
 
-class Finite(nn.Module):
-    """The model, but UserError where a logit is not finite.
-
-    argmax of NaN is class 0: such a model would look robust on the images of that class.
-    """
-
-    def __init__(self, model, name, precision):
-        super().__init__()
-        self.model = model
-        self.name = name
-        self.precision = precision
-
-    def forward(self, x):
-        with run.autocast(x.device, self.precision):
-            logits = self.model(x).float()
-        if not logits.isfinite().all():
-            raise UserError(f"{self.name}: the model's logits are not finite")
-        return logits
-
-
 # ------------------------------------------------------------------------------------ plumbing
 
 
@@ -447,7 +366,7 @@ def load_model(args, spec, device):
         settings |= draws | {"teacher_sha256": network.sha256}
         model = classifier.load(args.model, network, spec, args.checkpoint, seed=args.seed, **draws)
     else:
-        spec = normalised(spec, args.mean, args.std)
+        spec = with_normalisation(spec, args.mean, args.std)
         flags = ("--model", "--weights")
         chosen = (args.model, args.weights, flags)
         model, state = load_classifier(args.checkpoint, spec, device, *chosen)
@@ -459,16 +378,7 @@ def load_model(args, spec, device):
     settings["checkpoint_sha256"] = files.sha256(args.checkpoint) if args.checkpoint else None
     if args.compile:
         model = torch.compile(model, dynamic=True)
-    return Finite(model, name, args.precision).eval(), settings, trained
-
-
-def normalised(spec, mean, std):
-    """The data set's Spec with another mean and deviation, of one number or one per channel."""
-    if mean is not None:
-        spec = dataclasses.replace(spec, mean=tuple(mean * (spec.channels // len(mean))))
-    if std is not None:
-        spec = dataclasses.replace(spec, std=tuple(std * (spec.channels // len(std))))
-    return spec
+    return restarts.Finite(model, name, args.precision).eval(), settings, trained
 
 
 def load_images(args, spec):
@@ -483,101 +393,17 @@ def load_images(args, spec):
     return images, labels[:n]
 
 
-def request_at(eps, args, settings, n, data_sha256):
-    """A dict of all that the result at a radius depends on.
-
-    settings: those of the model. n: number of images, data_sha256: of their content.
-    """
-    attack_name, names = ATTACKS[args.attack]
-    version = "common/attacks.py"
-    if args.attack in ("apgd", "autoattack", "rand"):
-        version = f"pyautoattack {importlib.metadata.version('pyautoattack')}"
-    attack_settings = {}
-    if args.attack == "pgd":
-        flags = ("loss", "n_steps", "n_restarts", "step_size", "eot")
-        attack_settings = {name: getattr(args, name) for name in flags}
-    return settings | {
-        "dataset": args.dataset,
-        "split": "test",
-        "n": n,
-        "data_sha256": data_sha256,
-        "image_list_sha256": files.sha256(args.image_list) if args.image_list else None,
-        "norm": args.norm,
-        "eps": eps,
-        "attack": args.attack,
-        "attack_name": attack_name,
-        "attacks": names,
-        "version": version,
-        "settings": attack_settings,
-        "transfer_sha256": files.sha256(args.transfer_from) if args.transfer_from else None,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "sanity_images": min(args.sanity_images, n),
-    }
-
-
-def request_after(request, layers):
-    """The request of a result that goes on from the one of `request` with other backward passes.
-
-    layers: what evaluation/adaptive.py finds in the model.
-    """
-    return request | {
-        "attack": f"{request['attack']}-adaptive",
-        "attack_name": f"{request['attack_name']} + adaptive",
-        "attacks": request["attacks"] + adaptive.attack_names(layers),
-        "earlier_attacks": request["attacks"],
-        "layers": layers,
-    }
-
-
-def check_names(args):
-    """The groups of sanity checks that fit the evaluation, names of evaluation/sanity.py."""
-    if args.sanity_images == 0:
-        return []
-    if args.attack.endswith("-adaptive"):
-        return ["gradients"]
-    if args.attack == "clean":
-        return ["outputs"]
-    names = ["outputs", "curve", "surface"]
-    # What these find is held against single verdicts, which a randomised model has not.
-    if args.attack != "transfer" and not is_randomised(args):
-        names.append("steps")
-        if args.transfer_from:
-            names.append("transfer")
-    return names
-
-
-def print_check(model, images, labels, spec, args, rank, world_size, device):
+def check(model, images, labels, spec, args, rank, world_size, device):
     """--check: read all images, pass one chunk through the model, and tell what it will take."""
     check_images([images], rank, world_size)
     x = data.to_x(images[: args.batch_size], device)
     y = torch.from_numpy(labels[: args.batch_size]).to(device)
-    for _ in range(2):  # the first one warms up
-        start_time = time.time()
-        losses = attacks.attack_losses(model(x.requires_grad_(True)), y, "margin")
-        torch.autograd.grad(losses.sum(), x)[0].sum().item()
-        with_gradient = time.time() - start_time
-        start_time = time.time()
-        n_correct = int((predict(model, x.detach(), args.seed, "check", 0) == y).sum())
-        without = time.time() - start_time
-    passes = PASSES | {"pgd": (args.n_restarts * args.n_steps * args.eot, args.n_restarts)}
     names = ATTACKS[args.attack][1]
     if args.report:
         names = names + adaptive.attack_names(adaptive.layers_of(model.model, x[:2]))
-    seconds = 0.0
-    for name in names:
-        n_with, n_without = passes[name]
-        times = EOT if args.attack == "rand" else 1
-        seconds += times * (n_with * with_gradient + n_without * without)
-    n_chunks = -(-len(labels) // args.batch_size)
-    seconds = len(threats(args)) * (seconds + without) * n_chunks / world_size
     if rank == 0:
-        print(f"data      {len(labels):,} test images in {n_chunks:,} chunks")
-        print(f"classes   {run.describe_classes(spec)}")
-        print(f"model     {n_correct} of the first {len(x)} images right without an attack")
-        print(f"memory    {run.peak_memory(device)}")
-        print(f"time      {run.in_words(seconds)} if no image falls, less where many do")
-        print("nothing is wrong, and nothing was written but the cache")
+        n_threats = len(threats(args))
+        duration.print_check(model, x, y, names, len(labels), n_threats, spec, args, world_size)
 
 
 def evaluate_radius(
@@ -641,27 +467,13 @@ def export_robustbench(args):
     result = robustbench.read_result(path, args.checkpoint, spec)
     weights = result.get("weights")
     model, about = load_classifier(args.checkpoint, spec, "cpu", weights=weights)
-    settings = files.read_json(os.path.join(os.path.dirname(args.checkpoint), "args.json"))
-    n_synthetic = settings.get("n_synthetic")
-    if not isinstance(n_synthetic, int):
-        raise UserError(f"{args.checkpoint}: args.json beside it lacks 'n_synthetic'")
-    robustbench.export(
-        result,
-        args.checkpoint,
-        spec,
-        model,
-        about["model_name"],
-        settings,
-        n_synthetic,
-    )
+    robustbench.export(result, args.checkpoint, spec, model, about["model_name"])
 
 
 def export_hub(args):
     """Write the folder in which the checkpoint is published, with all finished results of it."""
     spec = open_dataset(args)
-    model, about = load_classifier(args.checkpoint, spec, "cpu")
-    about = description_of(about, spec)
-    weights = model_card.weights_of(model, about)
+    weights, about, n_parameters = model_card.weights_of(args.checkpoint, spec)
     run_dir = os.path.dirname(args.checkpoint)
     digests = (files.sha256(args.checkpoint), hashlib.sha256(weights).hexdigest())
     results, others = verdicts.results_of(run_dir, digests)
@@ -669,11 +481,8 @@ def export_hub(args):
         found = f"no finished result of {', '.join(model_card.REPORTED)} is beside it"
         remedy = "put --attack autoattack in the place of --export hub to make one"
         raise UserError(f"--checkpoint {args.checkpoint}: {found}; {remedy}")
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
     out_dir = args.out or os.path.join(run_dir, "hub")
-    model_card.export(
-        out_dir, args.checkpoint, weights, about, n_parameters, results=results, others=others
-    )
+    model_card.export(out_dir, args.checkpoint, weights, about, n_parameters, results, others)
 
 
 def main(args):
@@ -697,11 +506,13 @@ def main(args):
     source = None
     if args.transfer_from:
         source, _ = load_classifier(args.transfer_from, spec, device)
-        source = Finite(source, f"--transfer-from {args.transfer_from}", args.precision).eval()
+        source = restarts.Finite(
+            source, f"--transfer-from {args.transfer_from}", args.precision
+        ).eval()
     images, labels = load_images(args, spec)
 
     if args.check:
-        print_check(model, images, labels, spec, args, rank, world_size, device)
+        check(model, images, labels, spec, args, rank, world_size, device)
         return run.end_processes()
 
     data_sha256 = run.once(data.sha256, (images, labels))

@@ -41,7 +41,6 @@ Whoever has the network can make any shard again, by the settings in manifest.js
 
 import math
 import os
-from argparse import ArgumentTypeError
 
 import numpy as np
 import torch
@@ -49,25 +48,11 @@ import torch.nn.functional as F
 
 from common import UserError, cli, data, files, run
 from common.synthetic import allow_open_files, open_shards, read_manifest, shard_paths
-from published import cards, set_card
+from published import memorisation, set_card, set_recipe
 from published.datasets import DATASETS, open_dataset
 from published.weights import load_classifier
 from teachers import sampling
-from teachers.load import load_diffusion
-
-SAMPLER = {  # flags that manifest.json has under "sampler", and their types
-    "n_steps": cli.count,
-    "sigma_min": cli.positive,
-    "sigma_max": cli.positive,
-    "rho": cli.positive,
-    "guidance_scale": cli.non_negative,
-    "s_churn": cli.non_negative,
-    "s_tmin": cli.non_negative,
-    "s_tmax": cli.positive,
-    "s_noise": cli.positive,
-    "batch_size": cli.count,
-}
-NEAR = 0.1  # l2 distance to a training image, of x in [0, 1], below which an image is memorised
+from teachers.load import load_diffusion, load_guide
 
 
 def parse_args(argv=None):
@@ -117,11 +102,11 @@ def parse_args(argv=None):
     args.out_dir = args.out_dir or f"out/synthetic-{args.dataset}"
     args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     if args.export:
-        check_alone(parser, argv, "--export", "--dataset --data-dir --image-size --out-dir")
+        parser.check_alone(argv, "--export", "--dataset --data-dir --image-size --out-dir")
         return args
     if args.verify is not None:
         others = "--dataset --data-dir --image-size --diffusion --guide --classifier --out-dir"
-        check_alone(parser, argv, "--verify", others)
+        parser.check_alone(argv, "--verify", others)
         return args
     uses = {
         "--keep-fraction": ("--classifier", args.classifier),
@@ -143,13 +128,6 @@ def parse_args(argv=None):
     if args.rho < 0.1:
         parser.error(f"argument --rho: {args.rho}, expected at least 0.1 (EDM uses 7)")
     return args
-
-
-def check_alone(parser, argv, flag, others):
-    """End with an error where flags other than `others`, a text, stand beside `flag`."""
-    unused = sorted(cli.flags_given(argv) - {flag, *others.split()})
-    if unused:
-        parser.error(f"argument {flag}: goes with {others} alone, given {' '.join(unused)}")
 
 
 # ---------------------------------------------------------------------------------- the method
@@ -185,12 +163,6 @@ def sigma_limits(model, args, guide=None):
     return sigma_min, sigma_max
 
 
-def noise_levels(model, args, guide=None):
-    """The sampler's noise levels, float64 (n_steps + 1,), before they are rounded to a ladder."""
-    sigma_min, sigma_max = sigma_limits(model, args, guide)
-    return sampling.sigma_steps(args.n_steps, sigma_min, sigma_max, args.rho)
-
-
 def sample(model, ids, args, guide=None, label=None):
     """Generate the images with the given ids, an int64 array (B,).
 
@@ -212,10 +184,11 @@ def sample(model, ids, args, guide=None, label=None):
         sigma = model.round_sigma(sigma)
         return sigma if guide is None else guide.round_sigma(sigma)
 
+    sigma_min, sigma_max = sigma_limits(model, args, guide)
     x = sampling.heun(
         guided(model, y, args.guidance_scale, guide),
         draw_noise(),
-        noise_levels(model, args, guide),
+        sampling.sigma_steps(args.n_steps, sigma_min, sigma_max, args.rho),
         args.s_churn,
         (args.s_tmin, args.s_tmax),
         args.s_noise,
@@ -285,81 +258,7 @@ def select(confidence, labels, keep_fraction):
     return np.sort(np.concatenate(kept))
 
 
-def nearest_distances(images, train, device):
-    """The l2 distance of each image to the nearest image of `train`: (N,), for x in [0, 1].
-
-    images, train: uint8 (N, H, W, C).
-    """
-    x = torch.from_numpy(images).flatten(1).to(device).float() / 255
-    nearest = []
-    for chunk in torch.from_numpy(train).flatten(1).split(1000):
-        x_train = chunk.to(device).float() / 255
-        nearest.append(torch.cdist(x, x_train).amin(1))
-    return torch.stack(nearest).amin(0).cpu()
-
-
 # ------------------------------------------------------------------------------------ plumbing
-
-
-def load_guide(args, spec, model):
-    """The network of --guide, None without one.
-
-    Raises UserError where it does not denoise what --diffusion denoises, or of other classes.
-    """
-    if args.guide is None:
-        return None
-    guide = load_diffusion(args.guide, model.device, args.precision)
-    own = (guide.image_size, *guide.noise_shape, guide.num_classes)
-    expected = (model.image_size, *model.noise_shape, model.num_classes)
-    if own[:-1] != expected[:-1] or guide.num_classes not in (0, model.num_classes):
-        message = f"(pixels, shape of the noise, classes) = {own}, --diffusion has {expected}"
-        raise UserError(f"--guide {args.guide}: {message}")
-    spec.check_classes(f"--guide {args.guide}", guide.classes)
-    # Two kinds of latents may have one shape. They are told apart by the images they give.
-    n_channels = model.noise_shape[0]
-    clean = torch.linspace(-1, 1, 4 * n_channels, device=model.device).view(1, n_channels, 2, 2)
-    with torch.no_grad():
-        same = torch.allclose(guide.decode(clean), model.decode(clean), atol=0.02)
-    if not same:
-        message = "its latents are not those of --diffusion: they give other images"
-        raise UserError(f"--guide {args.guide}: {message}")
-    # Where both know a ladder of noise levels alone, a level of one must be a level of the other.
-    for sigma in noise_levels(model, args, guide).tolist()[:-1]:
-        level = guide.round_sigma(model.round_sigma(sigma))
-        if model.round_sigma(level) != level:
-            message = f"its noise levels are not those of --diffusion (near {sigma:.4g})"
-            raise UserError(f"--guide {args.guide}: {message}")
-    return guide
-
-
-def manifest_of(args, spec, model, guide=None):
-    """All that the shards' bytes depend on. Selecting images adds an entry "selection"."""
-    sampler = {name: getattr(args, name) for name in SAMPLER}
-    sampler["sigma_min"], sampler["sigma_max"] = sigma_limits(model, args, guide)
-    manifest = {
-        "format": 2,
-        "dataset": spec.name,
-        "n": args.n_images,
-        "ids": [0, args.n_images],
-        "label": "id % num_classes",
-        "num_classes": spec.num_classes,
-        "image_shape": [model.image_size, model.image_size, model.channels],
-        "shard_size": args.shard_size,
-        "seed": args.seed,
-        "precision": args.precision,
-        "network_sha256": model.sha256,
-        "held_out": model.val_size,
-        "sampler": sampler,
-    }
-    if guide is not None:
-        manifest["guide_sha256"] = guide.sha256
-        manifest["held_out"] = min(model.val_size, guide.val_size)
-    if args.relabel:
-        manifest["label"] = "of a classifier"
-        manifest["labels_of_sha256"] = files.sha256(args.classifier)
-        if args.weights:
-            manifest["labels_of_weights"] = args.weights
-    return manifest | {"classes": spec.classes} if spec.classes else manifest
 
 
 def shard_ids(shard, args):
@@ -421,8 +320,6 @@ def make_selection(classifier, args, spec, device, rank, world_size):
 def report(args, spec, train, test, device):
     """Print the number of images per class, check for memorised images, and draw samples.png.
 
-    What the check finds goes into memorisation.json, too.
-
     train, test: uint8 (N, H, W, C); None for data sets of a million files, where the check would
     take days, and pixels at 256 x 256 tell little.
     """
@@ -432,22 +329,7 @@ def report(args, spec, train, test, device):
     counts = " ".join(map(str, np.bincount(labels, minlength=spec.num_classes)))
     print(f"{args.out_dir}: {len(source)} images; classes of the first {n_shown}: {counts}")
     if train is not None:
-        generated = nearest_distances(images, train, device)
-        held_out = nearest_distances(test, train, device)
-        means = f"generated {generated.mean():.3f}, test images {held_out.mean():.3f}"
-        n_near = int((generated < NEAR).sum())
-        title = "nearest training image, mean l2 distance (memorised images lie near 0)"
-        print(f"{title}: {means}; generated below {NEAR}: {n_near}")
-        found = {
-            "n_generated": n_shown,
-            "n_train": len(train),
-            "n_test": len(test),
-            "mean_generated": generated.mean().item(),
-            "mean_test": held_out.mean().item(),
-            "near": NEAR,
-            "n_near": n_near,
-        }
-        files.write_json(found, os.path.join(args.out_dir, "memorisation.json"))
+        memorisation.check(args.out_dir, images, train, test, device)
     n_classes = min(10, spec.num_classes)
     examples = [np.flatnonzero(labels == label)[:10] for label in range(n_classes)]
     x = data.to_x(images[np.concatenate(examples)])
@@ -463,32 +345,6 @@ def export_hub(args):
         return
     spec = open_dataset(args)
     set_card.export(args.out_dir, open_shards(args.out_dir, spec))
-
-
-def use_manifest(args, manifest):
-    """Give the flags the values that a manifest records.
-
-    Raises UserError where one is missing or damaged, or where the set has no shard --verify.
-    """
-    path = os.path.join(args.out_dir, "manifest.json")
-    sampler = manifest.get("sampler")
-    recorded = {"seed": manifest.get("seed")}
-    if isinstance(sampler, dict):
-        recorded |= sampler
-    for name, kind in {"seed": cli.seed, **SAMPLER}.items():
-        try:
-            setattr(args, name, kind(str(recorded.get(name))))
-        except ArgumentTypeError as error:
-            raise UserError(f"{path}: damaged, {name}: {error}") from error
-    args.precision = manifest.get("precision")
-    if args.precision not in ("fp32", "tf32", "bf16"):
-        expected = "expected fp32, tf32 or bf16"
-        raise UserError(f"{path}: its precision is {args.precision}, {expected}")
-    args.n_images = manifest["n"]
-    args.shard_size = manifest["shard_size"]
-    n_shards = math.ceil(args.n_images / args.shard_size)
-    if args.verify >= n_shards:
-        raise UserError(f"--verify {args.verify}: {args.out_dir} has shards 0 to {n_shards - 1}")
 
 
 def load_verified(flag, path, expected, device, precision):
@@ -534,7 +390,10 @@ def verify(args):
     Writes nothing. Ends with status 1 where images or labels differ, as cmp and sha256sum do.
     """
     manifest = read_manifest(args.out_dir)
-    use_manifest(args, manifest)
+    set_recipe.use_manifest(args, manifest)
+    n_shards = math.ceil(args.n_images / args.shard_size)
+    if args.verify >= n_shards:
+        raise UserError(f"--verify {args.verify}: {args.out_dir} has shards 0 to {n_shards - 1}")
     rank, world_size, device = run.start_processes(args.precision)
     own = manifest.get("network_sha256")
     model = load_verified("--diffusion", args.diffusion, own, device, args.precision)
@@ -547,46 +406,21 @@ def verify(args):
     labels = files.open_npy(labels_path, np.int64, (len(ids),))
     label = load_labeller(args, manifest, device)
 
-    gaps = torch.zeros(256, dtype=torch.long)  # numbers of values, by their distance
-    n_other = torch.zeros(2, dtype=torch.long)  # images that differ, labels that differ
+    differences = set_recipe.Differences()
     batches = batches_of(ids, args)[rank::world_size]
     for batch in run.progress(batches, rank, desc="verify", unit="batch"):
         made_images, made_labels = sample(model, batch, args, guide, label)
         rows = batch - ids[0]
-        gap = np.abs(made_images.astype(np.int16) - images[rows])
-        gaps += torch.from_numpy(np.bincount(gap.flatten(), minlength=256))
-        n_other[0] += int(gap.reshape(len(rows), -1).any(1).sum())
-        n_other[1] += int((made_labels != labels[rows]).sum())
-    run.sum_over_ranks(gaps)
-    n_images, n_labels = run.sum_over_ranks(n_other).tolist()
+        differences.add(images[rows], labels[rows], made_images, made_labels)
+    differences.sum_over_ranks()
     if rank == 0:
-        print_verified(args, ids, gaps.tolist(), n_images, n_labels)
+        title = f"{args.out_dir}, shard {args.verify}: images {ids[0]} to {ids[-1]}"
+        print(f"{title} made again from manifest.json, {args.precision}")
+        set_recipe.print_places(args.out_dir)
+        differences.print(len(ids))
     run.end_processes()
-    if n_images or n_labels:
+    if differences.other.any():
         raise SystemExit(1)
-
-
-def print_verified(args, ids, gaps, n_images, n_labels):
-    """Print what --verify has found. gaps: numbers of pixel values, by their distance, 0 to 255."""
-    title = f"{args.out_dir}, shard {args.verify}: images {ids[0]} to {ids[-1]}"
-    print(f"{title} made again from manifest.json, {args.precision}")
-    there = cards.read_environment(args.out_dir)
-    here = run.environment()
-    if not there:
-        print("note: env.json is missing: on what the set was made is not known")
-    for key in ("device", "torch", "diffusers", "numpy", "threads"):
-        if there and here[key] != there.get(key):
-            print(f"note: {key} is {here[key]} here, and was {there.get(key)} in the first place")
-    n = len(ids)
-    if n_images:
-        n_values = sum(gaps[1:])
-        mean = sum(gap * count for gap, count in enumerate(gaps)) / n_values
-        largest = max(gap for gap, count in enumerate(gaps) if count)
-        where = f"{n_images:,} of {n:,}, in {n_values:,} of {sum(gaps):,} values"
-        print(f"images  DIFFERENT: {where}, by {mean:.2f} of 255 on average, by {largest} at most")
-    else:
-        print(f"images  equal to the bit: {n:,}, {sum(gaps):,} values")
-    print(f"labels  DIFFERENT: {n_labels:,} of {n:,}" if n_labels else f"labels  equal: {n:,}")
 
 
 def main(args):
@@ -598,7 +432,10 @@ def main(args):
     spec = open_dataset(args)
     model = load_diffusion(args.diffusion, device, args.precision)
     model.check_generates(f"--diffusion {args.diffusion}", spec, with_labels=not args.relabel)
-    guide = load_guide(args, spec, model)
+    guide = None
+    if args.guide is not None:
+        guide = load_guide(args.guide, model, args.precision)
+        spec.check_classes(f"--guide {args.guide}", guide.classes)
     sigma_min, sigma_max = sigma_limits(model, args, guide)
     if rank == 0 and (sigma_min, sigma_max) != (args.sigma_min, args.sigma_max):
         if guide is None:
@@ -631,7 +468,7 @@ def main(args):
     if rank == 0:
         run.claim_directory(
             args.out_dir,
-            manifest_of(args, spec, model, guide),
+            set_recipe.manifest_of(args, spec, model, (sigma_min, sigma_max), guide),
             name="manifest.json",
             not_compared=["selection"],
         )

@@ -60,6 +60,13 @@ class Parser(argparse.ArgumentParser):
             if flag in given and not on:
                 self.error(f"argument {flag}: does nothing here, it goes with {what}")
 
+    def check_alone(self, argv, flag, others=""):
+        """End with an error where flags other than `others`, a text, stand beside `flag`."""
+        unused = sorted(flags_given(argv) - {flag, *others.split()})
+        if unused:
+            fits = f"goes with {others} alone" if others else "takes no other flag"
+            self.error(f"argument {flag}: {fits}, given {' '.join(unused)}")
+
     def check_data_flags(self, argv, args):
         """Check the flags of add_data_flags, and give --image-size its default for a folder."""
         with_sums = ("cifar10", "cifar100", "svhn")

@@ -1,4 +1,4 @@
-"""PGD with random restarts, for randomised models too, and the check of every attack's images.
+"""PGD with random restarts, for randomised models too; checks of every logit and attacked image.
 
 One run of PGD is in common/attacks.py; AutoAttack is in evaluation/autoattack.py.
 """
@@ -6,7 +6,7 @@ One run of PGD is in common/attacks.py; AutoAttack is in evaluation/autoattack.p
 import torch
 from torch import nn
 
-from common import attacks
+from common import UserError, attacks, run
 
 
 def pgd(model, x, y, starts, *, loss, **settings):
@@ -50,6 +50,26 @@ class MeanLogits(nn.Module):
 
     def forward(self, x):
         return sum(self.model(x) for _ in range(self.n)) / self.n
+
+
+class Finite(nn.Module):
+    """The model, but UserError where a logit is not finite.
+
+    argmax of NaN is class 0: such a model would look robust on the images of that class.
+    """
+
+    def __init__(self, model, name, precision):
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.precision = precision
+
+    def forward(self, x):
+        with run.autocast(x.device, self.precision):
+            logits = self.model(x).float()
+        if not logits.isfinite().all():
+            raise UserError(f"{self.name}: the model's logits are not finite")
+        return logits
 
 
 def in_threat_model(x_adv, x, name, norm, eps):

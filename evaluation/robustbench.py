@@ -27,7 +27,7 @@ def read_result(path, checkpoint, spec):
     return result
 
 
-def export(result, checkpoint, spec, model, model_name, settings, n_synthetic):
+def export(result, checkpoint, spec, model, model_name):
     """Write the weights and the leaderboard's entry for a finished result of a checkpoint.
 
     They are robustbench/<dataset>/<threat>/<run>.pt and .json beside the checkpoint. The .pt file
@@ -37,11 +37,15 @@ def export(result, checkpoint, spec, model, model_name, settings, n_synthetic):
 
     Generated images count as no additional data there, with a footnote on their number. A training
     that began from other weights (--init) may have seen more: its additional_data is null too.
-    result: of read_result. checkpoint: path of the model's best.pt. settings: args.json beside it.
-    n_synthetic: generated images in training.
+    result: of read_result. checkpoint: path of the model's best.pt, with args.json beside it.
+    Raises UserError where that does not say how many images were generated.
     """
     dataset = spec.name
     run_dir = os.path.dirname(os.path.abspath(checkpoint))
+    settings = files.read_json(os.path.join(run_dir, "args.json"))
+    n_synthetic = settings.get("n_synthetic")
+    if not isinstance(n_synthetic, int):
+        raise UserError(f"{checkpoint}: args.json beside it lacks 'n_synthetic'")
     footnote = None
     if n_synthetic:
         footnote = f"It uses additional {amount(n_synthetic)} synthetic images in training."

@@ -14,6 +14,7 @@ import safetensors.torch
 from common import files
 from common.cli import printable
 from published import cards
+from published.weights import description_of, load_classifier
 
 HUB_DATASETS = {  # the names of our data sets on the hub
     "fashion-mnist": "zalando-datasets/fashion_mnist",
@@ -27,20 +28,24 @@ HUB_DATASETS = {  # the names of our data sets on the hub
 REPORTED = ("apgd", "autoattack", "rand")
 
 
-def weights_of(model, about):
-    """The bytes of model.safetensors. about: of published.weights.description_of.
+def weights_of(checkpoint, spec):
+    """(bytes of model.safetensors, what they say of the network, number of its parameters).
 
-    The header says which network it is, as in a run's best.safetensors.
+    checkpoint: of this project, on the data set `spec`. The header says which network it is, as in
+    a run's best.safetensors.
     """
+    model, about = load_classifier(checkpoint, spec, "cpu")
+    about = description_of(about, spec)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    return safetensors.torch.save(tensors, {"classifier": json.dumps(about)})
+    weights = safetensors.torch.save(tensors, {"classifier": json.dumps(about)})
+    return weights, about, sum(parameter.numel() for parameter in model.parameters())
 
 
 def export(out_dir, checkpoint, weights, about, n_parameters, results, others):
     """Write the folder of a classifier.
 
-    checkpoint: path of its file in a run directory. weights: of weights_of. about: what their
-    header says. results: {name: result} of evaluation.verdicts.results_of, whose files lie beside
+    checkpoint: path of its file in a run directory. weights, about, n_parameters: of weights_of.
+    results: {name: result} of evaluation.verdicts.results_of, whose files lie beside
     the checkpoint. others: names of results that are left out.
     Raises UserError, before anything is written, where the folder holds something else.
     """

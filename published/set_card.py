@@ -10,7 +10,7 @@ import numpy as np
 
 from common import files, run
 from common.synthetic import shard_paths
-from published import cards
+from published import cards, memorisation
 
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
 
@@ -33,7 +33,7 @@ def export(directory, source):
         sums += f"{files.sha256(os.path.join(directory, name))}  {name}\n"
     contents = {
         "SHA256SUMS": sums.encode(),
-        "README.md": card(source, environment, _memorisation(directory)),
+        "README.md": card(source, environment, memorisation.in_words(directory)),
     }
     cards.write_folder(directory, contents)
     if environment:
@@ -48,22 +48,7 @@ def export(directory, source):
     print(f"hf upload --repo-type dataset OWNER/NAME {directory}")
 
 
-def _memorisation(directory):
-    """What generate_synthetic.py's check for memorised images found, in words."""
-    path = os.path.join(directory, "memorisation.json")
-    if not os.path.exists(path):
-        return "Whether images are copies of training images is not recorded."
-    found = files.read_json(path)
-    with files.reading(path, "what generate_synthetic.py found"):
-        return (
-            f"The mean l2 distance (of pixels in [0, 1]) of the first {found['n_generated']:,} "
-            f"images to the nearest of {found['n_train']:,} training images is "
-            f"{found['mean_generated']:.3f}; that of {found['n_test']:,} test images is "
-            f"{found['mean_test']:.3f}. Nearer than {found['near']}: {found['n_near']:,} images."
-        )
-
-
-def card(source, environment, memorisation):
+def card(source, environment, copies):
     """The bytes of README.md."""
     from huggingface_hub import DatasetCardData
 
@@ -83,7 +68,7 @@ def card(source, environment, memorisation):
         f"# {n:,} generated images for {manifest['dataset']}",
         cards.table(["", ""], _facts(source)),
         "## Copies of training images",
-        memorisation,
+        copies,
         "## Use",
         cards.code(_commands(source)),
         "SET is a local copy of this repository, NETWORK the diffusion model. The last command "

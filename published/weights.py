@@ -74,6 +74,15 @@ def normalised_as(spec, path):
     return dataclasses.replace(spec, **found) if len(found) == 2 else spec
 
 
+def with_normalisation(spec, mean, std):
+    """The data set's Spec with another mean and deviation, of one number or one per channel."""
+    if mean is not None:
+        spec = dataclasses.replace(spec, mean=tuple(mean * (spec.channels // len(mean))))
+    if std is not None:
+        spec = dataclasses.replace(spec, std=tuple(std * (spec.channels // len(std))))
+    return spec
+
+
 def load_classifier(path, spec, device, name=None, weights=None, flags=()):
     """(classifier, what its file says) of a checkpoint of this project; frozen and in eval mode.
 

@@ -7,6 +7,7 @@ directory are read in parts.py, and what is said of a path that holds no model i
 import os
 import re
 
+import numpy as np
 import torch
 
 from common import UserError, files
@@ -44,6 +45,34 @@ def load_diffusion(name, device, precision="fp32"):
     freeze(model, device, precision)
     model.name = name
     return model
+
+
+def load_guide(name, model, precision):
+    """The diffusion model `name`, to guide `model`: load_diffusion, on the device of that.
+
+    Raises UserError where it does not denoise what `model` denoises, or is of other classes.
+    """
+    guide = load_diffusion(name, model.device, precision)
+    own = (guide.image_size, *guide.noise_shape, guide.num_classes)
+    expected = (model.image_size, *model.noise_shape, model.num_classes)
+    if own[:-1] != expected[:-1] or guide.num_classes not in (0, model.num_classes):
+        message = f"(pixels, shape of the noise, classes) = {own}, {model.name} has {expected}"
+        raise UserError(f"{name}: {message}")
+    # Two kinds of latents may have one shape. They are told apart by the images they give.
+    n_channels = model.noise_shape[0]
+    clean = torch.linspace(-1, 1, 4 * n_channels, device=model.device).view(1, n_channels, 2, 2)
+    with torch.no_grad():
+        same = torch.allclose(guide.decode(clean), model.decode(clean), atol=0.02)
+    if not same:
+        message = f"its latents are not those of {model.name}: they give other images"
+        raise UserError(f"{name}: {message}")
+    # Where both know a ladder of noise levels alone, a level of one must be a level of the other.
+    for sigma in np.geomspace(0.002, 80, 100).tolist():
+        level = guide.round_sigma(model.round_sigma(sigma))
+        if model.round_sigma(level) != level:
+            message = f"its noise levels are not those of {model.name} (near {sigma:.4g})"
+            raise UserError(f"{name}: {message}")
+    return guide
 
 
 def freeze(model, device, precision="fp32"):

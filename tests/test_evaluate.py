@@ -20,7 +20,7 @@ from torch import nn
 import evaluate
 import train_at
 from common import UserError, attacks, data, files, models
-from evaluation import autoattack, restarts, sanity, verdicts
+from evaluation import autoattack, requests, restarts, sanity, verdicts
 from published.datasets import DATASETS
 from published.weights import load_classifier
 
@@ -59,7 +59,7 @@ def test_verdicts_are_those_of_pyautoattack(norm, eps, attack, n, batch_size, be
     threat = f"--norm {norm} --eps {eps} --seed 3 --n-images {n} --batch-size {batch_size}"
     result, per_image = evaluate_with(best, tmp_path, f"--attack {attack} {threat}")
     model, x, y = first_images(best, n)
-    names = evaluate.ATTACKS[attack][1]
+    names = requests.ATTACKS[attack][1]
     robust = []
     for rows in torch.arange(n).split(batch_size):
         package = AutoAttack(model, norm=autoattack.NORMS[norm], eps=eps, seed=3, device="cpu")
@@ -389,7 +389,7 @@ def test_names_of_results():
     """What tables tell apart is in the name of the file."""
 
     def path(flags, eps=0.031372549):
-        return evaluate.result_path(evaluate.parse_args(flags.split()), eps)
+        return requests.result_path(evaluate.parse_args(flags.split()), eps)
 
     assert path("--checkpoint a/best.pt --attack pgd") == "a/results-best-pgd-linf-0.03137.json"
     flags = "--checkpoint a/x.safetensors --norm l2 --eps 1 --n-images 5 --seed 3"

@@ -15,6 +15,7 @@ from edm2_helper import EDM2_CONFIGS, edm2_config, edm2_dir
 import generate_synthetic
 import train_at
 from common import UserError, data, files, synthetic
+from published import memorisation, set_recipe
 from published.datasets import DATASETS
 from published.weights import load_classifier
 from teachers import sampling
@@ -120,10 +121,9 @@ def test_a_guide_bounds_what_is_asked_and_held_out(diffusion_dir):
     guide.val_size = model.val_size - 1
     guide.sha256 = "of the guide"
     for pair in ((model, guide), (guide, model)):
-        assert generate_synthetic.sigma_limits(pair[0], args, pair[1]) == (0.05, 40.0)
-        manifest = generate_synthetic.manifest_of(args, DATASETS["digits"], *pair)
-        assert manifest["held_out"] == guide.val_size
-        assert (manifest["sampler"]["sigma_min"], manifest["sampler"]["sigma_max"]) == (0.05, 40.0)
+        limits = generate_synthetic.sigma_limits(pair[0], args, pair[1])
+        manifest = set_recipe.manifest_of(args, DATASETS["digits"], pair[0], limits, pair[1])
+        assert limits == (0.05, 40.0) and manifest["held_out"] == guide.val_size
 
 
 def test_guides_that_do_not_fit_are_one_line(diffusion_dir, dit_dir, tmp_path, capsys):
@@ -131,15 +131,15 @@ def test_guides_that_do_not_fit_are_one_line(diffusion_dir, dit_dir, tmp_path, c
         with pytest.raises(UserError) as info:
             generate(tmp_path / "out", "--guidance-scale", "2", "--guide", guide, *argv)
         message = str(info.value)
-        assert message.startswith(f"--guide {guide}: ") and "\n" not in message
+        assert message.startswith(f"{guide}: ") and "\n" not in message
         assert words in message, message
         assert not (tmp_path / "out").exists()
 
     own = ["--diffusion", diffusion_dir]
     sizes = edm2_dir(tmp_path / "sizes", EDM2_CONFIGS["pixels"])
-    fails("(16, 3, 16, 16, 3), --diffusion has (8, 1, 8, 8, 10)", sizes, *own)
+    fails(f"(16, 3, 16, 16, 3), {diffusion_dir} has (8, 1, 8, 8, 10)", sizes, *own)
     tiny_ddpm(tmp_path / "classes", tiny_unet())
-    fails("(8, 1, 8, 8, 3), --diffusion has (8, 1, 8, 8, 10)", tmp_path / "classes", *own)
+    fails(f"(8, 1, 8, 8, 3), {diffusion_dir} has (8, 1, 8, 8, 10)", tmp_path / "classes", *own)
     latents = edm2_config(
         "StabilityVAEEncoder", img_resolution=8, img_channels=4, label_dim=1000, model_channels=8
     )
@@ -177,7 +177,7 @@ def test_nearest_distances_are_those_of_a_slow_search():
     images = rng.integers(0, 256, (1100, 3, 3, 2), dtype=np.uint8)
     train = rng.integers(0, 256, (7, 3, 3, 2), dtype=np.uint8)
     train[2] = images[5]
-    nearest = generate_synthetic.nearest_distances(images, train, "cpu")
+    nearest = memorisation.nearest_distances(images, train, "cpu")
     assert nearest.shape == (1100,) and nearest[5] < 2e-3
     for image, distance in zip(images[:50], nearest):
         differences = (image / 255.0 - train / 255.0).reshape(7, -1)
@@ -198,7 +198,7 @@ def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path
         argv += ["--imbalance", str(imbalance)] if imbalance else []
         generate_synthetic.main(generate_synthetic.parse_args(argv))
         (train, _), _ = data.load_train(spec, "data", 300, n_train, imbalance)
-        mean = generate_synthetic.nearest_distances(test_images, train, "cpu").mean()
+        mean = memorisation.nearest_distances(test_images, train, "cpu").mean()
         assert f"test images {mean:.3f};" in capsys.readouterr().out
         means.append(mean)
         labels = np.load(out / "shard-00000-labels.npy")

@@ -18,7 +18,7 @@ from unusual_helper import MeanSparse, Quantised, Straight, network_with
 
 import evaluate
 from common import files, models
-from evaluation import adaptive
+from evaluation import adaptive, requests
 from published.datasets import DATASETS
 
 
@@ -217,7 +217,7 @@ def test_a_data_set_without_a_usual_radius_in_l1(monkeypatch, capsys):
 def test_the_names_of_reports():
     def path(flags):
         args = evaluate.parse_args([*flags.split(), "--checkpoint", "a/best.pt", "--report"])
-        return evaluate.result_path(args, "report")
+        return requests.result_path(args, "report")
 
     assert path("") == "a/report-best.json"
     flags = "--attack autoattack --norm l2 --n-images 5 --seed 3"

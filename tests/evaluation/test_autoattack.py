@@ -15,8 +15,7 @@ from evaluation_helper import first_images, train_short
 from pyautoattack import AutoAttack
 from torch import nn
 
-import evaluate
-from evaluation import autoattack
+from evaluation import autoattack, requests
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +189,7 @@ def test_killed_in_each_attack_and_resumed(best, tmp_path):
     argv = ["--checkpoint", best, *flags.split()]
     python("evaluate.py", *argv, "--out", tmp_path / "straight.json")
     argv += ["--out", tmp_path / "cut.json"]
-    for i, name in enumerate(evaluate.ATTACKS["autoattack"][1]):
+    for i, name in enumerate(requests.ATTACKS["autoattack"][1]):
         ranks = 1 + i % 2
         done = python(
             "tests/kill_helper.py",

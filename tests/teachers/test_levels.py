@@ -140,6 +140,6 @@ def test_a_guide_of_another_ladder_is_one_line(tmp_path):
         tiny_ddpm(tmp_path / name, tiny_unet(num_class_embeds=10), beta_end=beta_end)
     argv = ["--diffusion", str(tmp_path / "m"), "--guidance-scale", "2"]
     argv += ["--guide", str(tmp_path / "guide"), "--out-dir", str(tmp_path / "set")]
-    words = f"--guide {tmp_path}/guide: its noise levels are not those of --diffusion"
+    words = f"{tmp_path}/guide: its noise levels are not those of {tmp_path}/m (near "
     refused(lambda: generate_synthetic.main(generate_synthetic.parse_args(argv)), words)
     assert not (tmp_path / "set").exists()

@@ -1,0 +1,51 @@
+"""How long an evaluation will take, and whether it can begin: evaluate.py --check."""
+
+import time
+
+import torch
+
+from common import attacks, run
+from evaluation import adaptive
+
+PASSES = {  # of an image that withstands an attack: (with gradient, without)
+    "apgd-ce": (101, 0),
+    "apgd-t": (909, 0),
+    "apgd-dlr": (101, 0),
+    "fab-t": (900, 900),
+    "square": (0, 5000),
+    "transfer": (40, 1),
+}
+PASSES |= {f"{kind}-ce": PASSES["apgd-ce"] for kind in adaptive.KINDS}
+PASSES |= {f"{kind}-t": PASSES["apgd-t"] for kind in adaptive.KINDS}
+EOT = 20  # passes that the attacks of rand average
+
+
+def print_check(model, x, y, names, n_images, n_threats, spec, args, world_size):
+    """Pass one chunk, images x (B, C, H, W) with labels y (B,), through the model, and tell.
+
+    names: of the attacks of each of `n_threats` threat models. n_images: of the whole evaluation.
+    """
+    for _ in range(2):  # the first one warms up
+        start_time = time.time()
+        x.requires_grad_(True)
+        losses = attacks.attack_losses(model(x), y, "margin")
+        torch.autograd.grad(losses.sum(), x)[0].sum().item()
+        with_gradient = time.time() - start_time
+        start_time = time.time()
+        with torch.no_grad():
+            n_correct = int((model(x).argmax(1) == y).sum())
+        without = time.time() - start_time
+    passes = PASSES | {"pgd": (args.n_restarts * args.n_steps * args.eot, args.n_restarts)}
+    seconds = 0.0
+    for name in names:
+        n_with, n_without = passes[name]
+        times = EOT if args.attack == "rand" else 1
+        seconds += times * (n_with * with_gradient + n_without * without)
+    n_chunks = -(-n_images // args.batch_size)
+    seconds = n_threats * (seconds + without) * n_chunks / world_size
+    print(f"data      {n_images:,} test images in {n_chunks:,} chunks")
+    print(f"classes   {run.describe_classes(spec)}")
+    print(f"model     {n_correct} of the first {len(x)} images right without an attack")
+    print(f"memory    {run.peak_memory(x.device)}")
+    print(f"time      {run.in_words(seconds)} if no image falls, less where many do")
+    print("nothing is wrong, and nothing was written but the cache")
