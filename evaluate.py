@@ -226,6 +226,11 @@ def check_args(parser, argv, args):
         parser.error(f"argument --out: expected a file that ends in .json, got '{args.out}'")
     if args.out and len(radii(args)) > 1:
         parser.error("argument --out: one result; several --eps are written beside the checkpoint")
+    published = args.checkpoint and (
+        args.checkpoint[:4] == "hub:" or os.path.isdir(args.checkpoint)
+    )
+    if args.export and published:
+        parser.error(f"argument --export: {args.checkpoint} is published, expected a run's best.pt")
     if args.export and len(radii(args)) > 1:
         parser.error("argument --export: give one --eps")
     if len({result_path(args, eps) for eps in radii(args)}) < len(radii(args)):

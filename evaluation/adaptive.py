@@ -16,7 +16,9 @@ Whether an image fools is not decided here: evaluate.py asks the model itself. U
   - modules whose code is not PyTorch's, which hold no convolution or other matrix product, and
     whose output has the shape of their input: nothing is known of their derivative.
 
-Other layers that mislead the gradient, such as a mask that a block multiplies with, are not found.
+Other layers that mislead the gradient, such as a mask that a block multiplies with or an
+autograd.Function that a block calls, are not found. Square, which needs no gradient, may fool more
+there: a sanity check tries it.
 """
 
 from contextlib import contextmanager
@@ -32,9 +34,9 @@ from evaluation import autoattack
 KINDS = ("unit", "straight", "leaky")
 LEAK = 0.1
 
-# Functions with a derivative of zero in places or everywhere, by construction.
+# Functions with a derivative of zero in places or everywhere, or with none at all.
 STEPS = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn"}
-STEPS |= {"hardshrink", "softshrink", "masked_fill", "where"}
+STEPS |= {"hardshrink", "softshrink", "masked_fill", "where", "detach"}
 
 # Activations that are flat, or nearly so, in a part of their range.
 CLIPPED = {"relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "threshold", "clamp", "clip"}
@@ -141,7 +143,7 @@ def _straight(forward, label, met, x, *args, **kwargs):
     if not torch.is_tensor(output) or output.shape != x.shape:
         return output
     met.add(label)
-    return output.detach() + _zero(x)
+    return _constant(output) + _zero(x)
 
 
 class _OtherDerivatives(TorchFunctionMode):
@@ -173,11 +175,17 @@ class _OtherDerivatives(TorchFunctionMode):
             return output
         if is_step:
             self.met_unusual.add(name)
-            return output.detach() + sum(_zero(value) for value in inputs)
+            return _constant(output) + sum(_zero(value) for value in inputs)
         self.met_clipped.add(name)
         return output + LEAK * sum(_zero(value) for value in inputs)
 
 
 def _zero(x):
     """Zeros whose derivative with respect to x is the identity."""
-    return x - x.detach()
+    return x - _constant(x)
+
+
+def _constant(x):
+    """x without a derivative; not by detach(), which has one here."""
+    with torch.no_grad():
+        return x.clone()

@@ -91,6 +91,19 @@ def highest_loss(model, x, y, *, norm, eps, seed, n_steps):
     return apgd.perturb(x.contiguous(), y, best_loss=True).detach()
 
 
+def square(model, x, y, *, norm, eps, seed, n_queries):
+    """Adversarial images (B, C, H, W) of the package's Square, which asks for no gradient.
+
+    n_queries: 5000 in the standard version. Other arguments as in `attack`.
+    """
+    from pyautoattack.square import SquareAttack
+
+    settings = dict(n_queries=n_queries, norm=NORMS[norm], eps=eps, seed=seed)
+    package = SquareAttack(model, device=x.device, **settings)
+    skip_unchanged(package)
+    return package.perturb(x.contiguous(), y)
+
+
 # ---------------------------------------------------------------------------------------- APGD
 
 

@@ -55,7 +55,10 @@ def _fits(verdicts):
     if n == 0 or verdicts["attacks"].ndim != 1:
         return False
     fooled_by = verdicts["fooled_by"]
-    return fooled_by.min() >= -1 and fooled_by.max() <= len(verdicts["attacks"])
+    n_attacks = len(verdicts["attacks"])
+    agree = np.array_equal(verdicts["clean_correct"], fooled_by >= 0)
+    agree = agree and np.array_equal(verdicts["robust"], fooled_by == n_attacks)
+    return agree and fooled_by.min() >= -1 and fooled_by.max() <= n_attacks
 
 
 def compare(path_a, path_b):
@@ -91,7 +94,8 @@ def _compare_results(path_a, path_b):
         if a.get(key) != b.get(key):
             difference = f"{key} is {a.get(key)} and {b.get(key)}"
             raise UserError(f"{path_a} and {path_b}: not the same images, {difference}")
-    settings = ("attack", "settings", "version", "norm", "eps", "precision", "batch_size", "seed")
+    settings = ("data_sha256", "attack", "settings", "version", "norm", "eps")
+    settings += ("precision", "batch_size", "seed")
     for key in settings:
         if a.get(key) != b.get(key):
             print(f"WARNING: {key} differs: {a.get(key)} and {b.get(key)}")

@@ -323,12 +323,19 @@ def caption(result, trained):
     """What was attacked, and how."""
     attack = result["attack_name"]
     training = "not known" if trained is None else f"{trained[0]} {trained[1]:.4g}"
-    versions = f"{result['version']}, torch {result['environment']['torch']}"
+    environment = result["environment"]
+    versions = f"{result['version']}, torch {environment['torch']}"
+    commit = environment["commit"] or "not recorded"
+    if environment["dirty"]:
+        commit += ", files differed from it"
     return [
         f"Attacks: {attack}. Training: {training}. Precision {result['precision']}, seed "
-        f"{result['seed']}, {versions}, {result['environment']['device']}. The last row counts an "
-        "image where no attack of any norm, at the norm's first radius, fools the model (Tramer & "
-        "Boneh, arXiv 1904.13000). Intervals are Wilson's.",
+        f"{result['seed']}, {versions}, {environment['device']}, commit {commit}. "
+        "The last row counts an image where no attack of any norm, at the norm's first radius, "
+        "fools the model (Tramer & Boneh, arXiv 1904.13000). Intervals are Wilson's.",
+        "",
+        f"SHA-256 of the checkpoint: `{result['checkpoint_sha256']}`. Of the test images: "
+        f"`{result['data_sha256']}`.",
     ]
 
 
@@ -337,7 +344,8 @@ def adaptive_lines(first, result):
     plain = f"plain {100 * first['plain']:.1f} %"
     checked = f"with the adaptive check **{100 * first['accuracy']:.1f} %**"
     lines = [
-        f"{first['name']}: {plain}, {checked}; {first['newly_fooled']} images more are fooled.",
+        f"{first['name']}: {plain}, {checked}; it fools {first['newly_fooled']} more of "
+        f"{first['n']:,} images.",
         "",
         "APGD was tried again on what withstood. The forward pass, and so every verdict, is the "
         "model's own; the backward pass differs:",
@@ -370,10 +378,14 @@ def limits(result):
     """What a reader might take the numbers for, and should not."""
     lines = ["- They are upper bounds. A stronger attack may fool more images."]
     if "square" not in result["attacks"]:
-        lines.append("- `--attack autoattack` also runs FAB and Square, which were not run here.")
+        lines.append(
+            "- `--attack autoattack` also runs FAB, and Square on all images. Here a short Square "
+            "ran in a sanity check alone."
+        )
     return lines + [
-        "- The adaptive check knows rounding, replaced values, modules of unknown code and clipped "
-        "activations. A mask inside a block or a purification step needs an attack of its own.",
+        "- The adaptive check knows rounding, replaced and detached values, modules of unknown "
+        "code and clipped activations. A mask, or a function with a gradient of its own, inside a "
+        "block needs an attack of its own. So does a purification step.",
         "- Radii of different norms are not equally hard, and the last row depends on all of them.",
         "- Intervals are over test images. Another training seed is another model.",
         "- Changes outside the three norms (rotations, patches, corruptions) are not tried.",

@@ -116,8 +116,10 @@ def check_names(args):
     """The groups of sanity checks that fit the evaluation, names of evaluation/sanity.py."""
     if args.sanity_images == 0:
         return []
-    if args.attack.endswith("-adaptive"):
+    if args.attack == "autoattack-adaptive":  # has run Square on all images
         return ["gradients"]
+    if args.attack == "apgd-adaptive":
+        return ["gradients", "square"]
     if args.attack == "clean":
         return ["outputs"]
     names = ["outputs", "curve", "surface"]

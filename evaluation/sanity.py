@@ -21,6 +21,7 @@ from evaluation import adaptive, autoattack
 LONG_STEPS = 300  # of APGD-CE, three times AutoAttack's
 CURVE_STEPS = 20
 MARGIN_STEPS = 50
+SQUARE_QUERIES = 200  # AutoAttack has 5000; these find most of what a masked gradient hides
 TOLERANCE = 0.02  # robust accuracy may rise by so much from one radius to the next
 SAME_LOGITS = 1e-4  # relative difference up to which logits count as the same
 TINY = 1e-12  # what APGD in l2 adds to a gradient's length before it divides by it
@@ -227,7 +228,24 @@ def transferred(source, x, y, norm, eps):
     return attacks.pgd(source, x, y, torch.zeros_like(x), **settings)
 
 
+def fooled_by_square(model, source, x, y, norm, eps, seed):
+    """(B,) bool: misclassified without an attack, or fooled by Square with SQUARE_QUERIES queries.
+
+    It follows no gradient, so that none misleads it.
+    """
+    with torch.no_grad():
+        fooled = model(x).argmax(1) != y
+    rows = torch.nonzero(~fooled).squeeze(1)
+    if len(rows):
+        settings = dict(norm=norm, eps=eps, seed=seed, n_queries=SQUARE_QUERIES)
+        x_adv = autoattack.square(model, x[rows], y[rows], **settings)
+        with torch.no_grad():
+            fooled[rows] = model(x_adv).argmax(1) != y[rows]
+    return fooled
+
+
 COMPARED = {
     "steps": fooled_by_more_steps,
+    "square": fooled_by_square,
     "transfer": fooled_by_transfer,
 }

@@ -152,11 +152,16 @@ def _hub_data(title, config, results):
 
 
 def _hub_metrics(results):
-    """(name, accuracy) pairs: clean on the most images, then each robust one that is no check."""
+    """(name, accuracy) pairs: clean on the most images, then each robust one that is no check.
+
+    Where the adaptive check went on from a result, the lower accuracy after it stands alone.
+    """
     reported = [result for result in results.values() if _is_reported(result)]
     largest = max(reported, key=lambda result: result["n"])
     metrics = [(f"clean accuracy, n = {largest['n']}", largest["clean"])]
     for result in reported:
+        if _checked_further(result, results):
+            continue
         name = f"robust accuracy, {_attack(result)}, {_threat(result)}, n = {result['n']}"
         if result["warnings"]:
             name += ", with warnings"
@@ -167,6 +172,16 @@ def _hub_metrics(results):
 def _is_reported(result):
     """Whether a result, with evaluate.py's adaptive check or without, is one of REPORTED."""
     return result["attack"].removesuffix("-adaptive") in REPORTED
+
+
+def _checked_further(result, results):
+    """Whether one of the results goes on from this one, with the adaptive check."""
+    same = ("norm", "eps", "n", "data_sha256", "precision", "batch_size", "seed")
+    for other in results.values():
+        goes_on = other.get("earlier_attacks") == result["attacks"]
+        if goes_on and all(other[key] == result[key] for key in same):
+            return True
+    return False
 
 
 def _facts(config, n_parameters):
@@ -248,7 +263,7 @@ def _results_table(results):
             result["n"],
             _accuracy(result["clean"], result["clean_interval"]),
             robust,
-            "; ".join(_remarks(result)),
+            "; ".join(_remarks(result, results)),
             f"`{_verdicts_name(name)}`",
         ]
         rows.append(row)
@@ -256,8 +271,10 @@ def _results_table(results):
     return cards.table(titles, rows)
 
 
-def _remarks(result):
+def _remarks(result, results):
     remarks = []
+    if _checked_further(result, results):
+        remarks.append("before the adaptive check, not the number to report")
     if result["attacks"] and not _is_reported(result):
         remarks.append("a check, not the number to report")
     if result["warnings"]:
@@ -269,7 +286,9 @@ def _remarks(result):
 
 def _about_results(results):
     """How the table is to be read."""
-    text = "Radii are of images in [0, 1]. In brackets: Wilson's 95 % interval over test images."
+    text = "An attack knows the weights (transfer does not). It may change each test image within "
+    text += "the radius and within [0, 1], and it wins if the class is another one than the label. "
+    text += "Radii are of images in [0, 1]. In brackets: Wilson's 95 % interval over test images."
     if any(result["attack"] == "apgd" for result in results.values()):
         text += " APGD-CE+T are two of AutoAttack's four attacks: the others may fool more images."
     return text

@@ -139,7 +139,7 @@ def _commands(source):
     dataset = source.manifest["dataset"]
     lines = [
         "hf download --repo-type dataset OWNER/NAME --local-dir SET",
-        "cd SET && sha256sum -c SHA256SUMS",
+        "(cd SET && sha256sum -c SHA256SUMS)",
         f"python train_at.py --dataset {dataset} --synthetic SET",
         f"python generate_synthetic.py --out-dir SET {networks} --verify 0",
     ]

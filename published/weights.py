@@ -7,6 +7,7 @@ file is data: nothing in it is ever run.
 import dataclasses
 import json
 import math
+import os
 
 import torch
 import torchvision
@@ -109,6 +110,8 @@ def load_classifier(path, spec, device, name=None, weights=None, flags=()):
     if "mean" in about:
         spec = dataclasses.replace(spec, mean=tuple(about["mean"]), std=tuple(about["std"]))
     try:
+        if about["norm"] is not None:  # a damaged file may name a network larger than memory
+            _check_size(about["model_name"], spec, os.path.getsize(files.local_weights(path)))
         model = build(about["model_name"], spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -148,6 +151,17 @@ def _check_description(about, spec, name, path):
         sizes = f"{about['image_size']} pixels, --image-size is {spec.image_size}"
         raise UserError(f"{path}: trained on images of {sizes}")
     spec.check_classes(path, about.get("classes"))
+
+
+def _check_size(name, spec, n_bytes):
+    """Raises UserError where a file of n_bytes cannot hold the network `name`, which is not built.
+
+    spec: the data set.
+    """
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in build(name, spec).parameters())
+    if 2 * n_parameters > n_bytes:  # two bytes a number, as in bfloat16
+        raise UserError(f"too small for the {name} that it names, of {n_parameters:,} numbers")
 
 
 def _check_normalisation_of_ours(about, spec, path):

@@ -172,19 +172,6 @@ def test_samples_depend_on_seed_id_and_churn_and_on_nothing_else(diffusion_dir):
     assert (outside == base[:1]).all()
 
 
-def test_nearest_distances_are_those_of_a_slow_search():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (1100, 3, 3, 2), dtype=np.uint8)
-    train = rng.integers(0, 256, (7, 3, 3, 2), dtype=np.uint8)
-    train[2] = images[5]
-    nearest = memorisation.nearest_distances(images, train, "cpu")
-    assert nearest.shape == (1100,) and nearest[5] < 2e-3
-    for image, distance in zip(images[:50], nearest):
-        differences = (image / 255.0 - train / 255.0).reshape(7, -1)
-        slow = np.linalg.norm(differences, axis=1).min()
-        assert distance.item() == pytest.approx(slow, abs=2e-3)
-
-
 def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path, capsys):
     """Those after the held-out ones, and with --n-train or --imbalance fewer: those are farther."""
     spec = DATASETS["digits"]

@@ -24,6 +24,7 @@ import evaluate
 import generate_synthetic
 import train_at
 from common import data, files
+from common.stats import wilson
 from evaluation import autoattack
 from published.weights import load_classifier
 
@@ -154,6 +155,7 @@ def test_the_card_says_what_the_files_say(trained, exported):
         f"| training data | digits, SHA-256 `{settings['data_sha256']}` |",
         f"{result['robust']:.2%} ({low:.2%} to {high:.2%})",
         "a check, not the number to report",
+        "An attack knows the weights (transfer does not).",
         "python train_at.py --epochs 4 --n-steps 1 --eval-n-steps 1 --eval-every 2 "
         "--batch-size 100 --out-dir my_run --synthetic synthetic=1 --data-dir data",
         f"python evaluate.py {ATTACK} --checkpoint best.pt",
@@ -175,6 +177,46 @@ def test_warnings_are_told_everywhere(run_dir, capsys):
     assert f"- `{RESULT}.json`: {warning}" in card.text
     assert "**warnings, see below**" in card.text
     assert card.data.eval_results[1].metric_name.endswith("n = 12, with warnings")
+
+
+def test_the_adaptive_check_takes_the_place_of_the_attack_before_it(run_dir):
+    """On the hub, the lower accuracy stands alone; the table has both."""
+    plain = files.read_json(run_dir / f"{RESULT}.json")
+    arrays = dict(np.load(run_dir / f"{RESULT}.npz"))
+    n_attacks = len(plain["attacks"])
+    first = int(np.flatnonzero(arrays["robust"])[0])
+    fooled_by = arrays["fooled_by"] + (arrays["fooled_by"] == n_attacks)
+    fooled_by[first] = n_attacks
+    attacks = [*plain["attacks"], "unit-ce"]
+    arrays |= {"fooled_by": fooled_by, "robust": fooled_by > n_attacks, "attacks": attacks}
+    n_robust = int(arrays["robust"].sum())
+    result = plain | {
+        "attack": "apgd-adaptive",
+        "attack_name": f"{plain['attack_name']} + adaptive",
+        "attacks": attacks,
+        "earlier_attacks": plain["attacks"],
+        "robust_correct": n_robust,
+        "robust": n_robust / 12,
+        "robust_interval": wilson(n_robust, 12),
+    }
+    name = RESULT.replace("apgd", "apgd-adaptive")
+    np.savez(run_dir / f"{name}.npz", **arrays)
+    files.write_json(result, run_dir / f"{name}.json")
+    call(evaluate, "--export hub --checkpoint", run_dir / "best.pt")
+    card = huggingface_hub.ModelCard.load(run_dir / "hub" / "README.md")
+    _, robust = card.data.eval_results
+    assert robust.metric_value == round(n_robust / 12, 6) < plain["robust"]
+    assert "+ adaptive, linf 0.15, n = 12" in robust.metric_name
+    lines = [line for line in card.text.splitlines() if "before the adaptive check, not" in line]
+    assert len(lines) == 1 and f"`{RESULT}.npz`" in lines[0]
+
+    # Another radius is another number.
+    files.write_json(result | {"eps": 0.1}, run_dir / f"{name}.json")
+    shutil.rmtree(run_dir / "hub")
+    call(evaluate, "--export hub --checkpoint", run_dir / "best.pt")
+    card = huggingface_hub.ModelCard.load(run_dir / "hub" / "README.md")
+    assert len(card.data.eval_results) == 3
+    assert "before the adaptive check" not in card.text
 
 
 def test_results_of_other_weights_are_left_out_and_told(run_dir, capsys):
@@ -249,7 +291,9 @@ def test_damaged_results_are_not_exported(run_dir):
     whole = json.loads(path.read_text())
     write_json(path, robust_correct=whole["robust_correct"] + 1)
     export_fails(run_dir, f"{RESULT}.npz: of another result, (images, right, robust) are [12, ")
-    write_json(path, robust_correct=whole["robust_correct"], n=None)
+    write_json(path, robust_correct=whole["robust_correct"], robust=1.0)
+    export_fails(run_dir, f"{RESULT}.json: its robust accuracy is not that of its verdicts")
+    write_json(path, robust=whole["robust"], n=None)
     export_fails(run_dir, f"{RESULT}.json: its entry 'n' is missing or damaged")
     write_json(path, n=12, sanity=[{"check": 1}])
     export_fails(run_dir, f"{RESULT}.json: its sanity checks are damaged")
@@ -259,6 +303,13 @@ def test_damaged_results_are_not_exported(run_dir):
     (run_dir / f"{RESULT}.npz").unlink()
     export_fails(run_dir, f"{RESULT}.npz: no such file")
     assert not (run_dir / "hub").exists()
+
+
+def test_what_is_published_is_not_exported_again(exported, capsys):
+    for path in (exported, "hub:them/name"):
+        with pytest.raises(SystemExit):
+            call(evaluate, "--export hub --checkpoint", path)
+        assert f"argument --export: {path} is published" in capsys.readouterr().err
 
 
 def test_without_args_json_nothing_is_exported(run_dir):
@@ -365,6 +416,18 @@ def test_damaged_folders_are_one_line(folder, exported, tmp_path):
     assert torch.equal(logits_of(folder)[0], logits_of(exported)[0])
     weights.unlink()
     fails(f"{folder}: is a directory without model.safetensors")
+
+
+def test_a_network_that_the_file_cannot_hold_is_not_built(folder):
+    """It would take 12 GB."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["classifier"])
+    metadata = {"classifier": json.dumps(about | {"model_name": "wrn-196-32"})}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata)
+    (folder / "config.json").unlink()
+    words = "hub: too small for the wrn-196-32 that it names, of 3,148,124,346 numbers"
+    refused(lambda: load_classifier(str(folder), DIGITS, "cpu"), words)
 
 
 def test_the_data_set_of_the_folder_is_checked(exported, tmp_path):

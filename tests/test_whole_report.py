@@ -95,6 +95,9 @@ def test_a_report_is_made_of_ordinary_results(best, tmp_path, short, monkeypatch
     assert rows[5]["accuracy"] == in_all_norms.mean()
     assert rows[1]["accuracy"] > rows[2]["accuracy"]
     assert "the model has no such layers" in page
+    assert f"SHA-256 of the checkpoint: `{files.sha256(best)}`" in page
+    assert f"commit {checked['environment']['commit'] or 'not recorded'}" in page
+    assert any("Square fools" in line["check"] for line in checked["sanity"])
 
     capsys.readouterr()
     monkeypatch.setattr(evaluate, "attack_chunk", None)
@@ -128,7 +131,7 @@ def test_a_masked_gradient_is_seen_through(name, best, tmp_path, short, linf_alo
     assert threat["accuracy"] == pytest.approx(by_hand["robust"], abs=0.07)
     assert threat["newly_fooled"] == round(30 * (threat["plain"] - threat["accuracy"]))
     assert f"`unusual ({type(layer).__name__})`" in page
-    found = f"the adaptive check fools no more ({threat['newly_fooled']} of 30"
+    found = f"the adaptive check fools hardly any more ({threat['newly_fooled']} of 30"
     assert f"**WARNING** linf 0.15: check failed: {found}" in page
     result, arrays = results["results-best-apgd-adaptive-linf-0.15-n30"]
     first_straight = result["attacks"].index("straight-ce")

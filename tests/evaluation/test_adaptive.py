@@ -65,6 +65,13 @@ class Inner(nn.Module):
         return (self.act(h) > 1).to(h)
 
 
+class ByHand(nn.Module):
+    """A straight-through gradient of its own."""
+
+    def forward(self, h):
+        return h + (h.round() - h).detach()
+
+
 STRAIGHT = {
     "round": torch.round,
     "floor_": lambda h: (1 * h).floor_(),
@@ -76,6 +83,9 @@ STRAIGHT = {
     "quantised": Quantised(),
     "in place": InPlace(),
     "no graph at all": Inner(),
+    "detach": lambda h: h.detach() + 0 * h.round(),
+    "half detached": lambda h: (h - h.detach()) * 0.0 + h.detach(),
+    "by hand, in a module": ByHand(),
 }
 
 

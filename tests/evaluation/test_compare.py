@@ -67,6 +67,9 @@ def test_compare_warns_of_other_settings_and_of_warnings(pair, capsys):
     write_result(pair[1], precision="bf16")
     compare.compare(*map(str, pair))
     assert "WARNING: precision differs: None and bf16" in capsys.readouterr().out
+    write_result(pair[1], data_sha256="ab")  # such as the same files, decoded at another size
+    compare.compare(*map(str, pair))
+    assert "WARNING: data_sha256 differs: None and ab" in capsys.readouterr().out
     write_result(pair[1], warnings=["check failed"])
     compare.compare(*map(str, pair))
     assert "WARNING (B): check failed" in capsys.readouterr().out
@@ -79,6 +82,7 @@ def test_without_an_attack_clean_accuracies_alone_are_compared(pair, capsys):
     with np.load(pair[0]) as archive:
         arrays = dict(archive)
     arrays["attacks"] = np.array([], str)
+    arrays["robust"] = arrays["clean_correct"]
     arrays["fooled_by"] = arrays["clean_correct"] - np.int8(1)
     np.savez(pair[1], **arrays)
     compare.compare(*map(str, pair))
@@ -97,6 +101,8 @@ def test_without_an_attack_clean_accuracies_alone_are_compared(pair, capsys):
         ({"fooled_by": np.full(10, 2)}, "c.npz: its arrays"),
         ({"fooled_by": np.zeros(10)}, "c.npz: its arrays"),
         ({"attacks": np.array("pgd")}, "c.npz: its arrays"),
+        ({"robust": np.ones(10, bool)}, "c.npz: its arrays"),
+        ({"clean_correct": np.ones(10, bool)}, "c.npz: its arrays"),
     ],
 )
 def test_other_images_and_other_arrays_are_refused(change, match, pair, tmp_path):

@@ -89,6 +89,39 @@ def test_a_model_that_is_never_right_has_no_examples(tmp_path):
     assert (tmp_path / "picture.png").exists()
 
 
+class Linear(torch.nn.Module):
+    """Logits (z, -z, 0) with z the sum of x - 1/2: in linf, whatever is known."""
+
+    def forward(self, x):
+        z = (x - 0.5).flatten(1).sum(1)
+        return torch.stack([z, -z, 0 * z - 9], 1)
+
+
+def test_images_are_attacked_again():
+    """Those within reach are fooled, inside the ball, and the others have a higher loss."""
+    model = Linear()
+    x = torch.full((3, 1, 4, 4), 0.5) + torch.tensor([0.02, -0.04, 0.2]).view(3, 1, 1, 1)
+    y = model(x).argmax(1)
+    result = {"norm": "linf", "eps": 0.05, "seed": 0, "layers": {"straight": [], "leaky": []}}
+    fooled = torch.tensor([True, True, False])
+    x_adv = report.attack_again(model, x, y, fooled, result, 3)
+    assert (model(x_adv).argmax(1) != y).equal(fooled)
+    assert 0.049 < (x_adv - x).abs().amax() <= 0.05 + 1e-6
+    assert model(x_adv)[2, 0] < model(x)[2, 0] - 0.7
+
+
+def test_the_targeted_attack_stands_in_where_it_alone_fools(monkeypatch):
+    """Of image 0, known to fall, APGD-CE finds nothing; of image 1 nothing is known to."""
+    model = Linear()
+    x = torch.full((2, 1, 4, 4), 0.52)
+    y = model(x).argmax(1)
+    result = {"norm": "linf", "eps": 0.05, "seed": 0, "layers": {"straight": [], "leaky": []}}
+    monkeypatch.setattr(report.autoattack, "highest_loss", lambda model, x, y, **more: x.clone())
+    x_adv = report.attack_again(model, x, y, torch.tensor([True, False]), result, 3)
+    assert (model(x_adv).argmax(1) != y).tolist() == [True, False]
+    assert torch.equal(x_adv[1], x[1])
+
+
 @pytest.mark.parametrize("channels,n", [(1, 2), (3, 4)])
 def test_the_picture(channels, n, tmp_path):
     """Grey and coloured images."""

@@ -110,3 +110,13 @@ def test_l1_points_outside_the_ball_are_pulled_back_and_judged_there():
     assert not torch.equal(inside[2], x_adv[2])
     with pytest.raises(RuntimeError, match="pixels"):
         restarts.in_threat_model(x + 1, x, "apgd-ce", "l1", 1000.0)
+
+
+def test_a_gradient_that_is_cut_off_is_zero():
+    """As by pixels that are made whole numbers; elsewhere logits and gradient are the model's."""
+    x = torch.rand(3, 1, 2, 2, requires_grad=True)
+    logits = restarts.Finite(lambda x: (4 * x).int().float().flatten(1), "m", "fp32")(x)
+    assert torch.equal(logits, (4 * x).int().float().flatten(1))
+    assert (torch.autograd.grad(logits.sum(), x)[0] == 0).all()
+    logits = restarts.Finite(lambda x: 4 * x.flatten(1), "m", "fp32")(x)
+    assert (torch.autograd.grad(logits.sum(), x)[0] == 4).all()

@@ -155,6 +155,25 @@ def test_a_layer_without_a_gradient():
     assert not any("leaky" in name for name in lines)
 
 
+def test_square_needs_no_gradient():
+    """It fools as many images where the gradient is cut off, and none that withstand."""
+    model = Linear()
+    x, y = images(model, 20)
+    threat = ("linf", 0.05, 0)
+    withstands = sanity.withstands_apgd(model, x, y, *threat, n_steps=100)
+
+    def masked(x):
+        return model(x.detach()) + 0 * x.sum()
+
+    assert sanity.withstands_apgd(masked, x, y, *threat, n_steps=20).sum() > withstands.sum()
+    fooled = sanity.fooled_by_square(masked, None, x, y, *threat)
+    assert torch.equal(fooled, sanity.fooled_by_square(model, None, x, y, *threat))
+    assert (~withstands).sum() >= fooled.sum() >= 0.5 * (~withstands).sum() > 3
+    assert not (fooled & withstands).any()
+    wrong = 9 - y
+    assert sanity.fooled_by_square(model, None, x, wrong, *threat)[y != wrong].all()
+
+
 def test_more_steps_and_transfer_tell_image_by_image():
     """The images fooled by a long APGD-CE, and by another model's adversarial images."""
     model = Linear()

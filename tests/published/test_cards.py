@@ -68,3 +68,5 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         cards.write_folder(tmp_path / "new", {"d": b"4", "b": b"5"})
     found = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     assert found == {"a": b"1", "b": b"2", "c": b"3"}
+    with pytest.raises(UserError, match="^/proc/none/new: No such file or directory$"):
+        cards.write_folder("/proc/none/new", {"a": b"1"})
