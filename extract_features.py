@@ -365,8 +365,6 @@ def main(args):
         model.check_sigmas(args.sigmas)
     except UserError as error:
         raise UserError(f"--diffusion {args.diffusion}: {error}") from error
-    if rank == 0 and model.num_classes and not model.label_dropout:
-        print(f"warning: {args.diffusion}: trained without label dropout, no null label is known")
     train, val = run.read_once(
         data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
     )

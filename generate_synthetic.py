@@ -447,8 +447,8 @@ def main(args):
     if args.guidance_scale != 1 and guide is None and model.label_dropout == 0:
         message = f"{args.diffusion} was trained without label dropout; --guide takes another"
         raise UserError(f"--guidance-scale {args.guidance_scale}: {message}")
-    if rank == 0 and args.relabel and model.num_classes and not model.label_dropout:
-        print(f"warning: {args.diffusion}: trained without label dropout, no null label is known")
+    if rank == 0 and args.relabel:
+        model.warn_of_null_label(args.diffusion)
 
     # Shards that could not be opened together are not generated in the first place.
     n_shards = math.ceil(args.n_images / args.shard_size)

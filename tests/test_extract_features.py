@@ -202,7 +202,7 @@ def test_a_network_without_a_null_label_is_warned_of(diffusion_dir, pupil, tmp_p
     shutil.copytree(diffusion_dir, network)
     config = json.loads((network / "config.json").read_text()) | {"label_dropout": 0}
     (network / "config.json").write_text(json.dumps(config))
-    warning = f"warning: {network}: trained without label dropout"
+    warning = f"warning: {network} was trained without label dropout"
     extract(str(network), tmp_path / "features", "--blocks", "mid_block")
     assert capsys.readouterr().out.startswith(warning)
     argv = f"--diffusion {network} --relabel --classifier {pupil} --n-images 20 --n-steps 2".split()
