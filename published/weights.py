@@ -154,13 +154,13 @@ def _check_description(about, spec, name, path):
 
 
 def _check_size(name, spec, n_bytes):
-    """Raises UserError where a file of n_bytes cannot hold the network `name`, which is not built.
+    """Raises UserError where a file of n_bytes cannot hold the network `name`, by a gigabyte or more.
 
-    spec: the data set.
+    Such a network is not built. Of a smaller one, the first difference is told later.
     """
     with torch.device("meta"):
         n_parameters = sum(parameter.numel() for parameter in build(name, spec).parameters())
-    if 2 * n_parameters > n_bytes:  # two bytes a number, as in bfloat16
+    if 2 * n_parameters > n_bytes + 2**30:  # two bytes a number, as in bfloat16
         raise UserError(f"too small for the {name} that it names, of {n_parameters:,} numbers")
 
 
