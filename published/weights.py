@@ -154,7 +154,7 @@ def _check_description(about, spec, name, path):
 
 
 def _check_size(name, spec, n_bytes):
-    """Raises UserError where a file of n_bytes cannot hold the network `name`, by a gigabyte or more.
+    """Raises UserError where a file of n_bytes lacks a gigabyte or more of the network `name`.
 
     Such a network is not built. Of a smaller one, the first difference is told later.
     """
