@@ -414,8 +414,13 @@ def check_sum(path):
     So the folders are checked that published/model_card.py writes. Raises UserError where the file
     is another one.
     """
-    sums = config_beside(path).get("sha256")
-    expected = sums.get(os.path.basename(path)) if isinstance(sums, dict) else None
+    sums = config_beside(path).get("sha256", {})
+    if not isinstance(sums, dict):
+        folder = os.path.dirname(path)
+        raise UserError(
+            f"{folder}/config.json: its entry 'sha256' is damaged, expected sums by name"
+        )
+    expected = sums.get(os.path.basename(path))
     if expected is None:
         return
     found = sha256(path)

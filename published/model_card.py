@@ -50,7 +50,8 @@ def export(out_dir, checkpoint, weights, about, n_parameters, results, others):
     Raises UserError, before anything is written, where the folder holds something else.
     """
     run_dir = os.path.dirname(checkpoint)
-    settings = cards.without_paths(files.read_json(os.path.join(run_dir, "args.json")))
+    args_path = os.path.join(run_dir, "args.json")
+    settings = cards.without_paths(files.read_json(args_path))
     environment = cards.read_environment(run_dir)
     diff = os.path.join(run_dir, "git.diff")
     if environment and "dirty" not in environment and os.path.exists(diff):
@@ -75,7 +76,8 @@ def export(out_dir, checkpoint, weights, about, n_parameters, results, others):
     }
     contents["config.json"] = _json(config)
     title = os.path.basename(os.path.abspath(run_dir))
-    contents["README.md"] = model_card(title, config, n_parameters, results)
+    with files.reading(args_path, "the arguments of a training"):  # results were checked before
+        contents["README.md"] = model_card(title, config, n_parameters, results)
     cards.write_folder(out_dir, contents)
 
     for name, result in results.items():

@@ -312,6 +312,13 @@ def test_what_is_published_is_not_exported_again(exported, capsys):
         assert f"argument --export: {path} is published" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("entry, value", [("n_synthetic", "many"), ("synthetic", 7)])
+def test_a_damaged_args_json_is_one_line(entry, value, run_dir):
+    write_json(run_dir / "args.json", **{"n_synthetic": 5, entry: value})
+    export_fails(run_dir, "args.json: ")
+    assert not (run_dir / "hub").exists()
+
+
 def test_without_args_json_nothing_is_exported(run_dir):
     (run_dir / "args.json").unlink()
     export_fails(run_dir, "args.json: no such file")
@@ -410,6 +417,8 @@ def test_damaged_folders_are_one_line(folder, exported, tmp_path):
     other["sha256"] = other["sha256"] | {"model.safetensors": "0" * 64}
     files.write_json(other, config)
     fails("damaged, or of another folder", "config.json beside it has 000000000000...")
+    files.write_json(other | {"sha256": ["0" * 64]}, config)
+    fails("config.json: its entry 'sha256' is damaged")
     config.write_text("{")
     fails("config.json: truncated, broken")
     config.unlink()  # as in a folder of others
