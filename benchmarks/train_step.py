@@ -72,10 +72,8 @@ def alignment_cost(case, every, target, rounds):
     flags, words, n_steps = CASES[case]
     network = small_network() if case == "digits" else cost.build_diffusion("DDPM++")
     freeze(network, CPU)
-    seconds = alignment_seconds(network, every, flags, n_steps, rounds)
     what = f"a step with DRA, K = {every}: {words}"
-    against = "a step of train_at.py"
-    return compare(what, against, seconds["with"], seconds["without"], target, "the cost")
+    return compare_alignment(what, network, every, flags, n_steps, target, rounds)
 
 
 def imagenet_alignment_cost(teacher, every, target, rounds):
@@ -83,22 +81,20 @@ def imagenet_alignment_cost(teacher, every, target, rounds):
     network = cost.build_diffusion(teacher)
     freeze(network, CPU, "bf16")
     flags = "--dataset imagenet --model convnext_tiny --precision bf16 --batch-size 10"
-    with imagenet_in_memory():
-        seconds = alignment_seconds(network, every, flags, 1, rounds)
     what = f"a step with DRA in bf16, {teacher}, K = {every}: ConvNeXt-T, PGD-2, 224 x 224"
+    with imagenet_in_memory():
+        return compare_alignment(what, network, every, flags, 1, target, rounds)
+
+
+def compare_alignment(what, network, every, flags, n_steps, target, rounds):
+    """A row: n_steps steps of train_at_aux.py with a teacher against those of train_at.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = our_step(train_at, flags, folder)
+        aligned = our_step(train_at_aux, f"{flags} --teacher-every {every}", folder, network)
+        timers = {"without": timer(plain, n_steps), "with": timer(aligned, n_steps)}
+        seconds = alternate(timers, rounds)
     against = "a step of train_at.py"
     return compare(what, against, seconds["with"], seconds["without"], target, "the cost")
-
-
-def alignment_seconds(network, every, flags, n_steps, rounds, device=CPU):
-    """The seconds of n_steps steps "with" DRA and "without", one of each for each round."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = our_step(train_at, flags, folder, device=device)
-        flags = f"{flags} --teacher-every {every}"
-        aligned = our_step(train_at_aux, flags, folder, network, device)
-        return alternate(
-            {"without": timer(plain, n_steps), "with": timer(aligned, n_steps)}, rounds
-        )
 
 
 @contextmanager

@@ -149,7 +149,8 @@ def long_tail(labels, num_classes, ratio):
         raise UserError(f"--imbalance {ratio:g}: the {len(labels)} training images lack a class")
     kept = []
     for label in range(num_classes):
-        n = int(n_max / ratio ** (label / (num_classes - 1)) + 1e-9)  # rounding makes no image less
+        n = n_max / ratio ** (label / (num_classes - 1))
+        n = int(n + 1e-9)  # 32 may come out as 31.999999999999993
         kept.append(np.flatnonzero(labels == label)[: max(1, n)])
     return np.sort(np.concatenate(kept))
 

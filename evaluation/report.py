@@ -325,8 +325,8 @@ def caption(result, trained):
     training = "not known" if trained is None else f"{trained[0]} {trained[1]:.4g}"
     environment = result["environment"]
     versions = f"{result['version']}, torch {environment['torch']}"
-    commit = environment["commit"] or "not recorded"
-    if environment["dirty"]:
+    commit = environment.get("commit") or "not recorded"
+    if environment.get("dirty"):  # results of before this was recorded lack it
         commit += ", files differed from it"
     return [
         f"Attacks: {attack}. Training: {training}. Precision {result['precision']}, seed "

@@ -76,8 +76,9 @@ def export(out_dir, checkpoint, weights, about, n_parameters, results, others):
     }
     contents["config.json"] = _json(config)
     title = os.path.basename(os.path.abspath(run_dir))
-    with files.reading(args_path, "the arguments of a training"):  # results were checked before
-        contents["README.md"] = model_card(title, config, n_parameters, results)
+    with files.reading(args_path, "the arguments of a training"):
+        facts = _facts(config, n_parameters)
+    contents["README.md"] = model_card(title, config, facts, results)
     cards.write_folder(out_dir, contents)
 
     for name, result in results.items():
@@ -104,11 +105,14 @@ def _verdicts_name(result_name):
 # ---------------------------------------------------------------------------------------- card
 
 
-def model_card(title, config, n_parameters, results):
-    """The bytes of README.md. config: what config.json holds. results: {name: result}."""
+def model_card(title, config, facts, results):
+    """The bytes of README.md.
+
+    config: what config.json holds. facts: rows of _facts. results: {name: result}.
+    """
     parts = [
         f"# {title}: {config['model_name']} for {config['dataset']}",
-        cards.table(["", ""], _facts(config, n_parameters)),
+        cards.table(["", ""], facts),
         "## Results",
         _results_table(results),
         _about_results(results),
@@ -318,20 +322,18 @@ def _use(config, results):
     ]
     about = (
         "OWNER/NAME is this repository; the path of a copy will do too. Nothing in it is run, and "
-    )
-    about += (
         "what is read must have the SHA-256 that config.json gives. The second command compares "
+        "two models image by image, without a new attack."
     )
-    about += "two models image by image, without a new attack."
     return [cards.code("\n".join(commands)), about]
 
 
 def _training(config):
-    about = "The scripts are those of *Adversarial training with diffusion images and diffusion "
-    about += (
+    about = (
+        "The scripts are those of *Adversarial training with diffusion images and diffusion "
         "representations*. config.json has all settings of the training. In commands, paths are "
+        "cut down to their last part."
     )
-    about += "cut down to their last part."
     environment = config["environment"]
     command = cards.command_of(environment, config["training"].get("script"))
     return [about, "### Training", cards.code(command), cards.origin_of(environment)]

@@ -134,6 +134,21 @@ def test_the_picture(channels, n, tmp_path):
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    "recorded, words",
+    [
+        ({"commit": "abc", "dirty": True}, "commit abc, files differed from it."),
+        ({"commit": "abc"}, "commit abc. "),  # as results had it before
+        ({}, "commit not recorded. "),
+    ],
+)
+def test_the_caption_names_the_commit(recorded, words):
+    environment = {"torch": "2", "device": "cpu"} | recorded
+    result = dict.fromkeys(("attack_name", "precision", "seed", "version"), "x")
+    result |= {"environment": environment, "checkpoint_sha256": "1", "data_sha256": "2"}
+    assert words in "\n".join(report.caption(result, None))
+
+
 def test_warnings_name_their_threat_once():
     plain = [{"warnings": ["a"]}, {"warnings": ["b"]}]
     checked = [{"warnings": ["a", "c"]}, {"warnings": []}]
