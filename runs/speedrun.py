@@ -1,0 +1,133 @@
+"""Robust accuracy per hour: the recipe that reaches a robust accuracy with the fewest passes.
+
+    bash runs/speedrun.sh                       # trains, attacks, and calls the line below
+    python -m runs.speedrun out/speedrun  # from runs <data set>/<recipe>/<seed>
+
+Writes the tables of docs/speedrun.md. A recipe reaches the target where its mean over at least ten
+seeds is above it, by Student's one-sided test with p < 0.01. Its cost is the number of passes in
+training: a pass is a forward or a backward pass of one image. Validation is not counted in passes;
+it is in the seconds.
+"""
+
+import glob
+import os
+import statistics
+
+from scipy.stats import ttest_1samp
+
+from common import UserError, cli
+from runs import store
+from runs.results import write_between
+
+PAGE = "docs/speedrun.md"
+TARGETS = {"digits": 82.0}  # robust accuracy in %, APGD-CE+T
+FIRST = "base"  # the recipe that the others are compared with
+LEAST_SEEDS = 10
+LARGEST_P = 0.01
+
+
+def passes_per_image(settings):
+    """Forward and backward passes of an image in a training step, by the settings of train_at.py.
+
+    Two in each step of PGD, two for the loss of the image, two for that of its attacked double. The
+    clean logits that TRADES' attack refers to are those of the loss.
+    """
+    attack = 2 * settings["n_steps"]
+    return {"standard": 2, "pgd": attack + 2, "trades": attack + 4}[settings["loss"]]
+
+
+def passes(row):
+    """Passes of a whole training. row: of runs/store.py."""
+    n_steps = row["held_out"][-1][0]
+    return n_steps * row["settings"]["batch_size"] * passes_per_image(row["settings"])
+
+
+def read_recipes(directory):
+    """{recipe: [row of each seed]} from the runs <recipe>/<seed>, as runs/store.py reads them.
+
+    Raises UserError where a run was not attacked, or the runs of a recipe have other settings.
+    """
+    recipes = {}
+    for path in sorted(glob.glob(f"{glob.escape(directory)}/*/*/args.json")):
+        folder = os.path.dirname(path)
+        row = store.read_run(folder)
+        if row is None or "verdicts" not in row:
+            raise UserError(
+                f"{folder}: not trained to its end, or not attacked; repeat its command"
+            )
+        rows = recipes.setdefault(folder.split(os.sep)[-2], [])
+        if rows and store.differences(rows[0], row):
+            differing = ", ".join(store.differences(rows[0], row))
+            raise UserError(f"{folder}: differs from the seed before it in {differing}")
+        rows.append(row)
+    if FIRST not in recipes:
+        raise UserError(f"{directory}: no runs {FIRST}/<seed> there")
+    return recipes
+
+
+def accuracy(row, least):
+    """Share of test images in %, whose verdict is at least `least`: 1 clean, 3 robust to both."""
+    return 100 * statistics.mean(int(verdict) >= least for verdict in row["verdicts"])
+
+
+def flags(base, row):
+    """What a recipe changes of the base, as flags."""
+    words = []
+    for name in store.differences(base, row):
+        value = row["settings"][name]
+        written = f"{value:g}" if isinstance(value, float) else value
+        words.append(f"--{name.replace('_', '-')} {written}")
+    return " ".join(words)
+
+
+def table(recipes, target):
+    """The Markdown table, the cheapest recipe last. recipes: of read_recipes."""
+    base = recipes[FIRST][0]
+    lines = [
+        f"| recipe | passes | of the base | seconds | clean, % | robust, % | p of {target:g} % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in sorted(recipes.items(), key=lambda item: -passes(item[1][0])):
+        robust = [accuracy(row, 3) for row in rows]
+        p = ttest_1samp(robust, target, alternative="greater").pvalue
+        reached = p < LARGEST_P and len(rows) >= LEAST_SEEDS
+        change = f"`{flags(base, rows[0])}`" if name != FIRST else "the defaults"
+        cells = [
+            f"{name}: {change}",
+            f"{passes(rows[0]) / 1e6:.2f} M",
+            f"{passes(rows[0]) / passes(base):.0%}",
+            f"{statistics.mean(row['train_seconds'] for row in rows):.0f}",
+            f"{statistics.mean(accuracy(row, 1) for row in rows):.1f}",
+            f"{statistics.mean(robust):.2f} ± {statistics.stdev(robust):.2f} ({len(rows)})",
+            f"{p:.2g}, {'**reached**' if reached else 'not reached'}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = base["environment"]
+    machine = f"{where['device']}, one thread, torch {where['torch']}"
+    return "\n".join([*lines, "", f"± is the standard deviation over (n) seeds. {machine}."])
+
+
+def markers(name):
+    """The two lines of the page between which the table of a data set stands."""
+    return f"<!-- runs/speedrun.py, {name} -->\n", f"<!-- end of {name} -->\n"
+
+
+def main(args):
+    directories = {name: os.path.join(args.directory, name) for name in TARGETS}
+    found = {name: path for name, path in directories.items() if os.path.isdir(path)}
+    if not found:
+        raise UserError(f"{args.directory}: no runs of {' or '.join(TARGETS)} there")
+    for name, path in found.items():
+        text = table(read_recipes(path), TARGETS[name])
+        print(text)
+        write_between(PAGE, markers(name), f"{text}\n")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("directory", help="of the runs <data set>/<recipe>/<seed>")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run_script(main, parse_args())
