@@ -148,7 +148,8 @@ def figure(predictions, path):
             style = {"color": COLOURS[prediction.data], "marker": marker, "capsize": 3}
             axis.errorbar(lead, mean, [[mean - low], [high - mean]], **style)
             place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(prediction.labels, (lead, mean), **place)
+            if prediction.kind == "AT":  # that of DM-AT stands at the same lead
+                axis.annotate(prediction.labels, (lead, mean), **place)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel="teacher's probe above the pupil, points")
