@@ -45,7 +45,8 @@ def passes(row):
 def read_recipes(directory):
     """{recipe: [row of each seed]} from the runs <recipe>/<seed>, as runs/store.py reads them.
 
-    Raises UserError where a run was not attacked, or the runs of a recipe have other settings.
+    Raises UserError where a run was not attacked, the runs of a recipe have other settings,
+    or there is one alone.
     """
     recipes = {}
     for path in sorted(glob.glob(f"{glob.escape(directory)}/*/*/args.json")):
@@ -62,6 +63,9 @@ def read_recipes(directory):
         rows.append(row)
     if FIRST not in recipes:
         raise UserError(f"{directory}: no runs {FIRST}/<seed> there")
+    for name, rows in recipes.items():
+        if len(rows) < 2:
+            raise UserError(f"{directory}/{name}: one seed, expected at least two")
     return recipes
 
 

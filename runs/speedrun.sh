@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
 out=out/speedrun
+
 # Ten seeds of a recipe: digits NAME FLAG...
 digits() {
   for seed in 0 1 2 3 4 5 6 7 8 9; do
@@ -15,6 +16,7 @@ digits() {
     python evaluate.py --attack apgd --sanity-images 0 --checkpoint $out/digits/$1/$seed/best.pt
   done
 }
+
 digits base & lane=$!
 digits two-steps --n-steps 2 --step-size 0.075 --epochs 80
 digits small-batches --n-steps 2 --step-size 0.075 --epochs 50 --batch-size 32

@@ -82,13 +82,16 @@ def test_a_target_is_reached_by_a_test_over_ten_seeds():
 
 
 def test_runs_are_read_by_recipe(tmp_path, monkeypatch):
-    for name in ("base/0", "base/1", "base/10", "fast/0"):
+    for name in ("base/0", "base/1", "base/10", "fast/0", "fast/1"):
         (tmp_path / "digits" / name).mkdir(parents=True)
         (tmp_path / "digits" / name / "args.json").touch()
     rows = {name: row(80, n_steps=2 if "fast" in name else 5) for name in ("base", "fast")}
     monkeypatch.setattr(store, "read_run", lambda folder: rows[folder.split("/")[-2]])
     read = speedrun.read_recipes(str(tmp_path / "digits"))
-    assert {name: len(rows) for name, rows in read.items()} == {"base": 3, "fast": 1}
+    assert {name: len(rows) for name, rows in read.items()} == {"base": 3, "fast": 2}
+    (tmp_path / "digits" / "fast" / "1" / "args.json").unlink()
+    with pytest.raises(UserError, match="fast: one seed, expected at least two"):
+        speedrun.read_recipes(str(tmp_path / "digits"))
 
     rows["fast"] = {key: value for key, value in rows["fast"].items() if key != "verdicts"}
     with pytest.raises(UserError, match="fast/0: not trained to its end, or not attacked"):
