@@ -42,11 +42,11 @@ def passes(row):
     return n_steps * row["settings"]["batch_size"] * passes_per_image(row["settings"])
 
 
-def read_recipes(directory):
+def read_recipes(directory, dataset):
     """{recipe: [row of each seed]} from the runs <recipe>/<seed>, as runs/store.py reads them.
 
-    Raises UserError where a run was not attacked, the runs of a recipe have other settings,
-    or there is one alone.
+    Raises UserError where a run is of another script or data set or was not attacked, and where a
+    recipe has runs of several settings or one seed alone.
     """
     recipes = {}
     for path in sorted(glob.glob(f"{glob.escape(directory)}/*/*/args.json")):
@@ -56,6 +56,9 @@ def read_recipes(directory):
             raise UserError(
                 f"{folder}: not trained to its end, or not attacked; repeat its command"
             )
+        trained = row["script"], row["settings"]["dataset"]
+        if trained != ("train_at.py", dataset):
+            raise UserError(f"{folder}: expected a run of train_at.py on {dataset}")
         rows = recipes.setdefault(folder.split(os.sep)[-2], [])
         if rows and store.differences(rows[0], row):
             differing = ", ".join(store.differences(rows[0], row))
@@ -122,7 +125,7 @@ def main(args):
     if not found:
         raise UserError(f"{args.directory}: no runs of {' or '.join(TARGETS)} there")
     for name, path in found.items():
-        text = table(read_recipes(path), TARGETS[name])
+        text = table(read_recipes(path, name), TARGETS[name])
         print(text)
         write_between(PAGE, markers(name), f"{text}\n")
 

@@ -13,7 +13,14 @@ import train_at
 from common import UserError, attacks
 from runs import speedrun, store
 
-SETTINGS = {"n_steps": 5, "loss": "trades", "batch_size": 128, "epochs": 2, "lr": 0.2}
+SETTINGS = {
+    "dataset": "digits",
+    "n_steps": 5,
+    "loss": "trades",
+    "batch_size": 128,
+    "epochs": 2,
+    "lr": 0.2,
+}
 
 
 class Counted(nn.Module):
@@ -87,20 +94,22 @@ def test_runs_are_read_by_recipe(tmp_path, monkeypatch):
         (tmp_path / "digits" / name / "args.json").touch()
     rows = {name: row(80, n_steps=2 if "fast" in name else 5) for name in ("base", "fast")}
     monkeypatch.setattr(store, "read_run", lambda folder: rows[folder.split("/")[-2]])
-    read = speedrun.read_recipes(str(tmp_path / "digits"))
+    read = speedrun.read_recipes(str(tmp_path / "digits"), "digits")
     assert {name: len(rows) for name, rows in read.items()} == {"base": 3, "fast": 2}
     (tmp_path / "digits" / "fast" / "1" / "args.json").unlink()
+    with pytest.raises(UserError, match="base/0: expected a run of train_at.py on cifar10"):
+        speedrun.read_recipes(str(tmp_path / "digits"), "cifar10")
     with pytest.raises(UserError, match="fast: one seed, expected at least two"):
-        speedrun.read_recipes(str(tmp_path / "digits"))
+        speedrun.read_recipes(str(tmp_path / "digits"), "digits")
 
     rows["fast"] = {key: value for key, value in rows["fast"].items() if key != "verdicts"}
     with pytest.raises(UserError, match="fast/0: not trained to its end, or not attacked"):
-        speedrun.read_recipes(str(tmp_path / "digits"))
+        speedrun.read_recipes(str(tmp_path / "digits"), "digits")
     monkeypatch.setattr(store, "read_run", lambda folder: row(80, lr=float(folder[-1])))
     with pytest.raises(UserError, match="base/1: differs from the seed before it in lr"):
-        speedrun.read_recipes(str(tmp_path / "digits"))
+        speedrun.read_recipes(str(tmp_path / "digits"), "digits")
     with pytest.raises(UserError, match="no runs base/<seed> there"):
-        speedrun.read_recipes(str(tmp_path))
+        speedrun.read_recipes(str(tmp_path), "digits")
 
 
 def test_tables_stand_in_the_document(tmp_path, monkeypatch):
@@ -111,7 +120,7 @@ def test_tables_stand_in_the_document(tmp_path, monkeypatch):
     assert all(page.count(line) == 1 for line in marked[0].splitlines())
     (tmp_path / "page.md").write_text("".join(marked))
     monkeypatch.setattr(speedrun, "PAGE", str(tmp_path / "page.md"))
-    monkeypatch.setattr(speedrun, "read_recipes", lambda path: {"base": [row(80), row(81)]})
+    monkeypatch.setattr(speedrun, "read_recipes", lambda path, name: {"base": [row(80), row(81)]})
     (tmp_path / "out" / "digits").mkdir(parents=True)
     speedrun.main(speedrun.parse_args([str(tmp_path / "out")]))
     page = (tmp_path / "page.md").read_text()
