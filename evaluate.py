@@ -435,7 +435,7 @@ def evaluate_radius(
     run.barrier()
     parts = verdicts.parts_of(path, request, check_names(args))
     fooled_by = compare.read_verdicts(earlier)["fooled_by"] if earlier else None
-    title = f"{request['attack']} {args.norm} {request['eps']:.4g}"
+    title = f"{request['attack']} {cli.threat(args.norm, request['eps'])}"
     for part in run.progress(parts[rank::world_size], rank, desc=title, unit="chunk"):
         x = data.to_x(images[part.rows], device)
         y = torch.from_numpy(labels[part.rows]).to(device)
@@ -527,8 +527,8 @@ def main(args):
     paths = []
     for norm, eps in threats(args):
         if rank == 0 and not args.report and trained not in (None, (norm, eps)):
-            training = f"trained against {trained[0]} {trained[1]:.4g}"
-            print(f"note: {training}, evaluated against {norm} {eps:.4g}")
+            training = f"trained against {cli.threat(*trained)}"
+            print(f"note: {training}, evaluated against {cli.threat(norm, eps)}")
         at = argparse.Namespace(**vars(args) | {"norm": norm})
         requests = [request_at(eps, at, settings, len(labels), data_sha256)]
         if args.report:

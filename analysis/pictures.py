@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from analysis.metrics import interval  # noqa: E402
 from common import files  # noqa: E402
+from common.cli import threat  # noqa: E402
 
 # Okabe and Ito's palette, safe for the colour-blind; lines differ by their dashes, too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
@@ -75,7 +76,7 @@ def caption(result):
 
 def attack_name(result):
     settings = result["settings"]
-    return f"{settings['norm']} {settings['eps']:.3g}, PGD-20"
+    return f"{threat(settings['norm'], settings['eps'])}, PGD-20"
 
 
 def legend(figure, result, styles):
@@ -219,10 +220,11 @@ def margin(axis, result, styles):
 
 def distance(axis, result, styles):
     bars(axis, result, styles, "distance")
-    eps = result["settings"]["eps"]
+    norm, eps = result["settings"]["norm"], result["settings"]["eps"]
     axis.axhline(eps, color="grey", linestyle=":")
-    axis.set_ylabel(f"margin / length of its gradient, {result['settings']['norm']}")
-    axis.set_title(f"First-order distance to the boundary (dotted: radius, {eps:.3g})", fontsize=10)
+    axis.set_ylabel(f"margin / length of its gradient, {norm}")
+    title = f"First-order distance to the boundary (dotted: {threat(norm, eps)})"
+    axis.set_title(title, fontsize=10)
 
 
 def similarity(axis, result, styles):

@@ -6,6 +6,7 @@ import numpy as np
 
 from analysis import pictures
 from common import files, run
+from common.cli import threat
 
 
 def report(probes, blocks, sigmas, *, split, precision, eps, out_dir):
@@ -19,7 +20,9 @@ def report(probes, blocks, sigmas, *, split, precision, eps, out_dir):
     titles = {"accuracy": f"linear probe, accuracy on {n} {split} images"}
     if eps:
         n_attacked = len(first["attacked"])
-        titles["attacked"] = f"the same under attack, linf {eps:g}, first {n_attacked} images"
+        titles["attacked"] = (
+            f"the same under attack, {threat('linf', eps)}, first {n_attacked} images"
+        )
     width = max(len(block) for block in blocks)
     tables = {}
     for key, title in titles.items():

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from common import UserError, data, files, run, stats
+from common import UserError, cli, data, files, run, stats
 
 ANSWERS = {  # what the page says, in words that runs/pupils.py repeats
     "may help": "It may help",
@@ -218,8 +218,9 @@ def page(verdict, about):
         ("teacher above shuffled weights, points", percent(verdict["above_control"], "+")),
     ]
     if "attacked" in verdict:
-        attack = f"under attack, linf {about['eps']:g}, first {verdict['n_attacked']} images"
-        rows.append((f"the teacher's probe {attack}", percent(verdict["attacked"])))
+        radius = cli.threat("linf", about["eps"])
+        name = f"the teacher's probe under attack, {radius}, first {verdict['n_attacked']} images"
+        rows.append((name, percent(verdict["attacked"])))
     if "pupil" in verdict:
         rows += [
             ("pupil, clean", percent(verdict["pupil"])),

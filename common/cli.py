@@ -269,6 +269,15 @@ def rank():
     return os.environ["RANK"] if all(os.environ.get(name) for name in names) else "0"
 
 
+def threat(norm, eps):
+    """A norm and a radius in words, as papers write them: linf 8/255, l2 0.5."""
+    number = f"{eps:.4g}"
+    in_255ths = round(255 * eps)
+    if float(number) != eps and abs(255 * eps - in_255ths) < 1e-6:
+        number = f"{in_255ths}/255"
+    return f"{norm} {number}"
+
+
 def printable(text):
     """One line of a text that may quote what a file holds: control characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

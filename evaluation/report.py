@@ -66,7 +66,7 @@ def table(checked, arrays, labels, classes, tail):
     plain_in_all_norms = clean
     norms = []
     for result, array in zip(checked, arrays):
-        name = f"{result['norm']} {result['eps']:.4g}"
+        name = cli.threat(result["norm"], result["eps"])
         robust = array["robust"]
         plain_robust = array["fooled_by"] >= len(result["earlier_attacks"])
         rows.append(row(name, result["norm"], robust, plain_robust, labels, classes, tail))
@@ -231,7 +231,7 @@ def draw_examples(figure, examples, spec):
     for threat in attacked:
         delta = threat["x_adv"] - examples["x"]
         factor = 0.5 / max(float(delta.abs().max()), 1e-6)
-        title = f"{threat['norm']} {threat['eps']:.4g}"
+        title = cli.threat(threat["norm"], threat["eps"])
         columns.append((title, threat["x_adv"], threat["predicted"]))
         columns.append((f"change × {factor:.3g}", 0.5 + factor * delta, None))
     for column, (title, shown, predicted) in enumerate(columns):

@@ -372,7 +372,7 @@ def print_result(result, path):
         print(f"WARNING: {warning}")
     _print_accuracy("clean", result["clean"], result["clean_interval"], n)
     if result["attacks"]:
-        name = f"{result['attack_name']}, {result['norm']} {result['eps']:.4g}"
+        name = f"{result['attack_name']}, {cli.threat(result['norm'], result['eps'])}"
         remark = "   WARNING: see above" if result["warnings"] else ""
         _print_accuracy(name, result["robust"], result["robust_interval"], n, remark)
     if result.get("by_class"):

@@ -12,7 +12,7 @@ import os
 import safetensors.torch
 
 from common import files
-from common.cli import printable
+from common.cli import printable, threat
 from published import cards
 from published.weights import description_of, load_classifier
 
@@ -248,7 +248,7 @@ def _attack(result):
 
 
 def _threat(about):
-    return f"{about['norm']} {about['eps']:.4g}"
+    return threat(about["norm"], about["eps"])
 
 
 def _accuracy(accuracy, interval):

@@ -129,7 +129,7 @@ def interval(limits):
 
 def threat(row):
     """The attack of a row, such as "APGD-CE+T, linf 0.15"."""
-    return f"{row['attack_name']}, {row['norm']} {row['eps']:g}"
+    return f"{row['attack_name']}, {cli.threat(row['norm'], row['eps'])}"
 
 
 def print_pairs(args):
@@ -221,7 +221,7 @@ def draw_attacked(axis, checkpoint):
             inset.set(xticks=[], yticks=[])
             colour = "black" if prediction == y[i] else "red"
             inset.set_xlabel(str(prediction.item()), color=colour, labelpad=1, fontsize=9)
-    attack = f"({norm} {eps:g}, PGD-40)"
+    attack = f"({cli.threat(norm, eps)}, PGD-40)"
     title = f"DM-AT+DRA: test images above, their adversarial versions below {attack}\n"
     title += f"with predictions, red where wrong; the {fooled.sum()} of the first 40 "
     axis.set_title(f"{title}that were fooled come first", fontsize=9.5)

@@ -321,7 +321,7 @@ def caption(cells, title):
     attacked = [run for seeds in cells.values() for run in seeds.values() if "n" in run]
     if attacked:
         run = attacked[0]
-        title += f" {run['n']} test images, {run['norm']} {run['eps']}."
+        title += f" {run['n']} test images, {cli.threat(run['norm'], run['eps'])}."
     return [title, ""]
 
 
