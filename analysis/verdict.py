@@ -21,7 +21,7 @@ import torch
 
 from common import UserError, cli, data, files, run, stats
 
-ANSWERS = {  # what the page says, in words that runs/pupils.py repeats
+ANSWERS = {  # what the page says
     "may help": "It may help",
     "cannot tell": "This cannot tell",
     "no gain expected": "No gain is to be expected",
@@ -116,8 +116,7 @@ def judge(probes, control, pupil=None, cka=None):
         verdict |= {
             "pupil": share(pupil),
             "lead": difference(correct, pupil),
-            "probe_alone": share(correct & ~pupil),
-            "pupil_alone": share(pupil & ~correct),
+            "right_where_pupil_errs": share(correct[~pupil]),
             "cka": cka,
         }
     answer, reason = conclude(verdict)
@@ -132,7 +131,7 @@ def conclude(verdict):
         _, lead_low, lead_high = verdict["lead"]
         pupil = f"your classifier {100 * verdict['pupil'][0]:.1f} %"
         if lead_high < 0:
-            return "no gain expected", f"{pupil}; it knows less than its pupil"
+            return "no gain expected", f"{pupil}; the teacher knows less than its pupil"
     if low <= 0 and high < NOTHING:
         return "no gain expected", f"{control}; it has learned nothing that a probe sees"
     if low <= 0:
@@ -141,11 +140,13 @@ def conclude(verdict):
         return "cannot tell", f"{control}; compare with your own classifier (--pupil)"
     if lead_low <= 0:
         return "cannot tell", f"{pupil}; within chance they know equally much"
-    return "may help", f"{pupil}; it knows more than its pupil"
+    return "may help", f"{pupil}; the teacher knows more than its pupil"
 
 
 def share(correct):
-    """[share, low, high] of the images that are correct; Wilson's interval."""
+    """[share, low, high] of the images that are correct; Wilson's interval. [0, 0, 1] of none."""
+    if len(correct) == 0:
+        return [0.0, 0.0, 1.0]
     return [float(correct.mean()), *stats.wilson(int(correct.sum()), len(correct))]
 
 
@@ -200,9 +201,9 @@ def percent(values, sign=""):
 
 def sentence(verdict):
     """The verdict in one sentence, with its reason."""
-    probe = f"its best probe has {100 * verdict['probe'][0]:.1f} %"
-    images = f"of the {verdict['n']} held-out images"
-    return f"{ANSWERS[verdict['answer']]}: {probe} {images}, {verdict['reason']}."
+    images = f"of {verdict['n']} held-out images"
+    probe = f"the teacher's best probe classifies {100 * verdict['probe'][0]:.1f} % rightly"
+    return f"{ANSWERS[verdict['answer']]}: {images} {probe}, {verdict['reason']}."
 
 
 def page(verdict, about):
@@ -225,8 +226,7 @@ def page(verdict, about):
         rows += [
             ("pupil, clean", percent(verdict["pupil"])),
             ("**teacher above pupil, points**", percent(verdict["lead"], "+")),
-            ("the probe is right and the pupil wrong", percent(verdict["probe_alone"])),
-            ("the pupil is right and the probe wrong", percent(verdict["pupil_alone"])),
+            ("the probe, where the pupil is wrong", percent(verdict["right_where_pupil_errs"])),
         ]
     lines = ["# Will this teacher help?", "", f"**{sentence(verdict)}**", ""]
     lines += [f"| accuracy, % of {verdict['n']} held-out images | (95 %) |", "|---|---|"]

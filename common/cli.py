@@ -269,13 +269,17 @@ def rank():
     return os.environ["RANK"] if all(os.environ.get(name) for name in names) else "0"
 
 
+def number(value):
+    """A number as it is given to a flag: 0.15, or 8/255 where that is what it is."""
+    in_255ths = round(255 * value)
+    if float(f"{value:.4g}") != value and abs(255 * value - in_255ths) < 1e-6:
+        return f"{in_255ths}/255"
+    return f"{value:.4g}"
+
+
 def threat(norm, eps):
     """A norm and a radius in words, as papers write them: linf 8/255, l2 0.5."""
-    number = f"{eps:.4g}"
-    in_255ths = round(255 * eps)
-    if float(number) != eps and abs(255 * eps - in_255ths) < 1e-6:
-        number = f"{in_255ths}/255"
-    return f"{norm} {number}"
+    return f"{norm} {number(eps)}"
 
 
 def printable(text):

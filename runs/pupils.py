@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import rankdata
 
-from common import stats
+from common import UserError, stats
 from runs.effects import effect, markdown, save_figure, show
 
 EXPERIMENTS = {  # of docs/results.json: (data, labels)
@@ -33,8 +33,9 @@ MEASURES = {"clean": "clean accuracy", "two_attacks": "accuracy under APGD-CE+T"
 STATISTICS = {  # of a verdict
     "lead": "teacher's probe above the pupil",
     "above_control": "teacher's probe above the same with shuffled weights",
-    "probe_alone": "images that the probe has right and the pupil wrong",
+    "right_where_pupil_errs": "teacher's probe, where the pupil is wrong",
     "cka": "CKA of teacher and pupil",
+    "pupil": "the pupil's clean accuracy, for comparison",
 }
 COLOURS = {"CIFAR-10": "#0072B2", "digits": "#E69F00", "Fashion-MNIST": "#009E73"}
 
@@ -56,7 +57,11 @@ class Prediction:
 
 
 def predictions_of(experiments, verdicts):
-    """A Prediction for every experiment with a verdict whose DRA was attacked on two seeds."""
+    """A Prediction for every experiment with a verdict whose DRA was attacked on two seeds.
+
+    Raises UserError where the verdict is on another teacher than that of the runs. Rows that are
+    too old to tell (their hash is a list) are taken.
+    """
     predictions = []
     for experiment, (data, labels) in EXPERIMENTS.items():
         cells = experiments.get(experiment, {})
@@ -64,19 +69,25 @@ def predictions_of(experiments, verdicts):
             effects = {name: effect(cells, [(with_dra, without)], name) for name in MEASURES}
             if experiment in verdicts and len(effects["clean"]) > 1:
                 verdict = verdicts[experiment]
+                for run in cells[with_dra].values():
+                    teacher = run["settings"].get("teacher_sha256")
+                    if isinstance(teacher, str) and teacher != verdict["network_sha256"]:
+                        raise UserError(f"{experiment}: the verdict is on another teacher")
                 predictions.append(Prediction(data, labels, kind, verdict, effects))
     return predictions
 
 
 def table(predictions):
     """The lines of the table, the pupil furthest behind its teacher first."""
-    titles = ["data", "labels", "weights shuffled", "teacher", "pupil", "teacher ahead by"]
-    titles += ["DRA may help?", "DRA added to", "seeds", "clean", "APGD-CE+T"]
+    titles = ["data", "labels", "weights shuffled", "teacher", "attacked", "pupil"]
+    titles += ["teacher ahead by", "DRA may help?", "DRA added to", "seeds", "clean", "APGD-CE+T"]
     rows = []
     for prediction in sorted(predictions, key=lambda prediction: -prediction.lead[0]):
         verdict = prediction.verdict
         row = [prediction.data, prediction.labels]
-        row += [f"{100 * verdict[name][0]:.1f}" for name in ("control", "probe", "pupil")]
+        row += [
+            f"{100 * verdict[name][0]:.1f}" for name in ("control", "probe", "attacked", "pupil")
+        ]
         lead, low, high = prediction.lead
         row += [f"{lead:+.1f} ({low:+.1f} to {high:+.1f})", verdict["answer"], prediction.kind]
         row += [len(prediction.effects["clean"])]
@@ -86,16 +97,19 @@ def table(predictions):
 
 
 def outcomes(predictions):
-    """The lines of a table: for each answer of the verdict, in how many rows DRA gained."""
+    """The lines of a table: for each answer of the verdict, in how many rows DRA gained or lost."""
     rows = []
     for answer in dict.fromkeys(prediction.verdict["answer"] for prediction in predictions):
         told = [prediction for prediction in predictions if prediction.verdict["answer"] == answer]
         row = [answer, len(told)]
         for measure in MEASURES:
             effects = [prediction.effects[measure].mean(1) for prediction in told]
-            row.append(sum(stats.t_interval(of_seeds)[1] > 0 for of_seeds in effects))
+            intervals = [stats.t_interval(of_seeds) for of_seeds in effects]
+            gains = sum(low > 0 for _, low, _ in intervals)
+            losses = sum(high < 0 for _, _, high in intervals)
+            row.append(f"{gains} gained, {losses} lost")
         rows.append(row)
-    return markdown(["DRA may help?", "rows", "gain in clean", "in APGD-CE+T"], sorted(rows))
+    return markdown(["DRA may help?", "rows", "clean", "APGD-CE+T"], sorted(rows))
 
 
 def correlations(predictions):

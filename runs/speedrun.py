@@ -3,10 +3,10 @@
     bash runs/speedrun.sh                       # trains, attacks, and calls the line below
     python -m runs.speedrun out/speedrun  # from runs <data set>/<recipe>/<seed>
 
-Writes the tables of docs/speedrun.md. A recipe reaches the target where its mean over at least ten
-seeds is above it, by Student's one-sided test with p < 0.01. Its cost is the number of passes in
-training: a pass is a forward or a backward pass of one image. Validation is not counted in passes;
-it is in the seconds.
+Writes the tables of docs/speedrun.md. A recipe may change the settings FREE of the base, and no
+other. It reaches the target where its mean over at least ten seeds is above it, by Student's
+one-sided test with p < 0.01. Its cost is the number of passes in training: a pass is a forward or a
+backward pass of one image. Validation is not counted in passes; it is in the seconds.
 """
 
 import glob
@@ -16,11 +16,36 @@ import statistics
 from scipy.stats import ttest_1samp
 
 from common import UserError, cli
+from published.datasets import DATASETS
 from runs import store
 from runs.results import write_between
 
 PAGE = "docs/speedrun.md"
 TARGETS = {"digits": 82.0}  # robust accuracy in %, APGD-CE+T
+N_IMAGES = {"digits": 797}  # first test images, that are attacked
+FREE = {
+    "loss",
+    "beta",
+    "label_smoothing",
+    "mixup",
+    "cutmix",
+    "n_steps",
+    "step_size",
+    "optimizer",
+    "epochs",
+    "epoch_images",
+    "batch_size",
+    "lr",
+    "warmup_fraction",
+    "momentum",
+    "betas",
+    "final_lr",
+    "weight_decay",
+    "clip_norm",
+    "bn_momentum",
+    "ema_decay",
+    "eval_every",
+}
 FIRST = "base"  # the recipe that the others are compared with
 LEAST_SEEDS = 10
 LARGEST_P = 0.01
@@ -30,7 +55,7 @@ def passes_per_image(settings):
     """Forward and backward passes of an image in a training step, by the settings of train_at.py.
 
     Two in each step of PGD, two for the loss of the image, two for that of its attacked double. The
-    clean logits that TRADES' attack refers to are those of the loss.
+    clean logits that TRADES' attack refers to are those of the loss. Other attacks are not FREE.
     """
     attack = 2 * settings["n_steps"]
     return {"standard": 2, "pgd": attack + 2, "trades": attack + 4}[settings["loss"]]
@@ -45,12 +70,15 @@ def passes(row):
 def read_recipes(directory, dataset):
     """{recipe: [row of each seed]} from the runs <recipe>/<seed>, as runs/store.py reads them.
 
-    Raises UserError where a run is of another script or data set or was not attacked, and where a
-    recipe has runs of several settings or one seed alone.
+    Raises UserError where a run is of another script, data set or seed than it should be, was not
+    attacked as it should be, or differs from the base in what is not FREE; and where a recipe has
+    runs of several settings or one seed alone.
     """
+    attack = (DATASETS[dataset].eps["linf"], N_IMAGES[dataset])
     recipes = {}
     for path in sorted(glob.glob(f"{glob.escape(directory)}/*/*/args.json")):
         folder = os.path.dirname(path)
+        name, seed = folder.split(os.sep)[-2:]
         row = store.read_run(folder)
         if row is None or "verdicts" not in row:
             raise UserError(
@@ -59,7 +87,13 @@ def read_recipes(directory, dataset):
         trained = row["script"], row["settings"]["dataset"]
         if trained != ("train_at.py", dataset):
             raise UserError(f"{folder}: expected a run of train_at.py on {dataset}")
-        rows = recipes.setdefault(folder.split(os.sep)[-2], [])
+        if str(row["seed"]) != seed:
+            raise UserError(f"{folder}: a run with --seed {row['seed']}")
+        if (row["norm"], row["eps"], row["n"]) != ("linf", *attack):
+            expected = f"{cli.threat('linf', attack[0])} on {attack[1]} images"
+            found = f"{cli.threat(row['norm'], row['eps'])} on {row['n']}"
+            raise UserError(f"{folder}: attacked with {found}, expected {expected}")
+        rows = recipes.setdefault(name, [])
         if rows and store.differences(rows[0], row):
             differing = ", ".join(store.differences(rows[0], row))
             raise UserError(f"{folder}: differs from the seed before it in {differing}")
@@ -69,6 +103,12 @@ def read_recipes(directory, dataset):
     for name, rows in recipes.items():
         if len(rows) < 2:
             raise UserError(f"{directory}/{name}: one seed, expected at least two")
+        differing = store.differences(recipes[FIRST][0], rows[0], FREE)
+        if differing:
+            message = (
+                f"differs from {FIRST} in {', '.join(differing)}, which a recipe may not change"
+            )
+            raise UserError(f"{directory}/{name}: {message}")
     return recipes
 
 
@@ -82,8 +122,9 @@ def flags(base, row):
     words = []
     for name in store.differences(base, row):
         value = row["settings"][name]
-        written = f"{value:g}" if isinstance(value, float) else value
-        words.append(f"--{name.replace('_', '-')} {written}")
+        values = value if isinstance(value, list) else [value]
+        written = [cli.number(v) if isinstance(v, float) else str(v) for v in values]
+        words += [f"--{name.replace('_', '-')}", *written]
     return " ".join(words)
 
 
@@ -109,9 +150,13 @@ def table(recipes, target):
             f"{p:.2g}, {'**reached**' if reached else 'not reached'}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    where = base["environment"]
-    machine = f"{where['device']}, one thread, torch {where['torch']}"
-    return "\n".join([*lines, "", f"± is the standard deviation over (n) seeds. {machine}."])
+    where = {
+        f"{row['environment']['device']}, torch {row['environment']['torch']}"
+        for rows in recipes.values()
+        for row in rows
+    }
+    remark = f"± is the standard deviation over (n) seeds. {'; '.join(sorted(where))}."
+    return "\n".join([*lines, "", remark])
 
 
 def markers(name):

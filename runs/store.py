@@ -112,7 +112,7 @@ def read_run(folder):
         "held_out": [[line["step"], line["clean_acc"], line["robust_acc"]] for line in log],
         "best_sha256": best_sha256,
         "train_seconds": log[-1]["seconds"],
-        "environment": {key: environment[key] for key in versions},
+        "environment": {key: environment.get(key) for key in versions},
         **read_attack(folder, settings, best_sha256),
     }
 
@@ -164,7 +164,7 @@ def attack_results(folder, settings, attack):
     paths = []
     for path in sorted(glob.glob(f"{glob.escape(folder)}/results-best-{attack}-*.json")):
         result = files.read_json(path)
-        if all(result[key] == value for key, value in expected.items()):
+        if all(result.get(key) == value for key, value in expected.items()):
             paths.append(path)
     return paths
 
@@ -172,12 +172,14 @@ def attack_results(folder, settings, attack):
 def read_verdict(folder):
     """What is kept of a directory of extract_features.py --verdict, a dict.
 
-    Raises UserError where no pupil was looked at.
+    Raises UserError where no pupil was looked at, or no probe was attacked.
     """
     verdict = files.read_json(f"{folder}/verdict.json")
     manifest = files.read_json(f"{folder}/manifest.json")
     if "pupil" not in verdict:
         raise UserError(f"{folder}/verdict.json: of no pupil, give --pupil")
+    if "attacked" not in verdict:
+        raise UserError(f"{folder}/verdict.json: of no attacked probe, give --eps")
     kept = {key: value for key, value in verdict.items() if key != "about"}
     kept["pupil_sha256"] = verdict["about"]["pupil_sha256"]
     return kept | {key: manifest[key] for key in ("dataset", "n_train", "network_sha256")}

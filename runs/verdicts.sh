@@ -17,19 +17,19 @@ verdict() {
   python extract_features.py --diffusion $2 --verdict --pupil $3/best.pt --out-dir $out/verdict-$1 \
     "${@:4}"
 }
-# On digits, of a teacher that learned from the pupil's images alone: digits NAME TEACHER_STEPS FLAG...
+# On digits, of a teacher that learned from the pupil's images alone: digits NAME STEPS FLAG...
 digits() {
   local flags="--val-size 500 ${@:3}" pupil=out/pupils/digits-$1
   python train_diffusion.py $flags --train-steps $2 --out-dir $out/diffusion-$1
   python train_at.py $flags --epoch-images 896 --out-dir $pupil
-  verdict digits-$1 $out/diffusion-$1 $pupil $flags
+  verdict digits-$1 $out/diffusion-$1 $pupil $flags --eps 0.15
 }
 fashion() {
   local pupil=out/pupils/fashion-6400
   python train_diffusion.py $fashion --val-size 1024 --channels 24 48 48 --batch-size 64 \
     --train-steps 1500 --eval-every 300
   python train_at.py $fashion --n-train 6400 --out-dir $pupil
-  verdict fashion-6400 out/diffusion-fashion-mnist $pupil $fashion --n-train 6400
+  verdict fashion-6400 out/diffusion-fashion-mnist $pupil $fashion --n-train 6400 --eps 0.1
 }
 
 fashion & lane=$!
@@ -37,11 +37,13 @@ digits 100 200 --n-train 100
 digits 200 400 --n-train 200
 digits 500 800 --n-train 500
 digits long-tail 200 --imbalance 10
+attack="--eps 8/255 --n-attacked 64"
 for labels in 1000 5000; do
   pupil=$out/cifar-$labels/at/0
-  verdict cifar-$labels docs/cifar10-teacher $pupil $cifar --n-train $labels
+  verdict cifar-$labels docs/cifar10-teacher $pupil $cifar $attack --n-train $labels
 done
 # With all labels at the block of DRA alone: features at all blocks would take 13 GB.
-verdict cifar-all docs/cifar10-teacher $out/cifar-all/at/0 $cifar --blocks up_blocks.1.resnets.1
+verdict cifar-all docs/cifar10-teacher $out/cifar-all/at/0 $cifar $attack \
+  --blocks up_blocks.1.resnets.1
 wait $lane
 python -m runs.results --add $out

@@ -157,7 +157,7 @@ def test_verdict(diffusion_dir, pupil, tmp_path, capsys):
         logits, of_pupil = network(data.to_x(images), with_features=True)
     right = logits.argmax(1).numpy() == labels["val"]
     assert judged["pupil"][0] == pytest.approx(right.mean())
-    assert judged["probe_alone"][0] == pytest.approx((correct & ~right).mean())
+    assert judged["right_where_pupil_errs"][0] == pytest.approx(correct[~right].mean())
     of_teacher = np.load(out / f"val-{judged['block']}-sigma0.3.npy")[:, 0]
     expected = metrics.cka_interval(of_teacher, of_pupil.numpy())
     assert judged["cka"] == pytest.approx(expected, abs=1e-4)

@@ -38,22 +38,20 @@ def imagenet_dir(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def train_command(imagenet_dir, dit_dir):
-    """Six steps of two epochs, with a checkpoint after three; --out-dir is to be added."""
-    options = "--val-size 2 --n-train 12 --batch-size 4 --epochs 2 --eval-n-steps 1 --workers 1"
-    return [
-        "train_at_aux.py",
-        *["--dataset", "imagenet", "--data-dir", str(imagenet_dir)],
-        *["--teacher", dit_dir, "--model", "resnet50", *options.split()],
-    ]
+OPTIONS = "--model resnet50 --val-size 2 --n-train 4 --batch-size 4 --epochs 2 --eval-n-steps 1"
+
+
+def train_command(imagenet_dir, teacher):
+    """Two steps, with a checkpoint after each; --out-dir is to be added."""
+    data = ["--dataset", "imagenet", "--data-dir", str(imagenet_dir), "--workers", "1"]
+    return ["train_at_aux.py", *data, "--teacher", teacher, *OPTIONS.split()]
 
 
 @pytest.fixture(scope="module")
-def straight(train_command, tmp_path_factory):
-    """The run directory of a training that nothing interrupted."""
-    out_dir = tmp_path_factory.mktemp("runs") / "straight"
-    python(*train_command, "--out-dir", out_dir, ranks=2)
+def with_dit(imagenet_dir, dit_dir, tmp_path_factory):
+    """The run directory of a training with a DiT."""
+    out_dir = tmp_path_factory.mktemp("runs") / "dit"
+    python(*train_command(imagenet_dir, dit_dir), "--out-dir", out_dir, ranks=2)
     return out_dir
 
 
@@ -65,14 +63,15 @@ def kill_all(word):
                 os.kill(int(process.parent.name), signal.SIGKILL)
 
 
-def kill_and_resume(train_command, straight, cut, step):
-    """Run a command into `cut`, killed after its first checkpoint, that of a step, and resumed.
+def test_a_run_with_an_edm2_teacher_killed_and_resumed_is_the_straight_run(imagenet_dir, tmp_path):
+    teacher = edm2_dir(tmp_path / "edm2", edm2_config(label_dim=1000))
+    command = [*train_command(imagenet_dir, teacher), "--n-steps", "1"]
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    python(*command, "--out-dir", straight, ranks=2)
 
-    Its end is that of the run `straight`.
-    """
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     job = subprocess.Popen(
-        [sys.executable, *launcher, *train_command, "--out-dir", str(cut)],
+        [sys.executable, *launcher, *command, "--out-dir", str(cut)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -80,44 +79,32 @@ def kill_and_resume(train_command, straight, cut, step):
         time.sleep(0.02)
     kill_all(cut)  # the launcher, its ranks and their workers at once
     job.wait()
-    assert files.load(cut / "last.pt", {})["step"] == step
+    assert files.load(cut / "last.pt", {})["step"] == 1
     time.sleep(1)  # the ranks are the launcher's children, not ours to wait for
 
-    python(*train_command, "--out-dir", cut, ranks=2)
+    python(*command, "--out-dir", cut, ranks=2)
     assert_equal_states(files.load(cut / "last.pt", {}), files.load(straight / "last.pt", {}))
     assert read_log(cut) == read_log(straight)
-    assert [line["step"] for line in read_log(cut)] == [step, 2 * step]
-
-
-def test_a_run_killed_and_resumed_is_the_straight_run(straight, train_command, tmp_path):
-    cut = tmp_path / "cut"
-    kill_and_resume(train_command, straight, cut, 3)
+    assert [line["step"] for line in read_log(cut)] == [1, 2]
     arguments = json.loads((cut / "args.json").read_text())
+    assert arguments["block"] == "dec.16x16_block1" and arguments["sigma"] == 0.06
+
+
+def test_the_defaults_of_imagenet(with_dit):
+    arguments = json.loads((with_dit / "args.json").read_text())
     assert arguments["attack"] == "apgd"
     assert arguments["block"] == "transformer_blocks.1"
     assert arguments["eps"] == 4 / 255
     assert arguments["teacher_every"] == 2
 
 
-def test_the_same_with_an_edm2_teacher(imagenet_dir, tmp_path):
-    """Two steps, with a checkpoint after the first."""
-    teacher = edm2_dir(tmp_path / "edm2", edm2_config(label_dim=1000))
-    options = "--val-size 2 --n-train 4 --batch-size 4 --epochs 2 --eval-n-steps 1 --workers 1"
-    command = ["train_at_aux.py", "--dataset", "imagenet", "--data-dir", str(imagenet_dir)]
-    command += ["--teacher", teacher, "--model", "resnet50", "--n-steps", "1", *options.split()]
-    python(*command, "--out-dir", tmp_path / "straight", ranks=2)
-    kill_and_resume(command, tmp_path / "straight", tmp_path / "cut", 1)
-    arguments = json.loads((tmp_path / "cut" / "args.json").read_text())
-    assert arguments["block"] == "dec.16x16_block1" and arguments["sigma"] == 0.06
-
-
-def test_evaluation(straight, imagenet_dir, tmp_path):
+def test_evaluation(with_dit, imagenet_dir, tmp_path):
     argv = ["evaluate.py", "--dataset", "imagenet", "--data-dir", imagenet_dir]
-    argv += ["--checkpoint", straight / "best.pt"]
+    argv += ["--checkpoint", with_dit / "best.pt"]
 
     options = "--attack pgd --n-steps 1 --n-restarts 1 --n-images 4 --batch-size 2"
     python(*argv, *options.split(), ranks=2)
-    result = json.loads((straight / "results-best-pgd-linf-0.01569-n4.json").read_text())
+    result = json.loads((with_dit / "results-best-pgd-linf-0.01569-n4.json").read_text())
     assert result["n"] == 4 and result["dataset"] == "imagenet"
     assert 0 <= result["robust"] <= result["clean"] <= 1
 
@@ -127,7 +114,7 @@ def test_evaluation(straight, imagenet_dir, tmp_path):
     names = [f"{wnids[k]}/{k}.JPEG" for k in (7, 999, 0)]
     image_list.write_text("\n".join(names))
     python(*argv)
-    per_image = np.load(straight / "results-best-clean-linf-0.01569-listed.npz")
+    per_image = np.load(with_dit / "results-best-clean-linf-0.01569-listed.npz")
     assert per_image["label"].tolist() == [7, 999, 0]
 
     image_list.write_text("n01440764/2.JPEG\n")

@@ -37,7 +37,7 @@ def made(verdicts, attack="apgd"):
     """A run of one seed: its verdicts are one digit per test image."""
     robust_acc = verdicts.count("3") / 10
     held_out = [[5, 0.5, 0.2], [10, 0.6, robust_acc]]
-    return {"verdicts": verdicts, "attack": attack, "held_out": held_out}
+    return {"verdicts": verdicts, "attack": attack, "held_out": held_out, "settings": {}}
 
 
 def test_t_interval_is_students():
@@ -114,16 +114,16 @@ def test_interval_over_seeds_and_images_covers(seed_std, image_std, rest_std):
 # --------------------------------------------------------------------------------- what is kept
 
 
-@pytest.fixture
-def evidence(tmp_path, diffusion_dir, monkeypatch):
-    """Runs of one epoch, in a directory with an empty docs/ that is the current one.
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, diffusion_dir):
+    """Runs of one epoch.
 
     at/0 was attacked by apgd, AutoAttack and at another radius; at/1 was not attacked; zero/0 is
     DRA of weight 0; zero/1 was killed before its first validation.
     """
     short = ["--epochs", "1", "--epoch-images", "16", "--batch-size", "8", "--n-steps", "1"]
     short += ["--eval-n-steps", "1", "--val-size", "64"]
-    cells = tmp_path / "evidence" / "few"
+    cells = tmp_path_factory.mktemp("evidence") / "few"
     for seed in "01":
         argv = [*short, "--seed", seed, "--out-dir", str(cells / "at" / seed)]
         train_at.main(train_at.parse_args(argv))
@@ -141,6 +141,13 @@ def evidence(tmp_path, diffusion_dir, monkeypatch):
     begun.mkdir()
     (begun / "args.json").write_text((cells / "zero" / "0" / "args.json").read_text())
     (begun / "log.jsonl").touch()
+    return cells.parent
+
+
+@pytest.fixture
+def evidence(trained, tmp_path, monkeypatch):
+    """A copy of the runs, in a directory with an empty docs/ that is the current one."""
+    shutil.copytree(trained, tmp_path / "evidence")
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path / "evidence"
@@ -445,11 +452,13 @@ def verdict_of(lead):
         "answer": "may help",
         "probe": [0.5, 0.4, 0.6],
         "control": [0.2, 0.1, 0.3],
+        "attacked": [0.1, 0.0, 0.2],
         "above_control": [0.3, 0.2, 0.4],
         "pupil": [0.5 - lead, 0, 1],
         "lead": [lead, lead - 0.1, lead + 0.1],
-        "probe_alone": [lead, 0, 1],
+        "right_where_pupil_errs": [lead, 0, 1],
         "cka": [-lead, -1, 1],
+        "network_sha256": "a",
     }
 
 
@@ -476,23 +485,29 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
 
     _, _, top, bottom, _ = pupils.table(predictions)
     assert top.startswith(
-        "| digits | 100 | 20.0 | 50.0 | 35.0 | +15.0 (+5.0 to +25.0) | may help |"
+        "| digits | 100 | 20.0 | 50.0 | 10.0 | 35.0 | +15.0 (+5.0 to +25.0) | may help |"
     )
     assert "| +5.0 (-5.0 to +15.0) | may help | AT | 2 | +5.0 ± 63.5" in bottom
-    *_, lead, control, _, cka, _ = pupils.correlations(predictions)
+    *_, lead, control, _, cka, _, _ = pupils.correlations(predictions)
     assert (
         lead.count("+1.00 (p = 1.00)") == cka.count("-1.00 (p = 1.00)") == 2
     )  # of two orders both
     assert control.endswith("| - | - |")  # all are equal
     verdicts["digits-100"]["answer"] = "no gain expected"
     assert pupils.outcomes(predictions)[2:-1] == [
-        "| may help | 1 | 0 | 0 |",
-        "| no gain expected | 1 | 1 | 1 |",
+        "| may help | 1 | 0 gained, 0 lost | 0 gained, 0 lost |",
+        "| no gain expected | 1 | 1 gained, 0 lost | 1 gained, 0 lost |",
     ]
 
     pupils.figure(predictions, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
     assert pupils.predictions_of(experiments, {}) == []
+    for run in at_dra.values():
+        run["settings"] = run["settings"] | {"teacher_sha256": "a"}
+    assert pupils.predictions_of(experiments, verdicts)
+    run["settings"]["teacher_sha256"] = "b"
+    with pytest.raises(UserError, match="cifar-1000: the verdict is on another teacher"):
+        pupils.predictions_of(experiments, verdicts)
 
 
 def test_p_of_a_rank_correlation_counts_teachers_not_rows():
@@ -508,16 +523,18 @@ def test_p_of_a_rank_correlation_counts_teachers_not_rows():
 
 
 def test_verdicts_are_kept_beside_the_runs(evidence, diffusion_dir):
-    """Only those on a pupil; they stay when other runs are added."""
+    """Only those on a pupil and attacked; they stay when other runs are added."""
     folder = evidence / "verdict-few"
     argv = ["--diffusion", diffusion_dir, "--verdict", "--sigmas", "0.1", "--blocks", "mid_block"]
     argv += ["--val-size", "64"]
-    for pupil in ([], ["--pupil", str(evidence / "few" / "at" / "0" / "best.pt")]):
-        flags = [*argv, *pupil, "--out-dir", str(folder)]
-        extract_features.main(extract_features.parse_args(flags))
-        if not pupil:
-            with pytest.raises(UserError, match="--pupil"):
-                store.add_runs(str(evidence))
+    argv += ["--out-dir", str(folder)]
+    pupil = ["--pupil", str(evidence / "few" / "at" / "0" / "best.pt")]
+    for flags, missing in (([], "--pupil"), (pupil, "--eps")):
+        extract_features.main(extract_features.parse_args([*argv, *flags]))
+        with pytest.raises(UserError, match=missing):
+            store.add_runs(str(evidence))
+    attack = ["--eps", "0.15", "--n-attacked", "8"]
+    extract_features.main(extract_features.parse_args([*argv, *pupil, *attack]))
     runs, verdicts = store.add_runs(str(evidence))
     kept = json.loads((folder / "verdict.json").read_text())
     assert verdicts["few"]["lead"] == kept["lead"] and verdicts["few"]["block"] == "mid_block"

@@ -43,11 +43,12 @@ class Counted(nn.Module):
         Counted.passes += 1
 
 
-@pytest.mark.parametrize("loss", ["trades", "pgd", "standard"])
-@pytest.mark.parametrize("n_steps", [1, 4])
-def test_passes_are_those_of_a_training_step(loss, n_steps):
-    attack = [] if loss == "standard" else ["--n-steps", str(n_steps)]
-    args = train_at.parse_args(["--loss", loss, *attack])
+@pytest.mark.parametrize(
+    "flags",
+    ["--n-steps 1", "--n-steps 4", "--loss pgd --n-steps 1", "--loss pgd", "--loss standard"],
+)
+def test_passes_are_those_of_a_training_step(flags):
+    args = train_at.parse_args(flags.split())
     model = Counted()
     twin = attacks.make_twin(model, "batch", "fp32")
     x = torch.rand(6, 1, 8, 8)
@@ -57,10 +58,14 @@ def test_passes_are_those_of_a_training_step(loss, n_steps):
     assert Counted.passes == speedrun.passes_per_image(vars(args))
 
 
-def row(n_robust, **changed):
+def row(n_robust, seed=0, **changed):
     """A run of 100 test images: ten are wrong without an attack, n_robust withstand both."""
     return {
         "script": "train_at.py",
+        "seed": seed,
+        "norm": "linf",
+        "eps": 0.15,
+        "n": 100,
         "settings": SETTINGS | changed,
         "held_out": [[5, 0.9, 0.7], [10, 0.9, 0.8]],
         "train_seconds": 30.0,
@@ -88,28 +93,75 @@ def test_a_target_is_reached_by_a_test_over_ten_seeds():
     assert speedrun.table(recipes, 83.0).count("**reached**") == 0
 
 
-def test_runs_are_read_by_recipe(tmp_path, monkeypatch):
-    for name in ("base/0", "base/1", "base/10", "fast/0", "fast/1"):
-        (tmp_path / "digits" / name).mkdir(parents=True)
-        (tmp_path / "digits" / name / "args.json").touch()
-    rows = {name: row(80, n_steps=2 if "fast" in name else 5) for name in ("base", "fast")}
-    monkeypatch.setattr(store, "read_run", lambda folder: rows[folder.split("/")[-2]])
-    read = speedrun.read_recipes(str(tmp_path / "digits"), "digits")
-    assert {name: len(rows) for name, rows in read.items()} == {"base": 3, "fast": 2}
-    (tmp_path / "digits" / "fast" / "1" / "args.json").unlink()
-    with pytest.raises(UserError, match="base/0: expected a run of train_at.py on cifar10"):
-        speedrun.read_recipes(str(tmp_path / "digits"), "cifar10")
-    with pytest.raises(UserError, match="fast: one seed, expected at least two"):
-        speedrun.read_recipes(str(tmp_path / "digits"), "digits")
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """read(rows {recipe: [row of each seed]}): what read_recipes makes of their directories."""
+    monkeypatch.setitem(speedrun.N_IMAGES, "digits", 100)
 
-    rows["fast"] = {key: value for key, value in rows["fast"].items() if key != "verdicts"}
-    with pytest.raises(UserError, match="fast/0: not trained to its end, or not attacked"):
-        speedrun.read_recipes(str(tmp_path / "digits"), "digits")
-    monkeypatch.setattr(store, "read_run", lambda folder: row(80, lr=float(folder[-1])))
-    with pytest.raises(UserError, match="base/1: differs from the seed before it in lr"):
-        speedrun.read_recipes(str(tmp_path / "digits"), "digits")
-    with pytest.raises(UserError, match="no runs base/<seed> there"):
-        speedrun.read_recipes(str(tmp_path), "digits")
+    def read(rows, dataset="digits"):
+        for name, of_seeds in rows.items():
+            for seed in range(len(of_seeds)):
+                (tmp_path / name / str(seed)).mkdir(parents=True, exist_ok=True)
+                (tmp_path / name / str(seed) / "args.json").touch()
+        in_folder = {f"{name}/{i}": row for name in rows for i, row in enumerate(rows[name])}
+        monkeypatch.setattr(
+            store, "read_run", lambda folder: in_folder["/".join(folder.split("/")[-2:])]
+        )
+        return speedrun.read_recipes(str(tmp_path), dataset)
+
+    return read
+
+
+def rows_of(n_seeds, **changed):
+    return [row(80, seed, **changed) for seed in range(n_seeds)]
+
+
+def test_runs_are_read_by_recipe(read):
+    rows = {"base": rows_of(3), "fast": rows_of(2, n_steps=2)}
+    assert read(rows) == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"fast": rows_of(2)}, "no runs base/<seed> there"),
+        ({"base": rows_of(1)}, "base: one seed, expected at least two"),
+        ({"base": [row(80), None]}, "base/1: not trained to its end, or not attacked"),
+        ({"base": [row(80), row(80)]}, "base/1: a run with --seed 0"),
+        ({"base": [row(80), row(80, 1, lr=0.1)]}, "base/1: differs from the seed before it in lr"),
+        ({"base": [row(80) | {"script": "train_at_aux.py"}]}, "expected a run of train_at.py"),
+        ({"base": [row(80) | {"eps": 0.1}]}, "attacked with linf 0.1 on 100, expected linf 0.15"),
+        ({"base": [row(80) | {"n": 10}]}, "on 10, expected linf 0.15 on 100 images"),
+        (
+            {"base": rows_of(2), "fast": rows_of(2, model="wrn-16-4", n_steps=2)},
+            "fast: differs from base in model, which a recipe may not change",
+        ),
+        (
+            {"base": rows_of(2), "fast": rows_of(2, attack_bn="running")},
+            "fast: differs from base in attack_bn",
+        ),
+    ],
+)
+def test_runs_that_do_not_belong_in_the_table(read, rows, message):
+    with pytest.raises(UserError, match=message):
+        read(rows)
+
+
+def test_runs_of_another_data_set(read, monkeypatch):
+    monkeypatch.setitem(speedrun.N_IMAGES, "cifar10", 100)
+    with pytest.raises(UserError, match="base/0: expected a run of train_at.py on cifar10"):
+        read({"base": rows_of(2)}, "cifar10")
+
+
+def test_flags_can_be_typed():
+    changed = row(80, momentum=[0.8, 0.95], step_size=4 / 255, lr=0.05, loss="pgd")
+    written = speedrun.flags(row(80), changed)
+    assert written == "--loss pgd --lr 0.05 --momentum 0.8 0.95 --step-size 4/255"
+    train_at.parse_args(written.split())
+
+
+def test_every_setting_that_a_recipe_may_change_is_one():
+    assert speedrun.FREE <= vars(train_at.parse_args([])).keys()
 
 
 def test_tables_stand_in_the_document(tmp_path, monkeypatch):

@@ -40,8 +40,9 @@ def test_numbers_are_those_of_the_best_place():
     assert judged["above_control"][0] == pytest.approx(0.35)
     assert judged["lead"][0] == pytest.approx(0.2)
     # The pupil has images 100 to 259, the probe 0 to 239.
-    assert judged["probe_alone"][0] == pytest.approx(100 / N)
-    assert judged["pupil_alone"][0] == pytest.approx(20 / N)
+    assert judged["right_where_pupil_errs"] == [100 / 240, *stats.wilson(100, 240)]
+    faultless = verdict.judge(probes(a=200), probes(a=100), right(N))
+    assert faultless["right_where_pupil_errs"] == [0, 0, 1]
 
 
 def test_shuffled_weights_are_the_same_numbers_elsewhere(diffusion_dir):
@@ -93,7 +94,7 @@ def test_answer(network, control, pupil, answer, words):
     assert judged["answer"] == answer
     sentence = verdict.sentence(judged)
     assert sentence.startswith(verdict.ANSWERS[answer])
-    assert "60.0 % of the 400 held-out images" in sentence
+    assert "of 400 held-out images the teacher's best probe classifies 60.0 %" in sentence
     assert words in sentence
 
 
@@ -152,7 +153,7 @@ def test_page_and_files(tmp_path, capsys):
     page = (tmp_path / "verdict.md").read_text()
     assert capsys.readouterr().out == page
     for words in (
-        "**It may help: its best probe has 65.0 %",
+        "**It may help: of 400 held-out images the teacher's best probe classifies 65.0 % rightly",
         "| the teacher's probe under attack, linf 0.03, first 80 images | 12.5 (6.9 to 21.5) |",
         "| linear CKA of their features, 0 to 1 | 0.50 (0.40 to 0.60) |",
         "it peaks at a middle level",
