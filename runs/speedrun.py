@@ -17,7 +17,7 @@ from scipy.stats import ttest_1samp
 
 from common import UserError, cli
 from published.datasets import DATASETS
-from runs import store
+from runs import effects, store
 from runs.results import write_between
 
 PAGE = "docs/speedrun.md"
@@ -112,11 +112,6 @@ def read_recipes(directory, dataset):
     return recipes
 
 
-def accuracy(row, least):
-    """Share of test images in %, whose verdict is at least `least`: 1 clean, 3 robust to both."""
-    return 100 * statistics.mean(int(verdict) >= least for verdict in row["verdicts"])
-
-
 def flags(base, row):
     """What a recipe changes of the base, as flags."""
     words = []
@@ -129,34 +124,35 @@ def flags(base, row):
 
 
 def table(recipes, target):
-    """The Markdown table, the cheapest recipe last. recipes: of read_recipes."""
+    """The lines of the Markdown table, the cheapest recipe last. recipes: of read_recipes."""
     base = recipes[FIRST][0]
-    lines = [
-        f"| recipe | passes | of the base | seconds | clean, % | robust, % | p of {target:g} % |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ["recipe", "passes", "of the base", "seconds", "clean, %", "robust, %"]
+    titles += [f"p of {target:g} %"]
+    lines = []
     for name, rows in sorted(recipes.items(), key=lambda item: -passes(item[1][0])):
-        robust = [accuracy(row, 3) for row in rows]
+        cell = {row["seed"]: row for row in rows}
+        clean = effects.outcomes(cell, cell, "clean")
+        robust = effects.outcomes(cell, cell, "two_attacks").mean(1)
         p = ttest_1samp(robust, target, alternative="greater").pvalue
         reached = p < LARGEST_P and len(rows) >= LEAST_SEEDS
         change = f"`{flags(base, rows[0])}`" if name != FIRST else "the defaults"
-        cells = [
+        line = [
             f"{name}: {change}",
             f"{passes(rows[0]) / 1e6:.2f} M",
             f"{passes(rows[0]) / passes(base):.0%}",
             f"{statistics.mean(row['train_seconds'] for row in rows):.0f}",
-            f"{statistics.mean(accuracy(row, 1) for row in rows):.1f}",
-            f"{statistics.mean(robust):.2f} ± {statistics.stdev(robust):.2f} ({len(rows)})",
+            f"{clean.mean():.1f}",
+            f"{robust.mean():.2f} ± {robust.std(ddof=1):.2f} ({len(rows)})",
             f"{p:.2g}, {'**reached**' if reached else 'not reached'}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line)
     where = {
         f"{row['environment']['device']}, torch {row['environment']['torch']}"
         for rows in recipes.values()
         for row in rows
     }
     remark = f"± is the standard deviation over (n) seeds. {'; '.join(sorted(where))}."
-    return "\n".join([*lines, "", remark])
+    return [*effects.markdown(titles, lines), remark]
 
 
 def markers(name):
@@ -170,7 +166,7 @@ def main(args):
     if not found:
         raise UserError(f"{args.directory}: no runs of {' or '.join(TARGETS)} there")
     for name, path in found.items():
-        text = table(read_recipes(path, name), TARGETS[name])
+        text = "\n".join(table(read_recipes(path, name), TARGETS[name]))
         print(text)
         write_between(PAGE, markers(name), f"{text}\n")
 
