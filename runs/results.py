@@ -42,7 +42,11 @@ OTHER_SPLIT = "digits-100-other"
 LONG_TAIL = "digits-long-tail"
 FASHION = "fashion-6400"
 CIFAR = {"cifar-1000": "1,000 labels", "cifar-5000": "5,000 labels", "cifar-all": "all labels"}
-CELL_COLOURS = COLOURS | {"shuffled": "#999999", "zero": "#000000"}
+CELL_COLOURS = COLOURS | {
+    "shuffled": "#999999",
+    "zero": "#000000",
+    "at_dra,untrained": "#CC79A7",
+}
 
 IMAGES = "**synthetic images**, mean of both"
 DRA = "**DRA**, mean of both"
@@ -56,7 +60,7 @@ EFFECTS = {  # name: pairs of cells (A, B); the effect is the mean of A - B over
     "both, against neither": [("dm_at_dra", "at")],
     "DRA, against shuffled targets": [("dm_at_dra", "shuffled")],
     "shuffled targets, against no DRA": [("shuffled", "dm_at")],
-    "DRA, against an untrained teacher": [("dm_at_dra", "untrained")],
+    "DRA, against an untrained teacher": [("at_dra", "at_dra,untrained")],
 }
 
 # Cells named <cell>,<difference>,...: the first seed that counts. Earlier ones chose the form.
@@ -315,7 +319,31 @@ def cifar_tables(experiments):
             measures = ("held_out", "last", "clean", "two_attacks")
             lines += caption(cells, f"**CIFAR-10 as JPEG**, {labels}.")
             lines += accuracy_table(cells, TITLES, measures) + effects_table(cells, measures)
+            steps = course_table(cells)
+            if len(steps) > 3:  # more than titles
+                title = "DRA at equal steps, on held-out images, where no checkpoint is chosen"
+                lines += [f"{title}; points.", "", *steps]
+            courses = "Clean and robust accuracy in the course of training"
+            lines += [f"![{courses}](results-{name}.png)", ""]
     return lines
+
+
+def course_table(cells):
+    """The effect of DRA at every validation."""
+    rows = []
+    for kind, (without, with_dra) in pupils.KINDS.items():
+        seeds = shared_seeds([cells.get(without, {}), cells.get(with_dra, {})], "held_out")
+        if len(seeds) > 1:
+            a, b = [course(cells[cell], seeds) for cell in (with_dra, without)]
+            for i, step in enumerate(a[0, :, 0]):
+                effects = [show((a - b)[:, i, k : k + 1], "+") for k in (1, 2)]
+                rows.append([kind, f"{step:.0f}", len(seeds), *effects])
+    return markdown(["DRA added to", "step", "seeds", "clean", "PGD"], rows)
+
+
+def course(cell, seeds):
+    """(step, clean accuracy in %, robust accuracy in %) of each validation: (seeds, n, 3)."""
+    return np.array([cell[seed]["held_out"] for seed in seeds]) * [1, 100, 100]
 
 
 def caption(cells, title):
@@ -418,15 +446,30 @@ def cells_figure(cells, path):
         axis.set_xticks(range(len(shown)), labels, fontsize=8)
         axis.set(ylabel="accuracy, %", title=f"test images, {MEASURES[measure]}")
     for cell in shown:
-        course = np.array([run["held_out"] for run in cells[cell].values()])
-        steps = course[0, :, 0]
-        robust_acc = course[..., 2].mean(0)
+        steps, _, robust_acc = course(cells[cell], cells[cell]).mean(0).T
         style = {"color": CELL_COLOURS[cell], "marker": "o", "markersize": 3}
-        axes[2].plot(steps, 100 * robust_acc, label=TITLES[cell], **style)
+        axes[2].plot(steps, robust_acc, label=TITLES[cell], **style)
     title = "held-out images, PGD, mean over seeds"
     axes[2].set(xlabel="step", ylabel="accuracy, %", title=title)
     axes[2].legend(fontsize=8)
     save_figure(figure, axes, path)
+
+
+def course_figure(cells, path):
+    """The way of each cell through clean and robust accuracy, means over seeds."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
+    shown = [cell for cell in TITLES if len(cells.get(cell, {})) > 1]
+    for cell in shown:
+        style = {"color": CELL_COLOURS[cell], "marker": "o", "markersize": 3}
+        steps, clean_acc, robust_acc = course(cells[cell], cells[cell]).mean(0).T
+        axis.plot(clean_acc, robust_acc, label=TITLES[cell], **style)
+        for step, x, y in zip(steps, clean_acc, robust_acc):
+            place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(f"{step:.0f}", (x, y), color=CELL_COLOURS[cell], **place)
+    axis.set(xlabel="clean accuracy, %", ylabel="accuracy under PGD, %")
+    axis.set_title("held-out images, mean over seeds, by step", fontsize=10)
+    axis.legend(fontsize=8)
+    save_figure(figure, [axis], path)
 
 
 def curve_figure(curve, path):
@@ -497,6 +540,9 @@ def main(args):
         curve_figure(curve, "docs/results-curve.png")
     for name, settings in varied(cells).items():
         ablation_figure(cells, name, settings, f"docs/ablation-{name}.png")
+    for name in CIFAR:
+        if len(accuracies(experiments.get(name, {}), "at", "two_attacks")) > 1:
+            course_figure(experiments[name], f"docs/results-{name}.png")
     predictions = pupils.predictions_of(experiments, verdicts)
     if predictions:
         pupils.figure(predictions, "docs/results-pupils.png")

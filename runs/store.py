@@ -39,7 +39,7 @@ TITLES = {  # of cells; others are variations of these
     **ROWS,
     "shuffled": "DM-AT+DRA, targets shuffled",
     "zero": "DM-AT+DRA, weight 0",
-    "untrained": "DM-AT+DRA, untrained teacher",
+    "at_dra,untrained": "AT+DRA, untrained teacher",
 }
 
 # Cells named <setting>=<value>: the default value, the cell that has it, and the cell

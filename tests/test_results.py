@@ -510,6 +510,22 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
         pupils.predictions_of(experiments, verdicts)
 
 
+def test_effects_at_equal_steps_are_paired_by_seed(tmp_path):
+    """Only the seeds that both cells have; the interval is Student's of two differences."""
+
+    def cell(*clean):
+        rows = {seed: [[5, acc, 0.2], [10, acc + 0.1, 0.3]] for seed, acc in enumerate(clean)}
+        return {seed: {"held_out": held_out} for seed, held_out in rows.items()}
+
+    cells = {"at": cell(0.5, 0.6, 0.1), "at_dra": cell(0.52, 0.64), "dm_at": cell(0.5)}
+    half = t.ppf(0.975, 1) * np.std([2, 4], ddof=1) / 2**0.5
+    *_, first, second, _ = results.course_table(cells)
+    assert first == f"| AT | 5 | 2 | +3.0 ± {half:.1f} | +0.0 ± 0.0 |"
+    assert second == f"| AT | 10 | 2 | +3.0 ± {half:.1f} | +0.0 ± 0.0 |"
+    results.course_figure(cells, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
 def test_p_of_a_rank_correlation_counts_teachers_not_rows():
     """Three teachers in the right order are one chance in six on either side, however many rows."""
     predicted = [0.1, 0.2, 0.4]
