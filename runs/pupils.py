@@ -18,8 +18,9 @@ from scipy.stats import rankdata
 from common import UserError, stats
 from runs.effects import effect, markdown, save_figure, show
 
-EXPERIMENTS = {  # of docs/results.json: (data, labels)
+EXPERIMENTS = {  # of docs/results.json, perhaps with a form of DRA's cells: (data, labels)
     "cifar-1000": ("CIFAR-10", "1,000"),
+    "cifar-1000,untrained": ("CIFAR-10", "1,000, untrained teacher"),
     "cifar-5000": ("CIFAR-10", "5,000"),
     "cifar-all": ("CIFAR-10", "48,976"),
     "digits-100": ("digits", "100"),
@@ -64,9 +65,13 @@ def predictions_of(experiments, verdicts):
     """
     predictions = []
     for experiment, (data, labels) in EXPERIMENTS.items():
-        cells = experiments.get(experiment, {})
+        name, comma, form = experiment.partition(",")
+        cells = experiments.get(name, {})
         for kind, (without, with_dra) in KINDS.items():
-            effects = {name: effect(cells, [(with_dra, without)], name) for name in MEASURES}
+            with_dra += comma + form
+            effects = {
+                measure: effect(cells, [(with_dra, without)], measure) for measure in MEASURES
+            }
             if experiment in verdicts and len(effects["clean"]) > 1:
                 verdict = verdicts[experiment]
                 for run in cells[with_dra].values():

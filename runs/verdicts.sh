@@ -42,6 +42,8 @@ for labels in 1000 5000; do
   pupil=$out/cifar-$labels/at/0
   verdict cifar-$labels docs/cifar10-teacher $pupil $cifar $attack --n-train $labels
 done
+verdict cifar-1000,untrained $out/diffusion-cifar-untrained $out/cifar-1000/at/0 $cifar $attack \
+  --n-train 1000
 # With all labels at the block of DRA alone: features at all blocks would take 13 GB.
 verdict cifar-all docs/cifar10-teacher $out/cifar-all/at/0 $cifar $attack \
   --blocks up_blocks.1.resnets.1

@@ -467,7 +467,7 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
     at_dra = {0: made("0112233333"), 1: made("0012333333")}
     better = {0: made("1113333333"), 1: made("1113333333")}
     experiments = {
-        "cifar-1000": {"at": at, "at_dra": at_dra, "dm_at": at},
+        "cifar-1000": {"at": at, "at_dra": at_dra, "dm_at": at, "at_dra,untrained": better},
         "digits-100": {"dm_at": at, "dm_at_dra": better},
         "digits-200": {"at": at, "at_dra": at_dra},
     }
@@ -502,6 +502,9 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
     pupils.figure(predictions, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
     assert pupils.predictions_of(experiments, {}) == []
+    (untrained,) = pupils.predictions_of(experiments, {"cifar-1000,untrained": verdict_of(-0.1)})
+    assert (untrained.kind, untrained.labels) == ("AT", "1,000, untrained teacher")
+    assert untrained.effects["clean"].mean(1).tolist() == [20, 20]
     for run in at_dra.values():
         run["settings"] = run["settings"] | {"teacher_sha256": "a"}
     assert pupils.predictions_of(experiments, verdicts)
