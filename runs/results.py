@@ -88,6 +88,24 @@ def accuracy_table(cells, names, measures):
     return markdown(["accuracy, %", "seeds", *(MEASURES[m] for m in measures)], rows)
 
 
+def two_by_two(experiments):
+    """The table of the README: the 2 x 2 of CIFAR-10 and of digits."""
+    columns = {
+        "CIFAR-10, clean": ("cifar-1000", "clean"),
+        "CIFAR-10, robust": ("cifar-1000", "two_attacks"),
+        "digits, clean": (MAIN, "clean"),
+        "digits, robust": (MAIN, "autoattack"),
+    }
+    rows = []
+    for cell in ROWS:
+        samples = [
+            accuracies(experiments.get(experiment, {}), cell, measure)
+            for experiment, measure in columns.values()
+        ]
+        rows.append([TITLES[cell], *map(show, samples)])
+    return markdown(["accuracy, %", *columns], rows)
+
+
 def effects_table(cells, measures):
     """All effects; one that lacks any of the measures is left out."""
     rows = []
@@ -547,8 +565,7 @@ def main(args):
     if predictions:
         pupils.figure(predictions, "docs/results-pupils.png")
     write_between(PAGE, PAGE_MARKERS, section(runs, verdicts))
-    two_by_two = accuracy_table(cells, ROWS, ("clean", "autoattack"))
-    write_between(README, README_MARKERS, "\n".join(two_by_two))
+    write_between(README, README_MARKERS, "\n".join(two_by_two(experiments)))
     print(section(runs, verdicts))
 
 
