@@ -45,7 +45,7 @@ CIFAR = {"cifar-1000": "1,000 labels", "cifar-5000": "5,000 labels", "cifar-all"
 CELL_COLOURS = COLOURS | {
     "shuffled": "#999999",
     "zero": "#000000",
-    "at_dra,untrained": "#CC79A7",
+    "at_dra,untrained": "#56B4E9",
 }
 
 IMAGES = "**synthetic images**, mean of both"
