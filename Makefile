@@ -28,7 +28,7 @@ gpu: .venv/runtime
 EVIDENCE = cifar10_small digits_table digits_contrastive digits_curve digits_ablations digits_imbalance fashion_mnist verdicts
 evidence: .venv/runtime
 	@test -e /usr/share/datasets/fashion-mnist || { echo "Fashion-MNIST is needed, Debian's package dataset-fashion-mnist"; exit 1; }
-	.venv/bin/python train_at.py --dataset cifar10 --model wrn-10-2 --batch-size 64 --check
+	.venv/bin/python train_at.py --dataset cifar10 --model wrn-10-2 --batch-size 64 --out-dir out/evidence/check --check
 	rm -f docs/results.json
 	for name in $(EVIDENCE); do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$name.sh || exit; done
 

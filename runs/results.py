@@ -329,21 +329,29 @@ def section(runs, verdicts):
 
 
 def cifar_tables(experiments):
-    """Accuracies and effects per number of labels, where two seeds or more were attacked."""
+    """Accuracies and effects per number of labels."""
     lines = []
-    for name, labels in CIFAR.items():
-        cells = experiments.get(name, {})
-        if len(accuracies(cells, "at", "two_attacks")) > 1:
-            measures = ("held_out", "last", "clean", "two_attacks")
-            lines += caption(cells, f"**CIFAR-10 as JPEG**, {labels}.")
-            lines += accuracy_table(cells, TITLES, measures) + effects_table(cells, measures)
-            steps = course_table(cells)
-            if len(steps) > 3:  # more than titles
-                title = "DRA at equal steps, on held-out images, where no checkpoint is chosen"
-                lines += [f"{title}; points.", "", *steps]
-            courses = "Clean and robust accuracy in the course of training"
-            lines += [f"![{courses}](results-{name}.png)", ""]
+    for name, cells in on_cifar(experiments).items():
+        measures = ("held_out", "last", "clean", "two_attacks")
+        lines += caption(cells, f"**CIFAR-10 as JPEG**, {CIFAR[name]}.")
+        lines += accuracy_table(cells, TITLES, measures) + effects_table(cells, measures)
+        steps = course_table(cells)
+        if len(steps) > 3:  # more than titles
+            title = "DRA at equal steps, on held-out images, where no checkpoint is chosen"
+            lines += [f"{title}; points.", "", *steps]
+        courses = "Clean and robust accuracy in the course of training"
+        lines += [f"![{courses}](results-{name}.png)", ""]
     return lines
+
+
+def on_cifar(experiments):
+    """{experiment: cells} of CIFAR-10 where two seeds or more of AT were attacked."""
+    found = {name: experiments.get(name, {}) for name in CIFAR}
+    return {
+        name: cells
+        for name, cells in found.items()
+        if len(accuracies(cells, "at", "two_attacks")) > 1
+    }
 
 
 def course_table(cells):
@@ -558,9 +566,8 @@ def main(args):
         curve_figure(curve, "docs/results-curve.png")
     for name, settings in varied(cells).items():
         ablation_figure(cells, name, settings, f"docs/ablation-{name}.png")
-    for name in CIFAR:
-        if len(accuracies(experiments.get(name, {}), "at", "two_attacks")) > 1:
-            course_figure(experiments[name], f"docs/results-{name}.png")
+    for name, cifar_cells in on_cifar(experiments).items():
+        course_figure(cifar_cells, f"docs/results-{name}.png")
     predictions = pupils.predictions_of(experiments, verdicts)
     if predictions:
         pupils.figure(predictions, "docs/results-pupils.png")
