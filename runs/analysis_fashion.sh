@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
 out=out/analysis-fashion
-fashion="--dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist"
+fashion="--dataset fashion-mnist --data-dir ${FASHION:-/usr/share/datasets/fashion-mnist}"
 dm="--synthetic out/synthetic-fashion-mnist"
 
 # train KIND SEED SCRIPT FLAG...

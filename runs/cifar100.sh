@@ -2,8 +2,8 @@
 # CIFAR-100, linf 8/255: the 2 x 2 of diffusion images (DM-AT) and diffusion representations (DRA)
 # with WRN-28-10; then larger runs, ViT-B/2 and ablations.
 #
-# NOT RUN HERE: no such data, weights or GPUs were at hand. Each line was only seen to parse; expect
-# to mend settings. Meant for one node of 8 GPUs of 80 GB (H100 or A100); docs/costs.md estimates
+# NOT RUN: the GPU-hours and the files to fetch were lacking. A test parses each line; expect to
+# mend settings. Meant for one node of 8 GPUs of 80 GB (H100 or A100); docs/costs.md estimates
 # the hours. LAUNCH=python runs on one GPU. Every command resumes or skips what is finished; delete
 # the rows that you do not want. One row is one seed: add --seed 1 and another name for the next.
 #

@@ -9,7 +9,7 @@ trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
 out=out/evidence
 
-# A diffusion model, its images and its probe: diffusion NAME VAL_SIZE N_TRAIN STEPS
+# A diffusion model and its images: diffusion NAME VAL_SIZE N_TRAIN STEPS
 diffusion() {
   local digits="--val-size $2 --n-train $3"
   python train_diffusion.py $digits --train-steps $4 --out-dir $out/diffusion-$1

@@ -18,7 +18,6 @@ dra="--teacher $teacher"
 
 python train_diffusion.py $digits --train-steps 200 --out-dir $teacher
 python generate_synthetic.py $digits --diffusion $teacher --out-dir $images
-# What the teacher knows of the classes, with the labels that the classifiers have.
 
 # One cell: train CELL SEED SCRIPT FLAG...
 train() { python $3 $recipe --seed $2 --out-dir $out/$1/$2 "${@:4}"; }

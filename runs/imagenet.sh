@@ -3,8 +3,8 @@
 # representations (DRA) with ConvNeXt-T from clean pre-trained weights; then other networks and
 # ablations.
 #
-# NOT RUN HERE: no such data, weights or GPUs were at hand. Each line was only seen to parse; expect
-# to mend settings. Meant for one node of 8 GPUs of 80 GB (H100 or A100), 64 or more CPU cores to
+# NOT RUN: the GPU-hours and the files to fetch were lacking. A test parses each line; expect to
+# mend settings. Meant for one node of 8 GPUs of 80 GB (H100 or A100), 64 or more CPU cores to
 # decode, and 300 GB of disk for the synthetic set; docs/costs.md estimates the hours. Decoding and
 # augmentation on the CPU are not in them, and may well be what takes the time. LAUNCH=python runs on
 # one GPU. Every command resumes or skips what is finished; delete the rows that you do not want. One

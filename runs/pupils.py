@@ -139,7 +139,7 @@ def rank_correlation(predicted, names, measured):
     """Spearman's correlation and its p, as text; "-" where all of one side are equal.
 
     predicted: a number per teacher. names: the teacher of each row. measured: a number per row.
-    p: the share of all ways to deal the predictions out to the teachers that give a correlation at
+    p: the share of all permutations of the predictions over the teachers that give a correlation at
     least as far from 0. Rows of one teacher share its prediction and do not count twice.
     """
     if len(set(predicted)) == 1 or len(set(measured)) == 1:

@@ -235,7 +235,7 @@ def ablation_table(cells, ablations):
 
 
 def forms_table(cells):
-    """Cells <cell>,<difference>,...: points above the cell without DRA.
+    """Cells <cell>,<difference>,... that were attacked: points above the cell without DRA.
 
     With several differences also above the form that lacks only the last one.
     """
@@ -252,7 +252,7 @@ def forms_table(cells):
         counted = without_choosing_seeds(cells, name)
         for reference_title, reference in references.items():
             samples = [effect(counted, [(name, reference)], measure) for measure in measures]
-            if len(samples[0]):
+            if all(map(len, samples)):
                 points = [show(values, "+") for values in samples]
                 rows.append([title, reference_title, n_seeds(samples), *points])
     return markdown(["form", "against", "seeds", *(MEASURES[m] for m in measures)], rows)
@@ -282,9 +282,9 @@ def section(runs, verdicts):
         what = "What the teacher knows beyond its pupil, and what DRA gives"
         lines += [f"**Does the verdict predict?** {what}, in points.", ""]
         lines += pupils.table(predictions)
-        lines += ["A gain or loss counts where the seeds tell it from 0.", ""]
+        lines += ["A gain or loss counts where it is significant over seeds.", ""]
         lines += pupils.outcomes(predictions)
-        lines += ["p is the share of all ways to deal the verdicts out to the teachers that give a"]
+        lines += ["p is the share of all permutations of the verdicts over the teachers that give a"]
         lines += ["correlation at least as far from 0.", ""]
         lines += pupils.correlations(predictions)
         picture = "The effect of DRA against the lead of the teacher's probe"
@@ -313,8 +313,6 @@ def section(runs, verdicts):
         title = "**One setting at a time**, 100 digits; points above the default,"
         lines += caption(cells, f"{title} on the seeds that all settings have.")
         lines += ablation_table(cells, ablations)
-        lines += [f"![Settings of {name}](ablation-{name}.png)" for name in ablations]
-        lines += [""]
     forms = forms_table(cells)
     if len(forms) > 3:  # more than titles
         title = "**Other forms**, 100 digits; points."
@@ -522,24 +520,6 @@ def curve_figure(curve, path):
     save_figure(figure, axes, path)
 
 
-def ablation_figure(cells, name, settings, path):
-    """Points above the default of every setting, a dot per seed."""
-    default, default_cell, without = ABLATIONS[name]
-    colours = {default_cell: "#D55E00", without: "#999999"}
-    cells = together(cells, settings.values())
-    figure, axes = plt.subplots(1, 2, figsize=(4 + 1.3 * len(settings), 3.6), layout="constrained")
-    labels = [value.replace(" ", "\n").replace(".resnets", "\n.resnets") for value in settings]
-    for axis, measure in zip(axes, ("two_attacks", "clean")):
-        for x, cell in enumerate(settings.values()):
-            points = effect(cells, [(cell, default_cell)], measure)
-            draw_dots(axis, x, points, colours.get(cell, "#0072B2"))
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(settings)), labels, fontsize=8)
-        axis.set(ylabel="points above the default", xlabel=f"{name} (0: {default})")
-        axis.set_title(f"{TITLES[default_cell]}, {MEASURES[measure]}")
-    save_figure(figure, axes, path)
-
-
 # ---------------------------------------------------------------------------------------- main
 
 
@@ -564,8 +544,6 @@ def main(args):
     cells_figure(cells, "docs/results-cells.png")
     if len(curve) > 1:
         curve_figure(curve, "docs/results-curve.png")
-    for name, settings in varied(cells).items():
-        ablation_figure(cells, name, settings, f"docs/ablation-{name}.png")
     for name, cifar_cells in on_cifar(experiments).items():
         course_figure(cifar_cells, f"docs/results-{name}.png")
     predictions = pupils.predictions_of(experiments, verdicts)

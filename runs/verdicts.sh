@@ -10,7 +10,7 @@ trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1  # two commands at once, one core each
 out=out/evidence
 cifar="--dataset cifar10 --data-dir ${DATA:-data} --precision bf16"
-fashion="--dataset fashion-mnist --data-dir /usr/share/datasets/fashion-mnist"
+fashion="--dataset fashion-mnist --data-dir ${FASHION:-/usr/share/datasets/fashion-mnist}"
 
 # A verdict: verdict EXPERIMENT TEACHER PUPIL FLAG...
 verdict() {
