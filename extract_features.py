@@ -30,6 +30,7 @@ verdict.md, a page with its picture, and verdict.json (analysis/verdict.py).
 """
 
 import argparse
+import math
 import os
 
 import numpy as np
@@ -231,8 +232,30 @@ def make_maps(path, shape, n_batches):
     """Make the map of the features and that of the flags, or check those that are there."""
     if not os.path.exists(f"{path}.writing") and os.path.exists(f"{path}.done.writing"):
         os.unlink(f"{path}.done.writing")  # flags of a map that is gone
-    files.map_zeros(f"{path}.writing", np.float32, shape)
-    files.map_zeros(f"{path}.done.writing", np.uint8, (n_batches,))
+    map_zeros(f"{path}.writing", np.float32, shape)
+    map_zeros(f"{path}.done.writing", np.uint8, (n_batches,))
+
+
+def map_zeros(path, dtype, shape):
+    """Map an .npy array for writing. A missing one is made of zeros; one that exists must fit.
+
+    Its space is taken first, because on a full disk a write to a map ends the process.
+    """
+    if not os.path.exists(path):
+        dtype = np.dtype(dtype)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        with files.atomic(path) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell() + dtype.itemsize * math.prod(shape)
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    files.open_npy(path, dtype, shape)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def save_head(model, labels, spec, args):

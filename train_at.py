@@ -12,7 +12,7 @@ command, and PRESETS say where a data set departs from it.
 
     python train_at.py                                                    # AT, digits, a minute
     python train_at.py --synthetic out/synthetic-digits --out-dir out/dm_at               # DM-AT
-    torchrun --nproc_per_node 8 train_at.py --dataset cifar10 --download    # the base's recipe
+    torchrun --nproc_per_node 8 train_at.py --dataset cifar10 --download    # DM-AT's recipe
 
 Writes to --out-dir: best.pt and best.safetensors, the averaged model that is most robust on
 held-out training images (no test image is used); last.pt; log.jsonl; TensorBoard events. Running
@@ -170,9 +170,9 @@ def parse_args(argv=None):
     add("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="LOW at peak lr")
     add("--betas", type=cli.fraction, nargs=2, metavar=("BETA1", "BETA2"), help="of adamw")
     add("--final-lr", type=cli.non_negative, help="learning rate at the end, of adamw")
-    add("--weight-decay", type=cli.non_negative, help="spares BatchNorm; adamw: biases too")
+    add("--weight-decay", type=cli.non_negative, help="spares BatchNorm; adamw: all vectors")
     add("--accumulate", type=cli.count, default=1, help="micro-batches per rank, to save memory")
-    add("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient, if limited")
+    add("--clip-norm", type=cli.positive, help="largest l2 norm of the classifier's gradient")
     add("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at step 0")
     add("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
     add = parser.add_argument_group("validation and run").add_argument
@@ -264,14 +264,14 @@ def at_loss(logits, logits_adv, y, args):
 def adversarial_loss(model, twin, x, y, start, args):
     """L_AT of images x: (loss, metrics, x_adv).
 
-    model: what the gradient is taken through (DDP). twin: its double, to be attacked.
+    model: what the gradient is taken through (DDP). twin: its frozen copy, to be attacked.
     start: the perturbation that the attack starts from, like x. y, metrics: as in at_loss.
     """
     logits = logits_adv = None
     x_adv = x
     attacked = args.loss != "standard"
-    # With running statistics the attack comes first: the clean pass moves them. With those of the
-    # batch it comes second: the clean logits are its reference.
+    # running: the attack comes first, because the clean pass updates the statistics.
+    # batch: it comes second, because the clean logits are the reference of its KL.
     if attacked and args.attack_bn == "running":
         x_adv = attack_in_training(twin, x, y, start, None, args)
     if args.loss != "pgd":
@@ -313,7 +313,8 @@ def one_cycle(epoch, args):
     """(learning rate, momentum) of an epoch, counted from 0: OneCycleLR stepped once an epoch.
 
     The rate rises from lr / 25 to lr over the warm-up and falls to lr / 250,000, both by half a
-    cosine. The momentum falls and rises in turn, OneCycleLR's default, which DM-AT keeps.
+    cosine. The momentum falls and rises in turn, OneCycleLR's default, which DM-AT keeps. The last
+    epoch has the lowest rate, so that a run of one epoch learns nothing.
     """
     low, high = args.momentum
     peak_epoch = args.warmup_fraction * args.epochs - 1
@@ -361,14 +362,14 @@ def ema_decay_at(step, train_steps, args):
     return min(args.ema_decay, (1 + since) / (10 + since))
 
 
-def validate(model, x, y, start, at_once, args):
+def validate(model, x, y, start, batch_size, args):
     """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, over all ranks' images.
 
-    x, y, start: this rank's. at_once: images in one pass.
+    x, y, start: this rank's. batch_size: images in one pass.
     Both are NaN where a logit is not finite, because argmax would call such an image class 0.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=x.device)  # clean, robust, not finite
-    parts = list(zip(x.split(at_once), y.split(at_once), start.split(at_once)))
+    parts = list(zip(*[images.split(batch_size) for images in (x, y, start)]))
     for x_part, y_part, start_part in parts[:1] if args.check else parts:
         x_adv = attacks.pgd(
             model,
@@ -395,7 +396,7 @@ def validate(model, x, y, start, at_once, args):
 # ---------------------------------------------------------------------------------- the script
 
 
-def check(args, spec, world_size):
+def check_sizes(args, spec, world_size):
     """Raises UserError where flags do not fit the data set or the number of processes."""
     if args.batch_size % (world_size * args.accumulate):
         divisor = f"{world_size} processes"
@@ -405,8 +406,9 @@ def check(args, spec, world_size):
     if (args.mixup or args.cutmix) and args.batch_size == world_size:
         message = "one image per process has no other to be mixed with"
         raise UserError(f"--batch-size {args.batch_size}: {message}, see --mixup and --cutmix")
-    if args.val_size < world_size:
-        raise UserError(f"--val-size {args.val_size}: fewer images than processes ({world_size})")
+    for flag, n in (("--val-size", args.val_size), ("--n-train", args.n_train)):
+        if n is not None and n < world_size:
+            raise UserError(f"{flag} {n}: fewer images than processes ({world_size})")
     models.check_model(args.model, spec)
 
 
@@ -465,10 +467,10 @@ def main(args):
     # Setup: one process per GPU under torchrun, else one process.
     rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = open_dataset(args)
-    check(args, spec, world_size)
+    check_sizes(args, spec, world_size)
     if args.compile:
         check_compiler(device)
-    mixed = autocast(device, args.precision)
+    amp = autocast(device, args.precision)
 
     # Data. The run directory is made later, when all that can be wrong with the inputs is found.
     if rank == 0:
@@ -497,7 +499,7 @@ def main(args):
     steps_per_epoch = math.ceil((args.epoch_images or len(train[1])) / args.batch_size)
     train_steps = args.epochs * steps_per_epoch
 
-    # Model, its average, its twin (for the attack), optimiser. The loss goes through model (DDP).
+    # Model, its average, its twin for the attack, optimiser. The loss goes through model (DDP).
     torch.manual_seed(data.seed_of(args.seed, "init"))
     raw_model = models.build(args.model, spec)
     if args.init:
@@ -528,7 +530,8 @@ def main(args):
     run.start(train_steps)
     meters = Meters()
     first_compiled = max(run.step, 1)  # BatchNorm's momentum changes after step 0
-    at_once = 2 * args.batch_size // (world_size * args.accumulate)  # what a step's two passes hold
+    # As many images as the clean and the adversarial pass of a step hold together.
+    val_batch_size = 2 * args.batch_size // (world_size * args.accumulate)
     while run.step < train_steps:
         if args.compile and run.step == first_compiled:
             raw_model.compile()
@@ -547,7 +550,7 @@ def main(args):
             start_micro = start[micro].contiguous(memory_format=torch.channels_last)
             more = part < args.accumulate - 1
             with no_sync(model, when=more):
-                with mixed:
+                with amp:
                     loss, metrics, x_adv = adversarial_loss(
                         model, twin, x_micro, y[micro], start_micro, args
                     )
@@ -567,9 +570,9 @@ def main(args):
             set_batchnorm_momentum(raw_model, args.bn_momentum)
 
         # Validation, with a checkpoint; at SIGTERM a checkpoint alone.
-        is_last = run.step == train_steps or run.checked()
+        is_last = run.step == train_steps or run.check_is_done()
         validate_now = is_last or run.step % (args.eval_every * steps_per_epoch) == 0
-        if validate_now or run.ranks_agree():
+        if validate_now or run.is_sync_step():
             average_batchnorm(raw_model, ema)
         stop = run.should_stop()
         if validate_now or stop:
@@ -581,8 +584,8 @@ def main(args):
             metrics["images_per_s"] = round(n_steps * args.batch_size / seconds, 1)
             metrics["data_wait"] = round(batches.waited / seconds, 4)  # share of the time
             batches.waited = 0.0
-            with mixed:
-                clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, at_once, args)
+            with amp:
+                clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, val_batch_size, args)
             run.check_finite(clean_acc=clean_acc, robust_acc=robust_acc)
             run.log(clean_acc=clean_acc, robust_acc=robust_acc, **metrics)
             run.bar.set_postfix(loss=f"{metrics['loss']:.3f}", robust=f"{robust_acc:.1%}")
@@ -600,7 +603,8 @@ def main(args):
 
     run.close()
     if rank == 0 and args.check:
-        n_passes = math.ceil(len(x_val) / at_once) * (args.epochs // args.eval_every + 1)
+        n_validations = math.ceil(args.epochs / args.eval_every)
+        n_passes = math.ceil(len(x_val) / val_batch_size) * n_validations
         n_images = (len(train[1]), args.val_size, len(test[1]), len(synthetic or ()))
         run.print_check(spec, n_images, train_steps, n_passes)
     elif rank == 0 and run.step < train_steps:

@@ -199,9 +199,9 @@ def parse_args(argv=None):
     add("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="LOW at peak lr")
     add("--betas", type=cli.fraction, nargs=2, metavar=("BETA1", "BETA2"), help="of adamw")
     add("--final-lr", type=cli.non_negative, help="learning rate at the end, of adamw")
-    add("--weight-decay", type=cli.non_negative, help="spares BatchNorm; adamw: biases too")
+    add("--weight-decay", type=cli.non_negative, help="spares BatchNorm; adamw: all vectors")
     add("--accumulate", type=cli.count, default=1, help="micro-batches per rank, to save memory")
-    add("--clip-norm", type=cli.positive, help="largest l2 norm of the gradient, if limited")
+    add("--clip-norm", type=cli.positive, help="largest l2 norm of the classifier's gradient")
     add("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at step 0")
     add("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
     add = parser.add_argument_group("validation and run").add_argument
@@ -325,9 +325,9 @@ def cosine_loss(output, targets):
 
 
 def contrastive_loss(output, targets, temperature=0.1):
-    """InfoNCE (arXiv 1807.03748): cross-entropy of finding an image's own target in the batch.
+    """InfoNCE (arXiv 1807.03748): cross-entropy of finding an image's own target among all B.
 
-    The logits are cosines / temperature, in float32. output, targets: (B, C).
+    The logits are cosines / temperature, in float32. output, targets: (B, C), of a micro-batch.
     """
     with torch.autocast(output.device.type, enabled=False):
         output = F.normalize(output.float(), dim=1)
@@ -378,14 +378,14 @@ def at_loss(logits, logits_adv, y, args):
 def adversarial_loss(model, twin, x, y, start, args):
     """L_AT of images x: (loss, metrics, x_adv, list of the features (B, D) to align).
 
-    model: what the gradient is taken through (DDP). twin: its double, to be attacked.
+    model: what the gradient is taken through (DDP). twin: its frozen copy, to be attacked.
     start: the perturbation that the attack starts from, like x. y, metrics: as in at_loss.
     """
     logits = logits_adv = feats = feats_adv = None
     x_adv = x
     attacked = args.loss != "standard"
-    # With running statistics the attack comes first: the clean pass moves them. With those of the
-    # batch it comes second: the clean logits are its reference.
+    # running: the attack comes first, because the clean pass updates the statistics.
+    # batch: it comes second, because the clean logits are the reference of its KL.
     if attacked and args.attack_bn == "running":
         x_adv = attack_in_training(twin, x, y, start, None, args)
     if args.loss != "pgd":
@@ -432,7 +432,8 @@ def one_cycle(epoch, args):
     """(learning rate, momentum) of an epoch, counted from 0: OneCycleLR stepped once an epoch.
 
     The rate rises from lr / 25 to lr over the warm-up and falls to lr / 250,000, both by half a
-    cosine. The momentum falls and rises in turn, OneCycleLR's default, which DM-AT keeps.
+    cosine. The momentum falls and rises in turn, OneCycleLR's default, which DM-AT keeps. The last
+    epoch has the lowest rate, so that a run of one epoch learns nothing.
     """
     low, high = args.momentum
     peak_epoch = args.warmup_fraction * args.epochs - 1
@@ -480,14 +481,14 @@ def ema_decay_at(step, train_steps, args):
     return min(args.ema_decay, (1 + since) / (10 + since))
 
 
-def validate(model, x, y, start, at_once, args):
+def validate(model, x, y, start, batch_size, args):
     """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, over all ranks' images.
 
-    x, y, start: this rank's. at_once: images in one pass.
+    x, y, start: this rank's. batch_size: images in one pass.
     Both are NaN where a logit is not finite, because argmax would call such an image class 0.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=x.device)  # clean, robust, not finite
-    parts = list(zip(x.split(at_once), y.split(at_once), start.split(at_once)))
+    parts = list(zip(*[images.split(batch_size) for images in (x, y, start)]))
     for x_part, y_part, start_part in parts[:1] if args.check else parts:
         x_adv = attacks.pgd(
             model,
@@ -514,7 +515,7 @@ def validate(model, x, y, start, at_once, args):
 # ---------------------------------------------------------------------------------- the script
 
 
-def check(args, spec, world_size):
+def check_sizes(args, spec, world_size):
     """Raises UserError where flags do not fit the data set or the number of processes."""
     if args.batch_size % (world_size * args.accumulate):
         divisor = f"{world_size} processes"
@@ -524,8 +525,9 @@ def check(args, spec, world_size):
     if (args.mixup or args.cutmix) and args.batch_size == world_size:
         message = "one image per process has no other to be mixed with"
         raise UserError(f"--batch-size {args.batch_size}: {message}, see --mixup and --cutmix")
-    if args.val_size < world_size:
-        raise UserError(f"--val-size {args.val_size}: fewer images than processes ({world_size})")
+    for flag, n in (("--val-size", args.val_size), ("--n-train", args.n_train)):
+        if n is not None and n < world_size:
+            raise UserError(f"{flag} {n}: fewer images than processes ({world_size})")
     n_targets = 1 if args.align_loss == "cosine" and not args.shuffle_targets else 2  # at least
     if args.batch_size < n_targets * (args.teacher_every or 1) * world_size * args.accumulate:
         flags = "--teacher-every, --align-loss and --shuffle-targets"
@@ -601,10 +603,10 @@ def main(args):
     # Setup: one process per GPU under torchrun, else one process.
     rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = open_dataset(args)
-    check(args, spec, world_size)
+    check_sizes(args, spec, world_size)
     if args.compile:
         check_compiler(device)
-    mixed = autocast(device, args.precision)
+    amp = autocast(device, args.precision)
 
     # Data. The run directory is made later, when all that can be wrong with the inputs is found.
     if rank == 0:
@@ -643,7 +645,7 @@ def main(args):
     if not val_targets.isfinite().all():
         raise UserError(f"--teacher {args.teacher}: features at --sigma are not finite")
 
-    # Model, its average, its twin (for the attack), optimiser. The loss goes through model (DDP).
+    # Model, its average, its twin for the attack, optimiser. The loss goes through model (DDP).
     torch.manual_seed(data.seed_of(args.seed, "init"))
     raw_model = models.build(args.model, spec)
     if args.init:
@@ -679,8 +681,9 @@ def main(args):
     run.start(train_steps)
     meters = Meters()
     first_compiled = max(run.step, 1)  # BatchNorm's momentum changes after step 0
-    at_once = 2 * args.batch_size // (world_size * args.accumulate)  # what a step's two passes hold
-    # Rows with a target. Other numbers of processes choose others, but each image keeps its noise.
+    # As many images as the clean and the adversarial pass of a step hold together.
+    val_batch_size = 2 * args.batch_size // (world_size * args.accumulate)
+    # The rows that get a target. Which images these are: docs/recipes.md. Each keeps its noise.
     kth = slice(None, None, args.teacher_every)
     while run.step < train_steps:
         if args.compile and run.step == first_compiled:
@@ -707,7 +710,7 @@ def main(args):
             if args.shuffle_targets:
                 targets = targets[torch.randperm(len(targets), generator=shuffle, device=device)]
             with no_sync(model, when=more), no_sync(head, when=more):
-                with mixed:
+                with amp:
                     loss, metrics, x_adv, feats = adversarial_loss(
                         model, twin, x_micro, y[micro], start_micro, args
                     )
@@ -730,9 +733,9 @@ def main(args):
             set_batchnorm_momentum(raw_model, args.bn_momentum)
 
         # Validation, with a checkpoint; at SIGTERM a checkpoint alone.
-        is_last = run.step == train_steps or run.checked()
+        is_last = run.step == train_steps or run.check_is_done()
         validate_now = is_last or run.step % (args.eval_every * steps_per_epoch) == 0
-        if validate_now or run.ranks_agree():
+        if validate_now or run.is_sync_step():
             average_batchnorm(raw_model, ema)
         stop = run.should_stop()
         if validate_now or stop:
@@ -744,8 +747,8 @@ def main(args):
             metrics["images_per_s"] = round(n_steps * args.batch_size / seconds, 1)
             metrics["data_wait"] = round(batches.waited / seconds, 4)  # share of the time
             batches.waited = 0.0
-            with mixed:
-                clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, at_once, args)
+            with amp:
+                clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, val_batch_size, args)
                 metrics["val_align"] = val_alignment(raw_model, raw_head, x_val, val_targets, args)
             run.check_finite(clean_acc=clean_acc, robust_acc=robust_acc)
             run.log(clean_acc=clean_acc, robust_acc=robust_acc, **metrics)
@@ -764,7 +767,8 @@ def main(args):
 
     run.close()
     if rank == 0 and args.check:
-        n_passes = math.ceil(len(x_val) / at_once) * (args.epochs // args.eval_every + 1)
+        n_validations = math.ceil(args.epochs / args.eval_every)
+        n_passes = math.ceil(len(x_val) / val_batch_size) * n_validations
         n_images = (len(train[1]), args.val_size, len(test[1]), len(synthetic or ()))
         run.print_check(spec, n_images, train_steps, n_passes)
     elif rank == 0 and run.step < train_steps:

@@ -269,7 +269,7 @@ def main(args):
     rank, world_size, device = start_processes(args.precision, args.deterministic)
     spec = open_dataset(args)
     check(args, spec, world_size)
-    mixed = autocast(device, args.precision)
+    amp = autocast(device, args.precision)
 
     # Data: no crops; mirrored where the classes do not mind. Each rank makes the global batch and
     # takes its rows, so that the noise does not depend on the number of processes.
@@ -314,7 +314,7 @@ def main(args):
             group["lr"] = lr_at(run.step, args)
         x, y = batches(run.step)
         y, normal, noise = draw(run.step, y, x.shape, spec.num_classes, args)
-        with mixed:
+        with amp:
             losses = edm_loss(model, 2 * x[mine] - 1, y[mine], normal[mine], noise[mine], args)
         loss = losses.mean()
 
@@ -325,20 +325,20 @@ def main(args):
         update_average(ema, net, ema_decay_at(run.step, args))
         meters.update(loss=loss)
 
-        is_last = run.step == args.train_steps or run.checked()
+        is_last = run.step == args.train_steps or run.check_is_done()
         validate_now = run.step % args.eval_every == 0 or is_last
         stop = run.should_stop()
         if validate_now or stop:
             means = meters.means()
             run.check_finite(**means)
         if validate_now:
-            with mixed:
+            with amp:
                 val_loss = validate(ema, x_val, y_val, mine, args)
             run.check_finite(val_loss=val_loss)
             run.log(val_loss=val_loss, lr=lr_at(run.step - 1, args), **means)
             run.bar.set_postfix(loss=f"{means['loss']:.3f}", val_loss=f"{val_loss:.3f}")
         if validate_now and rank == 0:
-            with mixed:
+            with amp:
                 images = samples(ema, spec, args, device)
             save_images(images, run.path("samples.png"), columns=10)
         if validate_now or stop:
@@ -350,7 +350,8 @@ def main(args):
     if rank == 0 and args.check:
         test = data.load_test(spec, args.data_dir)
         n_images = (len(train[1]), args.val_size, len(test[1]), 0)
-        run.print_check(spec, n_images, args.train_steps, args.train_steps // args.eval_every + 1)
+        n_passes = math.ceil(args.train_steps / args.eval_every)
+        run.print_check(spec, n_images, args.train_steps, n_passes)
     elif rank == 0 and run.step < args.train_steps:
         print(run.stopped_message(args.train_steps))
     elif rank == 0:

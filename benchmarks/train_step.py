@@ -179,7 +179,7 @@ def our_step(script, flags, folder, network=None, device=CPU):
     batches and args.
     """
     batches, args = our_batches(script, flags, folder, device)
-    mixed = autocast(device, args.precision)
+    amp = autocast(device, args.precision)
     torch.manual_seed(0)
     model = models.build(args.model, DATASETS[args.dataset]).to(device).train()
     ema = make_average(model)
@@ -205,13 +205,13 @@ def our_step(script, flags, folder, network=None, device=CPU):
         attacks.update_twin(twin, model)
         optimizer.zero_grad(set_to_none=True)
         if network:
-            kth = slice(None, None, args.teacher_every)
+            aligned = slice(None, None, args.teacher_every)
             noise = teacher.noise(len(y), args.seed, "teacher", number)
-            targets = teacher.targets(x[kth], y[kth], noise[kth])
-        with mixed:
+            targets = teacher.targets(x[aligned], y[aligned], noise[aligned])
+        with amp:
             loss, metrics, _, *more = script.adversarial_loss(model, twin, x, y, start, args)
             if network:
-                feats = [f[kth] for f in more[0]]
+                feats = [f[aligned] for f in more[0]]
                 loss_aux = script.alignment_loss(head, feats, targets, args)
                 loss = loss + args.aux_weight * loss_aux
         loss.backward()

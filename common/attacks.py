@@ -51,8 +51,9 @@ def apgd(model, x, y, *, norm, eps, n_steps, loss="ce", compiled=False):
     """Return each image's iterate of highest loss of Auto-PGD, started at x itself.
 
     Source: Croce & Hein, arXiv 2003.01690. The step size starts at 2 eps. At checkpoints it is
-    halved for an image whose loss rose in 75 % of the steps or fewer, or whose best loss has not
-    grown since the last checkpoint; that image goes back to its best iterate. Momentum is 0.75 from
+    halved for an image whose loss rose in 75 % of the steps or fewer; or, if it was not halved at
+    the last checkpoint, whose best loss has not grown since then. That image goes back to its best
+    iterate. Momentum is 0.75 from
     the second step on. With n_steps=2 this is the attack in the ImageNet training of Singh et al.
     (arXiv 2303.01870).
     The arguments are those of pgd; y may also be (B, K) label probabilities.
@@ -193,10 +194,12 @@ def _l2_norm(images):
 
 
 def make_twin(model, bn, precision):
-    """A frozen double of a classifier, to be attacked while the model itself is in training.
+    """A frozen copy of a classifier, to be attacked in its place while the model is in training.
 
+    It shares the weights, but has a mode of its own, so that the attack leaves the model's
+    gradients and BatchNorm statistics alone.
     bn: how its BatchNorm behaves. "batch": by the statistics of the images that it sees, as in
-    training, which leave no trace (the base recipe). "running": by the model's running ones.
+    training, which leave no trace (DM-AT's recipe). "running": by the model's running ones.
     precision: with "bf16" the weights of its products are cast here, once, and not at every pass;
     update_twin casts them again. All else is shared with the model and follows it.
     """

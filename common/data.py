@@ -78,12 +78,16 @@ class Spec:
     download: Callable | None = None  # (data_dir) -> None
     wanted: str = ""  # what has to lie in --data-dir
     classes: tuple = ()  # names of the classes in the order of their labels, where they are known
-    val_size: int = 1024  # first training images held out by default, as in the base recipe
-    files: bool = False  # the images stay in files (published/image_files.py)
-    batches: Callable | None = None  # what makes the training batches, Batches if None
+    val_size: int = 1024  # first training images held out by default, as in DM-AT's recipe
+    batches: Callable | None = None  # FileBatches of published/image_files.py; None: Batches
     crop_padding: int = 0  # training images are padded by so many pixels and cropped back,
     flip: bool = False  # mirrored half of the time,
     rotation: float = 0.0  # and rotated by up to so many degrees
+
+    @property
+    def files(self):
+        """Whether the images stay in files and are decoded in workers."""
+        return self.batches is not None
 
     def check_classes(self, name, classes):
         """Raises UserError where what `name` is of has classes of other names than the data set.
@@ -112,7 +116,7 @@ def load_train(spec, data_dir, val_size, n_train=None, imbalance=None):
     """Read the training set. Returns ((images, labels), (held-out images, held-out labels)).
 
     Images are uint8 (N, H, W, C) or ImageFiles, labels int64 (N,). Held out are the first val_size
-    images, as in the base recipe: nothing is ever chosen on the test images.
+    images, as in DM-AT's recipe: nothing is ever chosen on the test images.
     n_train: train on the next so many images only. None: on all others.
     imbalance: of those, on the rows of `long_tail` only. The held-out images stay as they are.
     """
@@ -139,17 +143,17 @@ def load_train(spec, data_dir, val_size, n_train=None, imbalance=None):
 def long_tail(labels, num_classes, ratio):
     """Rows (n,), ascending, of a part of the images with a long tail of classes.
 
-    labels: (N,). Class c keeps its first n_max / ratio^(c / (num_classes - 1)) images, rounded
-    down, and at least one: the exponential profile of Cui et al. (arXiv 1901.05555). n_max is the
+    labels: (N,). Class c keeps its first n_first / ratio^(c / (num_classes - 1)) images, rounded
+    down, and at least one: the exponential profile of Cui et al. (arXiv 1901.05555). n_first is the
     size of the smallest class, so that no class lacks images. ratio: at least 1; the first class
     has so many times as many images as the last.
     """
-    n_max = np.bincount(labels, minlength=num_classes).min()
-    if n_max == 0:
+    n_first = np.bincount(labels, minlength=num_classes).min()
+    if n_first == 0:
         raise UserError(f"--imbalance {ratio:g}: the {len(labels)} training images lack a class")
     kept = []
     for label in range(num_classes):
-        n = n_max / ratio ** (label / (num_classes - 1))
+        n = n_first / ratio ** (label / (num_classes - 1))
         n = int(n + 1e-9)  # 32 may come out as 31.999999999999993
         kept.append(np.flatnonzero(labels == label)[: max(1, n)])
     return np.sort(np.concatenate(kept))
@@ -160,7 +164,7 @@ def load_test(spec, data_dir):
     return _read(spec, data_dir, train=False)
 
 
-N_MEASURED = 10_000  # training images that mean and deviation are measured on; a tenth, of files
+N_MEASURED = 10_000  # training images that mean and deviation are measured on; 1,000 of files
 
 
 def measured(spec, train):
@@ -324,9 +328,10 @@ class Batches:
     """batches(step) is this rank's part (x, y) of the global training batch of that step.
 
     It is a pure function of (seed, step). The global batch has floor(batch_size *
-    synthetic_fraction) synthetic images, drawn uniformly with replacement; the others are real
-    images, in the order of a new random permutation for each pass. A rank takes every world_size-th
-    image, so that the batch does not depend on the number of ranks and each rank sees both kinds.
+    synthetic_fraction) synthetic images, drawn with replacement by SyntheticSet.draw. The others
+    are real images, in the order of a new random permutation for each pass. A rank takes every
+    world_size-th image, so that the batch does not depend on the number of ranks and each rank sees
+    both kinds.
 
     For a GPU, a thread makes the batch of the next step while the present one is trained on. On a
     CPU it would take a core from the step.

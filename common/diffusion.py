@@ -198,13 +198,6 @@ def per_image(sigma, noisy):
     return torch.full((len(noisy),), sigma, dtype=noisy.dtype, device=noisy.device)
 
 
-def one_hot(labels, num_classes, dtype):
-    """Labels (B,) as (B, num_classes). The label num_classes, which is none, gives zeros."""
-    if num_classes == 0:
-        return torch.zeros(len(labels), 0, dtype=dtype, device=labels.device)
-    return F.one_hot(labels, num_classes + 1)[:, :-1].to(dtype)
-
-
 # --------------------------------------------------------------------------- EDM's preconditioning
 
 

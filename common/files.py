@@ -7,7 +7,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import warnings
@@ -303,28 +302,6 @@ def open_npy(path, dtype, shape=None):
     return array
 
 
-def map_zeros(path, dtype, shape):
-    """Map an .npy array for writing. A missing one is made of zeros; one that exists must fit.
-
-    Its space is taken first, because on a full disk a write to a map ends the process.
-    """
-    if not os.path.exists(path):
-        dtype = np.dtype(dtype)
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        with atomic(path) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            size = file.tell() + dtype.itemsize * math.prod(shape)
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)
-    open_npy(path, dtype, shape)
-    return np.lib.format.open_memmap(path, "r+")
-
-
 def sha256(path):
     """Hex digest of a file's content; of a folder or hub:OWNER/NAME its file of weights.
 
@@ -385,27 +362,6 @@ def _hub_weights(name):
     weights = main if main in found else found[0]
     check_sum(weights)
     return weights
-
-
-def local_verdicts(path):
-    """The path of a file of verdicts, .npz. hub:OWNER/NAME/FILE is fetched, with its result.
-
-    Raises UserError where the hub has no such file, or where the file is damaged (check_sum).
-    """
-    if path.startswith("hub:"):
-        owner, _, rest = path.removeprefix("hub:").partition("/")
-        name, _, file = rest.partition("/")
-        if not file:
-            raise UserError(f"{path}: expected hub:OWNER/NAME/FILE.npz, one of its results")
-        folder = from_hub(f"hub:{owner}/{name}", ["*.json", "*.npz"])
-        local = os.path.join(folder, file)
-        if not os.path.exists(local):
-            there = sorted(other for other in os.listdir(folder) if other.endswith(".npz"))
-            listed = ", ".join(there) or "none"
-            raise UserError(f"{path}: no such file; its .npz files are {listed[:200]}")
-        path = local
-    check_sum(path)
-    return path
 
 
 def check_sum(path):

@@ -174,6 +174,13 @@ class PreActResNet18(_Classifier):
         return F.silu(self.batchnorm(h)).mean((2, 3), dtype=self.logits.weight.dtype)
 
 
+class _Float32Pool(nn.AdaptiveAvgPool2d):
+    """The average over space in float32 at least, whatever precision the convolutions have."""
+
+    def forward(self, x):
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 class TorchvisionClassifier(_Classifier):
     """A torchvision network. Its last Linear becomes `logits`, and an Identity takes its place.
 
@@ -189,6 +196,8 @@ class TorchvisionClassifier(_Classifier):
         self.logits = network.get_submodule(self.head)
         parent, _, child = self.head.rpartition(".")
         setattr(network.get_submodule(parent), child, nn.Identity())
+        if hasattr(network, "avgpool"):
+            network.avgpool = _Float32Pool(1)
         # torchvision's ViT starts with zeros here: all images have equal logits, and the gradient
         # that an attack follows is zero.
         nn.init.normal_(self.logits.weight, std=0.02)

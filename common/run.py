@@ -39,10 +39,9 @@ _patient = None  # the process group of `barrier`, which waits for a day
 def start_processes(precision, deterministic=None):
     """Join torchrun's process group, if torchrun started us. Returns (rank, world_size, device).
 
-    GPUs talk over NCCL, CPUs over gloo. From here on, what is computed in float32 is rounded to
-    TF32 with the precision "tf32" alone. deterministic, on a GPU: True, equal runs are equal to the
-    bit, and PyTorch raises an error where it cannot do that; None, it warns there; False, cuDNN
-    takes the kernels that are fastest in a trial.
+    GPUs talk over NCCL, CPUs over gloo. TF32 is used with precision "tf32" alone. deterministic, on
+    a GPU: True, equal runs are equal to the bit, and PyTorch raises an error where it cannot do
+    that; None, it warns there; False, cuDNN times its kernels and takes the fastest.
     """
     global _patient
     rank, world_size, local_rank = _launched()
@@ -368,11 +367,11 @@ class Run:
         self.out_dir = args.out_dir
         self.rank = rank
         self.device = device
-        self.last_path = os.path.join(self.out_dir, "last.pt")
+        self.last_path = os.path.join(self.out_dir, "last.pt")  # --check reads it, and writes none
         self.checking = args.check
         self.marks = []  # of --check: times at which steps ended
         self.teaching = []  # of --check: seconds of the teacher in each step
-        self.validated = 0.0  # of --check: when the last validation ended
+        self.saved_at = 0.0  # of --check: when the last validation ended
         self.step = 0
         self.best = []
         self.seconds = 0.0
@@ -412,7 +411,7 @@ class Run:
 
     def save(self, **also):
         """Write last.pt; all ranks call it. also: entries for those who read the file elsewhere."""
-        self.validated = time.time()
+        self.saved_at = time.time()
         if self.rank == 0:
             state = {
                 **also,
@@ -494,7 +493,7 @@ class Run:
             torch.cuda.synchronize()
         return time.time()
 
-    def checked(self):
+    def check_is_done(self):
         """Whether this is --check, and its steps are done: the first warms up, others are timed."""
         return self.checking and len(self.marks) > CHECK_STEPS
 
@@ -508,7 +507,7 @@ class Run:
         teaching = self.teaching[times.index(step_seconds)] / step_seconds
         of_teacher = f", of which the teacher takes {teaching:.0%}" if teaching else ""
         seconds = (train_steps - self.step) * step_seconds
-        seconds += n_passes * (self.validated - self.marks[-1])
+        seconds += n_passes * (self.saved_at - self.marks[-1])
         to_train, held_out, to_test, synthetic = n_images
         images = f"{to_train:,} images to train, {held_out:,} to validate, {to_test:,} to test"
         print(f"data      {images}, {synthetic:,} synthetic")
@@ -518,7 +517,7 @@ class Run:
         print(f"time      about {in_words(seconds)}, with {n_passes:,} batches of validation")
         print("nothing is wrong, and nothing was written but the cache")
 
-    def ranks_agree(self):
+    def is_sync_step(self):
         """Whether this is a step after which ranks agree on what else each has for itself."""
         return self.step % AGREE_EVERY == 0
 
@@ -528,11 +527,11 @@ class Run:
         Several ranks ask one another every AGREE_EVERY steps. The answer comes over the CPU, so
         that no GPU is waited for.
         """
-        if self.checked():
+        if self.check_is_done():
             return True
         if not dist.is_initialized():
             return self._terminated
-        return self.ranks_agree() and bool(sum_over_ranks(torch.tensor(int(self._terminated))))
+        return self.is_sync_step() and bool(sum_over_ranks(torch.tensor(int(self._terminated))))
 
     def _on_sigterm(self, *_):
         self._terminated = True

@@ -67,8 +67,8 @@ def compare(path_a, path_b):
     Four counts of images, the paired difference with its interval, and McNemar's test.
     path_a, path_b: of .npz files, also hub:OWNER/NAME/FILE.npz.
     """
-    local_a = files.local_verdicts(path_a)
-    local_b = files.local_verdicts(path_b)
+    local_a = local_verdicts(path_a)
+    local_b = local_verdicts(path_b)
     a = read_verdicts(local_a)
     b = read_verdicts(local_b)
     for name in ("index", "label"):
@@ -82,6 +82,27 @@ def compare(path_a, path_b):
     _print_pair("clean", a["clean_correct"], b["clean_correct"])
     if len(a["attacks"]) and len(b["attacks"]):
         _print_pair("robust", a["robust"], b["robust"])
+
+
+def local_verdicts(path):
+    """The path of a file of verdicts, .npz. hub:OWNER/NAME/FILE is fetched, with its result.
+
+    Raises UserError where the hub has no such file, or where the file is damaged (check_sum).
+    """
+    if path.startswith("hub:"):
+        owner, _, rest = path.removeprefix("hub:").partition("/")
+        name, _, file = rest.partition("/")
+        if not file:
+            raise UserError(f"{path}: expected hub:OWNER/NAME/FILE.npz, one of its results")
+        folder = files.from_hub(f"hub:{owner}/{name}", ["*.json", "*.npz"])
+        local = os.path.join(folder, file)
+        if not os.path.exists(local):
+            there = sorted(other for other in os.listdir(folder) if other.endswith(".npz"))
+            listed = ", ".join(there) or "none"
+            raise UserError(f"{path}: no such file; its .npz files are {listed[:200]}")
+        path = local
+    files.check_sum(path)
+    return path
 
 
 def _compare_results(path_a, path_b):

@@ -363,7 +363,6 @@ DATASETS = {
         read=_read_svhn,
         download=_download_svhn,
         wanted="train_32x32.mat and test_32x32.mat",
-        crop_padding=4,
     ),
     "tiny-imagenet": Spec(
         name="tiny-imagenet",
@@ -389,7 +388,6 @@ DATASETS = {
         eps=_EPS_LARGE,
         read=_read_imagenet,
         wanted="train/ and val/ with one folder of JPEGs per class (ILSVRC-2012)",
-        files=True,
         batches=FileBatches,
         flip=True,
     ),
@@ -422,7 +420,6 @@ def spec_of(args):
         image_size=args.image_size,
         eps=_EPS_LARGE if in_files else _EPS,
         read=partial(read_folder, image_size=args.image_size),
-        files=in_files,
         batches=FileBatches if in_files else None,
         crop_padding=args.image_size // 8,
     )

@@ -8,8 +8,8 @@
 # the rows that you do not want. One row is one seed: add --seed 1 and another name for the next.
 #
 # We know of no public diffusion network of SVHN: the teacher is trained here, with settings that we
-# have not tried. The classifiers' recipe is DM-AT's for CIFAR-10; what its authors changed for SVHN
-# is not known to us. Files to fetch yourself:
+# have not tried. The recipe is DM-AT's for CIFAR-10, without augmentation, as its code reads SVHN;
+# what else its authors changed for SVHN is not known to us. Files to fetch yourself:
 #   data/synthetic/svhn-1m.npz, svhn-50m-part1.npz to 4
 #     DM-AT's generated sets; the README of github.com/wzekai99/DM-Improves-AT links them
 set -euo pipefail

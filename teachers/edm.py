@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import cli, files
-from common.diffusion import Diffusion, one_hot
+from common.diffusion import Diffusion
 from teachers import edm2, parts, pickles
 
 # ------------------------------------------------------------------------------------- the networks
@@ -440,7 +440,7 @@ class EDMNetwork(Diffusion):
         return self.net.u[self.net.nearest(self.net.u.new_tensor([sigma]))].item()
 
     def _denoise(self, noisy, sigma, labels):
-        return self.net(noisy, sigma, one_hot(labels, self.num_classes, noisy.dtype))
+        return self.net(noisy, sigma, parts.one_hot(labels, self.num_classes, noisy.dtype))
 
 
 # ---------------------------------------------------------------------- a network by its settings

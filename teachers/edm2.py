@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.diffusion import Diffusion, one_hot
+from common.diffusion import Diffusion
+from teachers import parts
 from teachers.dit import decode_latents, encode_latents
 
 # ---------------------------------------------------------------- layers that keep magnitudes
@@ -329,4 +330,4 @@ class EDM2(Diffusion):
         return mean, 0.5 / std
 
     def _denoise(self, noisy, sigma, labels):
-        return self.net(noisy, sigma, one_hot(labels, self.num_classes, noisy.dtype))
+        return self.net(noisy, sigma, parts.one_hot(labels, self.num_classes, noisy.dtype))

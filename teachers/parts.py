@@ -370,3 +370,10 @@ def write_converted(contents, out_dir, source):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write = files.write_json if name.endswith(".json") else files.write_safetensors
         write(content, path)
+
+
+def one_hot(labels, num_classes, dtype):
+    """Labels (B,) as (B, num_classes). The label num_classes, which is none, gives zeros."""
+    if num_classes == 0:
+        return torch.zeros(len(labels), 0, dtype=dtype, device=labels.device)
+    return F.one_hot(labels, num_classes + 1)[:, :-1].to(dtype)

@@ -418,7 +418,7 @@ def test_the_shared_clean_pass_is_exact():
 
 def test_shared_functions_are_word_for_word_the_same():
     """The two scripts repeat each other on purpose; what they share may not drift."""
-    changed = {"parse_args", "check_flags", "adversarial_loss", "check", "main"}
+    changed = {"parse_args", "check_flags", "adversarial_loss", "check_sizes", "main"}
     functions = dict(inspect.getmembers(train_at, inspect.isfunction))
     shared = {name for name in functions if functions[name].__module__ == "train_at"} - changed
     assert {"at_loss", "attack_in_training", "one_cycle", "set_schedule", "validate"} <= shared

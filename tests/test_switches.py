@@ -129,6 +129,17 @@ def test_bf16_is_for_convolutions_alone(n_steps):
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["wrn-10-1", "preact-18", "resnet-18"])
+def test_features_are_averaged_over_space_in_float32(name):
+    """They are no numbers of bfloat16, as an average in bf16 would be."""
+    model = models.build(name, DATASETS["cifar10"])
+    x = torch.rand(2, 3, 32, 32)
+    with autocast(x.device, "bf16"):
+        _, feats = model(x, with_features=True)
+    assert feats.dtype == torch.float32
+    assert (feats != feats.bfloat16().float()).float().mean() > 0.9
+
+
 def test_compiled_losses_are_the_golden_ones(tmp_path):
     """To 1e-3, in one epoch; what is saved has no trace of the compiler."""
     state = run_at(tmp_path / "run", "--compile", "--epochs", "1", "--n-steps", "1")

@@ -78,7 +78,7 @@ def test_the_share_of_the_teacher(monkeypatch, capsys):
             assert training.timed(passes, of_a_pass, part) == part
         clock[0] += rest
         training._mark()
-    training.validated = clock[0]
+    training.saved_at = clock[0]
     spec = SimpleNamespace(classes=(), num_classes=10)
     training.print_check(spec, (1, 2, 3, 4), 100, 0)
     assert "steps     100, 4 s each, of which the teacher takes 25%\n" in capsys.readouterr().out
