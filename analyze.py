@@ -158,9 +158,9 @@ def measure(name, model, fit, test, args, device):
 
     row = {
         "dim": features.shape[1],
-        "clean": accuracy(margins > 0),
-        "robust": accuracy(robust),
-        "robust_third": accuracy(robust_third),
+        "clean": stats.share(margins > 0),
+        "robust": stats.share(robust),
+        "robust_third": stats.share(robust_third),
         **measure_rank(features),
         "uniformity": half_samples(lambda groups: metrics.uniformity(kernel, groups)),
         "alignment": mean_interval(metrics.squared_distances(clean, adversarial)),
@@ -193,11 +193,6 @@ def check_features(name, features, sae_k):
         raise UserError(f"{name}: its features are not finite, or the same for all images")
     if sae_k >= width:
         raise UserError(f"--sae-k {sae_k}: expected less than the {width} features of {name}")
-
-
-def accuracy(correct):
-    """[share, low, high] of the images that are correct, bool (N,); Wilson's interval."""
-    return [float(correct.mean()), *stats.wilson(int(correct.sum()), len(correct))]
 
 
 def measure_rank(features):
@@ -274,16 +269,11 @@ def measure_sparseness(features, fit_features, args, device):
 # ----------------------------------------------------------------------------- passes of a model
 
 
-def batches_of(n, batch_size):
-    """The numbers 0 to n - 1 in index arrays of at most batch_size."""
-    return np.split(np.arange(n), range(batch_size, n, batch_size))
-
-
 @torch.no_grad()
 def features_of(model, images, ids, args, device):
     """Penultimate features (N, D) float32 of the uint8 images of these numbers."""
     parts = []
-    for batch in batches_of(len(ids), args.batch_size):
+    for batch in data.batches_of(len(ids), args.batch_size):
         _, features = model(data.to_x(images[ids[batch]], device), with_features=True)
         parts.append(features.float().cpu())
     return torch.cat(parts).numpy()
@@ -296,7 +286,7 @@ def attack(model, images, labels, eps, args, device):
     (N,): which images are correct, and which are so with and without the attack.
     """
     parts = []
-    for i, batch in enumerate(batches_of(len(labels), args.batch_size)):
+    for i, batch in enumerate(data.batches_of(len(labels), args.batch_size)):
         x = data.to_x(images[batch], device)
         y = torch.from_numpy(labels[batch]).to(device)
         generator = data.stream(args.seed, "analyze-pgd", i, device)
@@ -319,7 +309,7 @@ def margin_gradients(model, images, labels, args, device):
     Unlike the cross-entropy's, the margin's gradient does not vanish where the model is sure.
     """
     parts = []
-    for batch in batches_of(len(labels), args.batch_size):
+    for batch in data.batches_of(len(labels), args.batch_size):
         x = data.to_x(images[batch], device).requires_grad_(True)
         y = torch.from_numpy(labels[batch]).to(device)
         margin = -attacks.attack_losses(model(x), y, "margin")
@@ -336,7 +326,7 @@ def draw_features(model, images, n, draw, args, device):
     draw: a number; another one gives other noise.
     """
     parts = []
-    for batch in batches_of(n, args.batch_size):
+    for batch in data.batches_of(n, args.batch_size):
         streams = data.id_streams(args.seed, f"analyze-draw-{draw}", batch)
         noise = data.normal_of(streams, model.diffusion.noise_shape).to(device)
         parts.append(model.features(data.to_x(images[batch], device), noise).float().cpu())
@@ -541,6 +531,7 @@ def main(args):
         "device": device.type,
         "analyze.py_sha256": files.sha256(__file__),
         "metrics.py_sha256": files.sha256(metrics.__file__),
+        "attacks.py_sha256": files.sha256(attacks.__file__),
     }
     jobs = jobs_of(args, shared, teacher)
     if rank == 0:

@@ -85,7 +85,7 @@ def parse_args(argv=None):
     uses = {
         "--eps": ("--probe or --verdict", args.probe),
         "--n-attacked": ("--eps", args.eps),
-        "--probe-split": ("--probe; --verdict looks at val only", not args.verdict),
+        "--probe-split": ("--probe without --verdict", args.probe and not args.verdict),
         "--pupil": ("--verdict", args.verdict),
     }
     parser.refuse_unused(argv, uses)
@@ -158,7 +158,7 @@ def resists(model, probe, images, labels, args):
     head.to(model.device).eval().requires_grad_(False)
     settings = dict(norm="linf", eps=args.eps, step_size=args.eps / 4, n_steps=20, loss="margin")
     parts = []
-    for i, ids in enumerate(batches_of(len(labels), args.batch_size)):
+    for i, ids in enumerate(data.batches_of(len(labels), args.batch_size)):
         x = data.to_x(images[ids], model.device)
         y = torch.from_numpy(labels[ids]).to(model.device)
         head.stored_draws = list(draws_of(model, args.probe_split, ids, args))
@@ -172,11 +172,6 @@ def resists(model, probe, images, labels, args):
 
 
 # -------------------------------------------------------------------------------------- plumbing
-
-
-def batches_of(n, batch_size):
-    """The numbers 0 to n - 1 in index arrays of at most batch_size."""
-    return np.split(np.arange(n), range(batch_size, n, batch_size))
 
 
 def feature_path(split, block, sigma, args):
@@ -201,7 +196,7 @@ def extract(model, images, split, sigma, blocks, args, rank, world_size):
     paths = [path_of[block] for block in blocks]
     if not blocks:
         return
-    batches = batches_of(len(images), args.batch_size)
+    batches = data.batches_of(len(images), args.batch_size)
     if rank == 0:
         examples = features_of(model, images[:1], [0], split, sigma, blocks, args)
         for path, (example,) in zip(paths, examples):

@@ -114,6 +114,9 @@ def parse_args(argv=None):
         "--classifier": ("--keep-fraction or --relabel", args.keep_fraction or args.relabel),
         "--weights": ("--classifier", args.classifier),
         "--guide": ("a --guidance-scale other than 1", args.guidance_scale != 1),
+        "--s-tmin": ("--s-churn", args.s_churn),
+        "--s-tmax": ("--s-churn", args.s_churn),
+        "--s-noise": ("--s-churn", args.s_churn),
     }
     parser.refuse_unused(argv, uses)
     if args.relabel and args.guidance_scale != 1 and args.guide is None:
@@ -252,7 +255,7 @@ def select(confidence, labels, keep_fraction):
     kept = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        n_kept = math.ceil(keep_fraction * len(rows))
+        n_kept = math.ceil(keep_fraction * len(rows) - 1e-9)  # 0.07 * 100 is above 7
         best_first = np.argsort(-confidence[rows], kind="stable")
         kept.append(rows[best_first[:n_kept]])
     return np.sort(np.concatenate(kept))
@@ -456,12 +459,13 @@ def main(args):
     train = None
     test = None
     classifier = None
-    if rank == 0:
-        if not spec.files:
-            (train, _), _ = data.load_train(
-                spec, args.data_dir, args.val_size, args.n_train, args.imbalance
-            )
-            test, _ = data.load_test(spec, args.data_dir)
+    if rank == 0 and not spec.files:
+        (train, _), (held_out, _) = data.load_train(
+            spec, args.data_dir, args.val_size, args.n_train, args.imbalance
+        )
+        if model.val_size < args.val_size:  # a network that may have seen them
+            train = np.concatenate([train, held_out])
+        test, _ = data.load_test(spec, args.data_dir)
     if args.classifier:
         path, weights = args.classifier, args.weights
         classifier, _ = load_classifier(path, spec, device, weights=weights, flags=("--weights",))

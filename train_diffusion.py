@@ -13,8 +13,8 @@ conditional (it generates labelled images) and unconditional (its features canno
     python train_diffusion.py                        # digits, 2 minutes on two CPU cores
     torchrun --nproc_per_node 8 train_diffusion.py   # the same with 8 processes
 
-Writes the averaged network to --out-dir as diffusers.UNet2DModel.from_pretrained reads it (with
---self-conditioning, without the part of that). Running the same command again resumes. The
+Writes the averaged network to --out-dir as diffusers.UNet2DModel.from_pretrained reads it; the
+layer of --self-conditioning is then left out. Running the same command again resumes. The
 preconditioning stands in common/diffusion.py.
 """
 
@@ -40,7 +40,7 @@ from common.run import (
     wrap,
 )
 from published.datasets import DATASETS, open_dataset
-from teachers import sampling
+from teachers import parts, sampling
 from teachers.load import load_diffusion
 from teachers.unet import EDMUNet
 
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--channels", type=cli.count, nargs="+", default=[24, 48], help="of each resolution")
     add("--layers-per-block", type=cli.count, default=1, help="residual blocks per resolution")
     what = "add the middle block's pooled output to the decoder's embedding (after DDAE++)"
-    # Not False without it: directories of runs before there was this flag are resumed.
+    # None, not False: runs that were made before this flag existed can be resumed.
     add("--self-conditioning", action="store_true", default=None, help=what)
     add = parser.add_argument_group("loss").add_argument
     add("--p-mean", type=cli.ratio, default=-1.2, help="mean of ln sigma")
@@ -227,10 +227,7 @@ def load_init(net, args, spec):
     else:
         null = weights["class_embedding.weight"]
         weights["class_embedding.weight"] = null.expand(spec.num_classes + 1, -1)
-    shapes = {key: tensor.shape for key, tensor in net.state_dict().items()}
-    if {key: tensor.shape for key, tensor in weights.items()} != shapes:
-        theirs = source.net.config.block_out_channels
-        raise UserError(f"{name}: another network, its --channels are {theirs}")
+    parts.check_fit(weights, net.state_dict(), name)
     if source.val_size < args.val_size and cli.rank() == "0":
         print(f"note: the network of {name} may have seen the validation images")
     net.load_state_dict(weights)

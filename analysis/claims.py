@@ -22,7 +22,6 @@ from common import UserError, cli, files
 from common.stats import t_interval
 
 TRAINED = ("standard", "at", "at_dra", "dm_at", "dm_at_dra")  # kinds of training runs
-KINDS = (*TRAINED, "teacher")
 MORE, LESS, OTHER = 1, -1, 0  # the claimed sign of A - B
 CLAIMS = {  # (metric, A, is claimed to be, than B): in words
     ("rank_me", "teacher", MORE, "standard"): (

@@ -119,7 +119,10 @@ def singular_values(feature_moments, groups):
 
 
 def rank_me(values):
-    """exp of the entropy of p_k = s_k / sum(s) + 1e-7, s the singular values (arXiv 2210.02885)."""
+    """exp of the entropy of p_k = s_k / sum(s) + 1e-7, s the singular values (arXiv 2210.02885).
+
+    Here those of centred features; the paper does not centre.
+    """
     p = values / values.sum() + 1e-7
     return float(np.exp(-(p * np.log(p)).sum()))
 

@@ -8,13 +8,13 @@ import os
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.metrics import interval  # noqa: E402
-from common import files  # noqa: E402
-from common.cli import threat  # noqa: E402
+from analysis.metrics import interval
+from common import files
+from common.cli import threat
 
 # Okabe and Ito's palette, safe for the colour-blind; lines differ by their dashes, too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
@@ -69,7 +69,8 @@ def caption(result):
     """One sentence on what the numbers are of."""
     first_rows = next(iter(result["models"].values()))
     images = f"{result['settings']['dataset']}, {first_rows[0]['n']} test images"
-    attack = f"{attack_name(result)}, first {result['settings']['n_attacked']}"
+    n_attacked = min(first_rows[0]["n"], result["settings"]["n_attacked"])
+    attack = f"{attack_name(result)}, first {n_attacked}"
     intervals = "intervals: 95 %, over models where there are several"
     return f"{images}; attack: {attack}; {intervals}"
 

@@ -23,7 +23,7 @@ from common import UserError, cli, data, files, run, stats
 
 ANSWERS = {  # what the page says
     "may help": "It may help",
-    "cannot tell": "This cannot tell",
+    "cannot tell": "It cannot be told",
     "no gain expected": "No gain is to be expected",
 }
 
@@ -54,8 +54,8 @@ def look_at(pupil, images, batch_size, precision, device):
     images: uint8 (N, H, W, C). Raises UserError where the logits are not finite.
     """
     parts = []
-    for start in range(0, len(images), batch_size):
-        x = data.to_x(images[np.arange(start, min(start + batch_size, len(images)))], device)
+    for ids in data.batches_of(len(images), batch_size):
+        x = data.to_x(images[ids], device)
         with run.autocast(device, precision):
             logits, features = pupil(x, with_features=True)
         if not logits.isfinite().all():
@@ -102,21 +102,21 @@ def judge(probes, control, pupil=None, cka=None):
         "n": len(correct),
         "block": block,
         "sigma": sigma,
-        "probe": share(correct),
+        "probe": stats.share(correct),
         "control_block": control_block,
         "control_sigma": control_sigma,
-        "control": share(control_correct),
+        "control": stats.share(control_correct),
         "above_control": difference(correct, control_correct),
         "noise_levels": shape_over_noise(probes, block),
     }
     attacked = probes[block, sigma].get("attacked")
     if attacked is not None:
-        verdict |= {"n_attacked": len(attacked), "attacked": share(attacked)}
+        verdict |= {"n_attacked": len(attacked), "attacked": stats.share(attacked)}
     if pupil is not None:
         verdict |= {
-            "pupil": share(pupil),
+            "pupil": stats.share(pupil),
             "lead": difference(correct, pupil),
-            "right_where_pupil_errs": share(correct[~pupil]),
+            "right_where_pupil_errs": stats.share(correct[~pupil]),
             "cka": cka,
         }
     answer, reason = conclude(verdict)
@@ -139,15 +139,8 @@ def conclude(verdict):
     if "lead" not in verdict:
         return "cannot tell", f"{control}; compare with your own classifier (--pupil)"
     if lead_low <= 0:
-        return "cannot tell", f"{pupil}; within chance they know equally much"
+        return "cannot tell", f"{pupil}; the difference could be chance"
     return "may help", f"{pupil}; the teacher knows more than its pupil"
-
-
-def share(correct):
-    """[share, low, high] of the images that are correct; Wilson's interval. [0, 0, 1] of none."""
-    if len(correct) == 0:
-        return [0.0, 0.0, 1.0]
-    return [float(correct.mean()), *stats.wilson(int(correct.sum()), len(correct))]
 
 
 def difference(a, b):
@@ -202,7 +195,7 @@ def percent(values, sign=""):
 def sentence(verdict):
     """The verdict in one sentence, with its reason."""
     images = f"of {verdict['n']} held-out images"
-    probe = f"the teacher's best probe classifies {100 * verdict['probe'][0]:.1f} % rightly"
+    probe = f"the teacher's best probe classifies {100 * verdict['probe'][0]:.1f} % correctly"
     return f"{ANSWERS[verdict['answer']]}: {images} {probe}, {verdict['reason']}."
 
 

@@ -324,6 +324,11 @@ def mix(x, y, num_classes, mixup, cutmix, seed):
 # ------------------------------------------------------------------------------------------ batches
 
 
+def batches_of(n, batch_size):
+    """The numbers 0 to n - 1 in index arrays of at most batch_size."""
+    return np.split(np.arange(n), range(batch_size, n, batch_size))
+
+
 class Batches:
     """batches(step) is this rank's part (x, y) of the global training batch of that step.
 

@@ -607,7 +607,8 @@ def open_log(path, step):
     """Open log.jsonl for appending. Raises UserError where a line is no object with a step.
 
     Lines of later steps, work that was lost, are cut off, and so is half a line that a kill left:
-    the log of an interrupted run reads as if it had not been interrupted.
+    the log of an interrupted run reads as if it had not been interrupted, but for the means of
+    the line after a SIGTERM.
     """
     if os.path.exists(path):
         lines = files.read_text(path, "a log of a run").splitlines(keepends=True)

@@ -41,3 +41,10 @@ def t_interval(values):
     mean = np.mean(values)
     half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return [mean, mean - half, mean + half]
+
+
+def share(correct):
+    """[share, low, high] of the images that are correct, bool (N,); Wilson's. [0, 0, 1] of none."""
+    if len(correct) == 0:
+        return [0.0, 0.0, 1.0]
+    return [float(correct.mean()), *wilson(int(correct.sum()), len(correct))]

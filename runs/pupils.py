@@ -101,7 +101,7 @@ def table(predictions):
     return markdown(titles, rows)
 
 
-def outcomes(predictions):
+def gains_table(predictions):
     """The lines of a table: for each answer of the verdict, in how many rows DRA gained or lost."""
     rows = []
     for answer in dict.fromkeys(prediction.verdict["answer"] for prediction in predictions):

@@ -283,7 +283,7 @@ def section(runs, verdicts):
         lines += [f"**Does the verdict predict?** {what}, in points.", ""]
         lines += pupils.table(predictions)
         lines += ["A gain or loss counts where it is significant over seeds.", ""]
-        lines += pupils.outcomes(predictions)
+        lines += pupils.gains_table(predictions)
         lines += [
             "p is the share of all permutations of the verdicts over the teachers that give a"
         ]
@@ -551,9 +551,10 @@ def main(args):
     predictions = pupils.predictions_of(experiments, verdicts)
     if predictions:
         pupils.figure(predictions, "docs/results-pupils.png")
-    write_between(PAGE, PAGE_MARKERS, section(runs, verdicts))
+    text = section(runs, verdicts)
+    write_between(PAGE, PAGE_MARKERS, text)
     write_between(README, README_MARKERS, "\n".join(two_by_two(experiments)))
-    print(section(runs, verdicts))
+    print(text)
 
 
 if __name__ == "__main__":

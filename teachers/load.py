@@ -111,7 +111,7 @@ def _open_directory(path):
     """The model of a directory, on the CPU, with its sha256."""
     import diffusers
 
-    # The three EDM entries in config.json are ours; diffusers would warn of them at every load.
+    # train_diffusion.py adds entries to config.json; diffusers would warn of them at every load.
     diffusers.logging.set_verbosity_error()
     directory = parts.Directory(path)
     pipeline = {}

@@ -40,7 +40,7 @@ class EDMUNet(Diffusion):
 
 
 class Stepwise(Diffusion):
-    """A DDPM, a network that looks at x_t, in the scale of sigma.
+    """A network trained on the steps of a DDPM, such as a DiT, told noise levels as sigma.
 
     x_t = noisy / sqrt(1 + sigma^2). t is the step whose noise level is nearest to sigma.
     levels: sigma_t of all steps, increasing, (T,) float64.

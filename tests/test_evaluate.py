@@ -505,11 +505,41 @@ def test_the_resnet_of_autoattacks_example(tmp_path, monkeypatch):
 
 
 def test_a_compiled_model_is_evaluated(best, tmp_path, monkeypatch):
-    """--compile wraps the model."""
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic=True: model if dynamic else None)
-    flags = "--attack pgd --n-images 10 --n-steps 1 --compile"
+    """It is what torch.compile returns that is attacked."""
+    n_passes = []
+
+    def compile_watched(model, dynamic=False):
+        if not isinstance(model, nn.Module):  # the look for a compiler
+            return model
+        assert dynamic
+        return lambda x: n_passes.append(len(x)) or model(x)
+
+    monkeypatch.setattr(torch, "compile", compile_watched)
+    flags = "--attack pgd --n-images 10 --n-steps 3 --n-restarts 1 --compile"
     result, _ = evaluate_with(best, tmp_path, flags)
-    assert result["compile"] is True
+    assert result["compile"] is True and len(n_passes) >= 4
+
+
+def test_pgd_on_a_randomised_model_averages_passes(best, tmp_path, wrap_classifier):
+    counts = []
+
+    class Counted(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            counts.append(torch.is_grad_enabled())
+            return self.model(x)
+
+    wrap_classifier(Counted)
+    flags = "--attack pgd --n-images 10 --n-steps 4 --n-restarts 1 --eot"
+    n_passes = {}
+    for eot in (1, 3):
+        counts.clear()
+        evaluate_with(best, tmp_path / str(eot), f"{flags} {eot}")
+        n_passes[eot] = sum(counts)
+    assert n_passes[3] - n_passes[1] == 4 * 2
 
 
 def test_the_precision_is_part_of_a_result(best, tmp_path):

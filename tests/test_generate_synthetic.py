@@ -172,6 +172,49 @@ def test_samples_depend_on_seed_id_and_churn_and_on_nothing_else(diffusion_dir):
     assert (outside == base[:1]).all()
 
 
+def test_samples_are_those_of_the_sampler_under_all_flags(diffusion_dir):
+    """Image i has the label i mod 10, which the network is told."""
+    model = load_diffusion(diffusion_dir, "cpu")
+    flags = "--n-steps 5 --rho 5 --sigma-min 0.01 --sigma-max 20 --guidance-scale 2 --seed 3"
+    flags += " --s-churn 10 --s-tmin 0.1 --s-tmax 5 --s-noise 1.1"
+    args = generate_synthetic.parse_args(["--diffusion", diffusion_dir, *flags.split()])
+    ids = np.array([4, 13, 29])
+    images, labels = generate_synthetic.sample(model, ids, args)
+    assert labels.tolist() == [4, 3, 9]
+
+    generators = data.id_streams(3, "generate", ids)
+    y = torch.tensor([4, 3, 9])
+
+    def denoise(noisy, sigma):
+        plain = model.denoise(noisy, sigma)
+        return plain + 2 * (model.denoise(noisy, sigma, y) - plain)
+
+    def noise():
+        return data.normal_of(generators, (1, 8, 8))
+
+    ramp = torch.linspace(0, 1, 5, dtype=torch.float64)
+    sigmas = (20 ** (1 / 5) + ramp * (0.01 ** (1 / 5) - 20 ** (1 / 5))) ** 5
+    sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+    with torch.no_grad():
+        x = sampling.heun(denoise, noise(), sigmas, 10, (0.1, 5), 1.1, noise)
+    expected = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images.astype(int) - expected).max() <= 1 and images.std() > 10
+
+
+def test_the_classifier_of_a_selection_sees_images_of_its_size():
+    """Images of 16 pixels are resized to the 8 of digits, all of a batch alike."""
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            assert x.shape[1:] == (1, 8, 8)
+            return torch.nn.functional.pad(8 * x.mean((1, 2, 3))[:, None], (0, 9))
+
+    images = np.stack([np.full((16, 16, 1), value, np.uint8) for value in (0, 102, 255)])
+    found = generate_synthetic.probabilities(Mean(), images, DATASETS["digits"], "cpu", "fp32")
+    for row, value in zip(found, (0.0, 0.4, 1.0)):
+        assert row[0].item() == pytest.approx(np.exp(8 * value) / (np.exp(8 * value) + 9), rel=1e-4)
+
+
 def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path, capsys):
     """Those after the held-out ones, and with --n-train or --imbalance fewer: those are farther."""
     spec = DATASETS["digits"]
@@ -180,13 +223,13 @@ def test_memorisation_is_judged_by_the_images_trained_on(diffusion_dir, tmp_path
     for n_train, imbalance in ((None, None), (50, None), (None, 20)):
         argv = ["--diffusion", diffusion_dir, "--n-images", "20", "--n-steps", "2"]
         out = tmp_path / f"{n_train}-{imbalance}"
-        argv += ["--val-size", "300", "--out-dir", str(out)]
+        argv += ["--out-dir", str(out)]
         argv += ["--n-train", str(n_train)] if n_train else []
         argv += ["--imbalance", str(imbalance)] if imbalance else []
         generate_synthetic.main(generate_synthetic.parse_args(argv))
-        (train, _), _ = data.load_train(spec, "data", 300, n_train, imbalance)
-        mean = memorisation.nearest_distances(test_images, train, "cpu").mean()
-        assert f"test images {mean:.3f};" in capsys.readouterr().out
+        (train, _), _ = data.load_train(spec, "data", 200, n_train, imbalance)
+        mean = memorisation.two_nearest(test_images, train, "cpu")[:, 0].mean()
+        assert f"test images {mean:.3f}, as of copies" in capsys.readouterr().out
         means.append(mean)
         labels = np.load(out / "shard-00000-labels.npy")
         assert np.bincount(labels).tolist() == [2] * 10  # whatever the training images are

@@ -255,7 +255,8 @@ def test_targets_are_the_frozen_networks_centred_features_of_the_noised_clean_im
     feats = teacher.network.features(x, 0.2, None, ["mid_block"], noise)[0]
     assert torch.equal(targets, feats - teacher.mean) and not targets.requires_grad
     labelled = teacher_of(diffusion_dir, "--sigma", "0.2", "--teacher-label", "true")
-    assert not torch.equal(labelled.targets(x, y, noise), feats)
+    told = teacher.network.features(x, 0.2, y, ["mid_block"], noise)[0]
+    assert torch.equal(labelled.targets(x, y, noise), told) and not torch.equal(told, feats)
 
 
 def test_target_mean_is_that_of_the_training_images(diffusion_dir):

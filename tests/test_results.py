@@ -499,7 +499,7 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
     )  # of two orders both
     assert control.endswith("| - | - |")  # all are equal
     verdicts["digits-100"]["answer"] = "no gain expected"
-    assert pupils.outcomes(predictions)[2:-1] == [
+    assert pupils.gains_table(predictions)[2:-1] == [
         "| may help | 1 | 0 gained, 0 lost | 0 gained, 0 lost |",
         "| no gain expected | 1 | 1 gained, 0 lost | 1 gained, 0 lost |",
     ]

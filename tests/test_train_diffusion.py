@@ -160,8 +160,11 @@ def test_labels_begin_as_the_null_label(unlabelled, tmp_path, monkeypatch):
     "flags, words",
     [
         (["--n-labels", "801"], "--n-labels 801: only 800 training images"),
-        (["--init", "DIR", "--channels", "8", "8", "--patch", "2"], "its --channels are"),
-        (["--init", "DIR"], "another network"),
+        (
+            ["--init", "DIR", "--channels", "8", "8", "--patch", "2"],
+            "do not fit the settings (unexp",
+        ),
+        (["--init", "DIR"], "conv_in.weight is 8x4x3x3, expected 8x1x3x3"),
         (["--init", "DIR", "--patch", "2", "--sigma-data", "1"], "another --sigma-data"),
         (["--patch", "3"], "2 resolutions of --patch 3 do not divide 8 pixels"),
         (["--patch", "8"], "do not divide 8 pixels"),

@@ -81,7 +81,7 @@ def test_intervals_of_paired_differences_hold_the_pairing():
     [
         (240, 100, 160, "may help", "knows more than its pupil"),
         (240, 100, 320, "no gain expected", "knows less than its pupil"),
-        (240, 100, 240, "cannot tell", "know equally much"),
+        (240, 100, 240, "cannot tell", "could be chance"),
         (240, 100, None, "cannot tell", "--pupil"),
         (240, 240, 160, "no gain expected", "shuffled weights 60.0 %; it has learned nothing"),
         (240, 300, None, "no gain expected", "shuffled weights 75.0 %; it has learned nothing"),
@@ -153,7 +153,7 @@ def test_page_and_files(tmp_path, capsys):
     page = (tmp_path / "verdict.md").read_text()
     assert capsys.readouterr().out == page
     for words in (
-        "**It may help: of 400 held-out images the teacher's best probe classifies 65.0 % rightly",
+        "**It may help: of 400 held-out images the teacher's best probe classifies 65.0 %",
         "| the teacher's probe under attack, linf 0.03, first 80 images | 12.5 (6.9 to 21.5) |",
         "| linear CKA of their features, 0 to 1 | 0.50 (0.40 to 0.60) |",
         "it peaks at a middle level",
