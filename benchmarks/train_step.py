@@ -101,7 +101,7 @@ def compare_alignment(what, network, every, flags, n_steps, target, rounds):
 def imagenet_in_memory(image_size=224):
     """ImageNet has 100 random images, which lie in memory and not in files."""
     spec = DATASETS["imagenet"]
-    spec = dataclasses.replace(spec, files=False, batches=None, image_size=image_size)
+    spec = dataclasses.replace(spec, batches=None, image_size=image_size)
     with (
         mock.patch.dict(DATASETS, imagenet=spec),
         mock.patch.dict(globals(), N_IMAGES=100),

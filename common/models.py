@@ -174,11 +174,10 @@ class PreActResNet18(_Classifier):
         return F.silu(self.batchnorm(h)).mean((2, 3), dtype=self.logits.weight.dtype)
 
 
-class _Float32Pool(nn.AdaptiveAvgPool2d):
-    """The average over space in float32 at least, whatever precision the convolutions have."""
-
-    def forward(self, x):
-        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+def _to_float32(module, inputs):
+    """A hook before a module: its input in float32 at least, whatever autocast made of it."""
+    (x,) = inputs
+    return (x.to(torch.promote_types(x.dtype, torch.float32)),)
 
 
 class TorchvisionClassifier(_Classifier):
@@ -196,8 +195,8 @@ class TorchvisionClassifier(_Classifier):
         self.logits = network.get_submodule(self.head)
         parent, _, child = self.head.rpartition(".")
         setattr(network.get_submodule(parent), child, nn.Identity())
-        if hasattr(network, "avgpool"):
-            network.avgpool = _Float32Pool(1)
+        if hasattr(network, "avgpool"):  # the average over space
+            network.avgpool.register_forward_pre_hook(_to_float32)
         # torchvision's ViT starts with zeros here: all images have equal logits, and the gradient
         # that an attack follows is zero.
         nn.init.normal_(self.logits.weight, std=0.02)

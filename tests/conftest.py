@@ -192,25 +192,46 @@ def nvlabs(monkeypatch, tmp_path):
     )
 
 
-def python(*command, expect=0, ranks=1, env=None, **kwargs):
+_fork_server = None
+
+
+def python(*command, expect=0, ranks=1, env=None, real=False):
     """Run `python command` (under torchrun with several ranks) in the project's root; returns the
     finished process.
+
+    A script runs in a fork of a process that has imported torch (fork_server.py). real: in a
+    process of its own, started by torchrun itself, as `-c` and `-m` are always.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    launcher = [sys.executable] + (torchrun if ranks > 1 else [])
-    done = subprocess.run(
-        launcher + [str(c) for c in command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **kwargs,
-    )
+    command = [str(word) for word in command]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if real or not command[0].endswith(".py"):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        launcher = [sys.executable] + (torchrun if ranks > 1 else [])
+        options = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run(launcher + command, **options)
+    else:
+        done = _forked(command, ranks, env)
     assert done.returncode == expect, (
         f"{command}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
     return done
+
+
+def _forked(command, ranks, env):
+    global _fork_server
+    if _fork_server is None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        server = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
+        _fork_server = subprocess.Popen(server, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("stdout", "stderr"):
+            Path(folder, name).touch()
+        job = {"command": command, "ranks": ranks, "env": env, "folder": folder}
+        _fork_server.stdin.write(json.dumps(job) + "\n")
+        _fork_server.stdin.flush()
+        status = int(_fork_server.stdout.readline())
+        texts = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(command, status, *texts)
 
 
 def read_log(run_dir, drop=("images_per_s", "data_wait", "seconds")):

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyautoattack.autopgd_base import APGDAttack
+from pyautoattack.fab_base import FABAttack
+from pyautoattack.square import SquareAttack
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import DIGITS
@@ -49,20 +51,24 @@ def first_images(checkpoint, n):
     return model, data.to_x(images[:n]), torch.from_numpy(labels[:n])
 
 
-def shorten_apgd(n_steps, set_attribute=setattr):
-    """Let APGD take few steps. set_attribute: monkeypatch's, where it shall take all again."""
-    run = APGDAttack.attack_single_run
+def shorten(n_steps, set_attribute=setattr):
+    """Let APGD and FAB take few steps, and Square ten queries for each of them.
 
-    def short_run(self, *args, **kwargs):
-        self.n_iter = min(self.n_iter, n_steps)
-        return run(self, *args, **kwargs)
+    set_attribute: monkeypatch's, where they shall take all again.
+    """
+    lengths = [(APGDAttack, "n_iter", n_steps), (FABAttack, "n_iter", n_steps)]
+    for attack, name, most in [*lengths, (SquareAttack, "n_queries", 10 * n_steps)]:
 
-    set_attribute(APGDAttack, "attack_single_run", short_run)
+        def short_run(self, *args, run=attack.attack_single_run, name=name, most=most, **kwargs):
+            setattr(self, name, min(getattr(self, name), most))
+            return run(self, *args, **kwargs)
+
+        set_attribute(attack, "attack_single_run", short_run)
 
 
 def main():
     torch.set_num_threads(1)
-    shorten_apgd(3)
+    shorten(3)
     attack = autoattack.attack
     n_attacks = 0
 

@@ -222,7 +222,11 @@ FLAGS = [
     ("evaluate", ["--checkpoint", "x.pt", "--seed", str(2**64)], ["--seed", "4294967295"]),
     ("train_at", ["--dataset"], ["--dataset", "expected one argument"]),
     ("train_diffusion", ["--val-size", "1000"], ["--val-size 1000", "1000 training images"]),
-    ("generate_synthetic", ["--s-tmin", "3", "--s-tmax", "2"], ["--s-tmin", "--s-tmax"]),
+    (
+        "generate_synthetic",
+        ["--s-churn", "1", "--s-tmin", "3", "--s-tmax", "2"],
+        ["--s-tmin", "--s-tmax"],
+    ),
     ("generate_synthetic", ["--rho", "0.001"], ["--rho", "at least 0.1"]),
     ("train_at", ["--optimizer", "adamw", "--betas", "0.9", "1"], ["--betas", "below 1"]),
     ("train_at", ["--momentum", "0", "0"], ["--momentum", "above 0"]),
@@ -794,9 +798,8 @@ def test_read_only_output(tmp_path):
 
 
 def test_batch_that_ranks_cannot_share(tmp_path):
-    done = python(
-        "train_at.py", "--batch-size", "127", "--out-dir", tmp_path / "run", ranks=2, expect=1
-    )  # torchrun's own status
+    argv = ["train_at.py", "--batch-size", "127", "--out-dir", tmp_path / "run"]
+    done = python(*argv, ranks=2, expect=1, real=True)  # torchrun's own status
     assert done.stderr.count("error: --batch-size 127: not divisible by 2 processes") == 1
     assert not (tmp_path / "run").exists()
 

@@ -25,7 +25,7 @@ def test_from_digits_to_a_table(tmp_path):
 
 def train_diffusion(out_dir):
     flags = "--train-steps 60 --eval-every 30 --channels 16 32".split()
-    python("train_diffusion.py", *flags, "--out-dir", out_dir)
+    python("train_diffusion.py", *flags, "--out-dir", out_dir, real=True)
     log = read_log(out_dir)
     assert log[-1]["val_loss"] < log[0]["val_loss"]
     assert (out_dir / "samples.png").stat().st_size > 1000

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, python
-from evaluation_helper import evaluate_with, shorten_apgd, train_short
+from evaluation_helper import evaluate_with, shorten, train_short
 from unusual_helper import MeanSparse, Quantised, Straight, network_with
 
 import evaluate
@@ -29,7 +29,7 @@ def best(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    shorten_apgd(10, monkeypatch.setattr)
+    shorten(10, monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_verdicts_are_the_models_own(best, tmp_path, short, linf_alone, monkeypa
 
 def test_a_killed_report_goes_on(best, tmp_path, monkeypatch):
     """SIGKILL in the adaptive check, then two processes: verdicts and page of a whole run."""
-    shorten_apgd(3, monkeypatch.setattr)
+    shorten(3, monkeypatch.setattr)
     flags = "--n-images 4 --batch-size 2 --sanity-images 0 --eps 0.05"
     page, _, straight = report_on(best, tmp_path / "straight", flags)
     (tmp_path / "cut").mkdir()

@@ -60,7 +60,7 @@ def refused(match, call, *args, **kwargs):
 # ------------------------------------------------------------------------------------ architectures
 
 
-@pytest.mark.parametrize("name", ["wrn-16-1", "wrn-10-2", "wrn-28-10", "wrn-70-16", "preact-18"])
+@pytest.mark.parametrize("name", ["wrn-16-1", "wrn-10-2", "wrn-28-10", "preact-18"])
 def test_weights_load_strictly_in_robustbench_with_equal_logits(name):
     torch.manual_seed(0)
     ours = models.build(name, RGB).eval()
@@ -74,9 +74,8 @@ def test_weights_load_strictly_in_robustbench_with_equal_logits(name):
     else:
         depth, width = models.wrn_size(name)
         theirs = robustbench_class("DMWideResNet")(depth=depth, width=width, **options).eval()
-    # Assigned: no second copy of 267 million parameters.
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    x = torch.rand(1 if name == "wrn-70-16" else 2, 3, 32, 32)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
