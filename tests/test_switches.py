@@ -234,7 +234,7 @@ def assert_settings(args, **expected):
 
 
 def test_the_base_schedule_over_all_its_steps():
-    """39,200 steps of the CIFAR-10 recipe, against the base code's order of things.
+    """39,200 steps of the CIFAR-10 recipe, against the order of things in DM-AT's code.
 
     There torch's OneCycleLR steps once per epoch of 98 steps. The average copies the model for the
     first 2.5 % of the steps, then follows it with min(0.995, (1 + d) / (10 + d)).

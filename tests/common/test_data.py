@@ -285,7 +285,7 @@ def test_ranks_share_out_the_batch_of_one_process(world_size, synthetic_dir):
 
 @pytest.mark.parametrize("fraction,expected", [(0.7, 358), (0.0, 0), (1.0, 512), (0.875, 448)])
 def test_count_of_synthetic_images(fraction, expected, synthetic_dir):
-    """512 = 154 + 358 at 0.7, as in the base code."""
+    """512 = 154 + 358 at 0.7, as in DM-AT's code."""
     synthetic = open_synthetic([synthetic_dir], DIGITS)
     still = dataclasses.replace(DIGITS, crop_padding=0)
     batches = make_batches(512, synthetic, fraction, spec=still)
