@@ -330,10 +330,14 @@ def load_pupil(args, spec, train, val, rank, device):
         return None
     pupil, _ = load_classifier(args.pupil, spec, device)
     path = os.path.join(os.path.dirname(args.pupil), "args.json")
-    settings = files.read_json(path) if os.path.exists(path) else {}
+    if os.path.exists(path):
+        settings = files.read_json(path)
+    else:  # a published model has the arguments of its training in its config.json
+        path = args.pupil
+        settings = files.config_beside(files.local_weights(path)).get("training") or {}
     digest = settings.get("data_sha256")
     if digest is None and rank == 0:
-        print("note: no args.json beside --pupil tells whether it had these training images")
+        print("note: nothing beside --pupil tells whether it had these training images")
     if digest not in (None, data.sha256(train, val)):
         flags = ("val_size", "n_train", "imbalance")
         its = ", ".join(f"{flag} {settings.get(flag)}" for flag in flags)

@@ -46,8 +46,8 @@ def attack(name, model, x, y, *, norm, eps, seed, n_classes=10, version="standar
     package = AutoAttack(
         model, norm=NORMS[norm], eps=eps, seed=seed, version=version, device=x.device
     )
-    n_targets = min(9, n_classes - 1)
-    package.fab.n_target_classes = package.apgd_targeted.n_target_classes = n_targets
+    for targeted in (package.fab, package.apgd_targeted):  # the package's: 9, in l1 5 for APGD
+        targeted.n_target_classes = min(targeted.n_target_classes, n_classes - 1)
     if name == "fab-t":
         package.fab.targeted = True
         package.fab.n_restarts = 1

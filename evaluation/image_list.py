@@ -13,20 +13,23 @@ def select_listed(images, labels, path):
 
     images: published.image_files.ImageFiles. labels: (N,). path: a file with one
     <class folder>/<file> a line. Raises UserError where the list cannot be read, is empty, or names
-    an unknown image.
+    an unknown image, or one twice.
     """
     rows = {}
     for row, image_path in enumerate(images.paths):
         folder, name = image_path.split(os.sep)[-2:]
         rows.setdefault(f"{folder}/{name}", []).append(row)
     lines = files.read_text(path, "a list of image files").splitlines()
-    chosen = []
+    chosen = {}  # rows in the order of the list; a dict finds a row at once
     for name in [line.strip() for line in lines if line.strip()]:
         if name not in rows:
             raise UserError(f"{path}: {name[:100]!r} is not among the images of the data set")
         if len(rows[name]) > 1:
             raise UserError(f"{path}: {name[:100]!r} stands for {len(rows[name])} images")
-        chosen += rows[name]
+        if rows[name][0] in chosen:
+            raise UserError(f"{path}: {name[:100]!r} is there twice")
+        chosen[rows[name][0]] = True
     if not chosen:
         raise UserError(f"{path}: empty, expected a list of image files")
+    chosen = list(chosen)
     return images.part(chosen), labels[chosen]

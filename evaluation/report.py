@@ -264,8 +264,8 @@ def page(name, rows, plain, checked, trained, paths, picture):
     lines = [
         f"# {name}",
         "",
-        f"**{_interval(first)}** of {first['n']:,} test images withstand all attacks at "
-        f"{first['name']}. **{_interval(worst)}** withstand them in every norm.",
+        f"**{_interval(first)}** of {first['n']:,} test images withstand {main['attack_name']} at "
+        f"{first['name']}. **{_interval(worst)}** do in every norm.",
         "",
     ]
     warnings = collect_warnings(threats, plain, checked)

@@ -74,12 +74,14 @@ class ImageFiles:
             return b"".join(pool.map(lines_of, groups))
 
     def sha256(self):
-        """Hex digest of the names and sizes of all files, and of the bytes of N_HASHED of them.
+        """Hex digest of the names and sizes of all files, and of the bytes of N_HASHED of them, and
+        of the size at which they are decoded.
 
         Those are evenly spaced, first and last included. Names count from the class folder on, so
         that the data set can be moved.
         """
         digest = hashlib.sha256(self.names_and_sizes())
+        digest.update(f"{self.resize} {self.size}".encode())
         n_hashed = min(len(self), N_HASHED)
         rows = np.arange(n_hashed) * (len(self) - 1) // max(n_hashed - 1, 1)
         with ThreadPoolExecutor(16) as pool:

@@ -193,7 +193,7 @@ def test_a_pupil_of_other_images_is_refused_before_anything_is_written(
     shutil.copy(pupil, alone)
     capsys.readouterr()
     extract(diffusion_dir, out, *argv[:-1], str(alone), "--n-train", "100")
-    assert "note: no args.json beside --pupil" in capsys.readouterr().out
+    assert "note: nothing beside --pupil tells" in capsys.readouterr().out
 
 
 def test_a_network_without_a_null_label_is_warned_of(diffusion_dir, pupil, tmp_path, capsys):

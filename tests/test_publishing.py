@@ -21,6 +21,7 @@ from data_helper import refused
 
 import analyze
 import evaluate
+import extract_features
 import generate_synthetic
 import train_at
 from common import data, files
@@ -655,3 +656,13 @@ def test_a_set_with_a_missing_shard_is_not_exported(made_set):
         "shard-00001-images.npy: no such file",
     )
     assert not (made_set / "README.md").exists()
+
+
+def test_a_published_pupil_must_have_had_the_same_images(folder, diffusion_dir, tmp_path):
+    """Its config.json tells, as args.json does of a run."""
+    flags = "--verdict --blocks mid_block --n-train 100 --pupil"
+    where = ["--diffusion", diffusion_dir, "--out-dir", tmp_path / "features"]
+    refused(
+        lambda: call(extract_features, flags, folder, *where),
+        f"--pupil {folder}: trained or validated on other images than these; {folder} has val_size",
+    )

@@ -69,6 +69,7 @@ def row(n_robust, seed=0, **changed):
         "settings": SETTINGS | changed,
         "held_out": [[5, 0.9, 0.7], [10, 0.9, 0.8]],
         "train_seconds": 30.0,
+        "warnings": [],
         "verdicts": "3" * n_robust + "2" * (90 - n_robust) + "0" * 10,
         "environment": {"device": "cpu", "torch": "2"},
     }
@@ -125,6 +126,8 @@ def test_runs_are_read_by_recipe(read):
     ("rows", "message"),
     [
         ({"fast": rows_of(2)}, "no runs base/<seed> there"),
+        ({"base": rows_of(11)}, "base/10: expected the seeds 0 to 9 and no others"),
+        ({"base": [row(80) | {"warnings": ["a"]}]}, "base/0: its attack warned: a"),
         ({"base": rows_of(1)}, "base: one seed, expected at least two"),
         ({"base": [row(80), None]}, "base/1: not trained to its end, or not attacked"),
         ({"base": [row(80), row(80)]}, "base/1: a run with --seed 0"),

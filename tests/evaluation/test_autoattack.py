@@ -149,6 +149,20 @@ def test_rand_is_theirs(best, monkeypatch):
     assert counted.n_with_gradient == plain.n_with_gradient == 20 * 21 * len(x)
 
 
+@pytest.mark.parametrize("norm,expected", [("linf", 9), ("l1", 5)])
+def test_the_number_of_targets_is_the_packages(norm, expected, best, monkeypatch):
+    targets = []
+    monkeypatch.setattr(
+        autoattack, "leave_when_fooled", lambda apgd: targets.append(apgd.n_target_classes)
+    )
+    shorten(1, monkeypatch.setattr)
+    model, x, y = correct_images(best, 2)
+    for n_classes in (10, 4):
+        threat = dict(norm=norm, eps=0.01, seed=0, n_classes=n_classes)
+        autoattack.attack("apgd-t", model, x, y, **threat)
+    assert targets == [expected, 3]
+
+
 def test_batches_are_never_small(best):
     """Below MIN_ROWS images kernels round differently: some that left come along."""
     for n_wanted in (0, 1, 5, 16, 20):

@@ -31,6 +31,7 @@ def test_images_come_in_the_order_of_the_list(encoding, newline, images, tmp_pat
     [
         (b"", "empty"),
         (b"n03/a.JPEG", "'n03/a.JPEG' is not among the images"),
+        (b"n02/a.JPEG\nn01/a.JPEG\nn02/a.JPEG", "'n02/a.JPEG' is there twice"),
         (b"\xff\xfe", "not a list of image files"),
         (None, "no such file, expected a list of image files"),
     ],

@@ -19,6 +19,7 @@ from PIL import Image
 from common import data
 from published import image_folders
 from published.datasets import DATASETS, open_dataset
+from published.image_files import ImageFiles
 
 CIFAR10 = DATASETS["cifar10"]
 TINY = DATASETS["tiny-imagenet"]
@@ -508,3 +509,14 @@ def test_tiny_imagenet_as_npz_files(save, tmp_path):
     refused(lambda: data.load_test(TINY, str(tmp_path)), words, "train.npz and val.npz")
     save(tmp_path / "val.npz", image=noise(3, 32, 32, 3), label=np.arange(3))
     refused(lambda: data.load_test(TINY, str(tmp_path)), "val.npz: images of", "[32, 32, 3]")
+
+
+def test_images_of_another_size_are_other_data(tmp_path):
+    """The hash of a data set in files knows how they are decoded."""
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    hashes = set()
+    for size in (80, 96):
+        images = ImageFiles([str(tmp_path / "a.png")], resize=size, size=size)
+        hashes.add(images.sha256())
+    hashes.add(ImageFiles([str(tmp_path / "a.png")], resize=100, size=96).sha256())
+    assert len(hashes) == 3
