@@ -9,6 +9,7 @@ import re
 
 from common import UserError, files
 from common.cli import ratio
+from evaluation import verdicts
 
 THREATS = {"linf": "Linf", "l2": "L2"}
 RADII = {  # of the leaderboards, as they are written there
@@ -21,8 +22,11 @@ N_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
 
 
 def read_result(path, checkpoint, spec):
-    """The finished result of a checkpoint. Raises UserError where no leaderboard would take it."""
+    """A finished result of a checkpoint. Raises UserError where no leaderboard would take it, or
+    where it is not that of the verdicts beside it.
+    """
     result = files.read_json(path)
+    verdicts.check_finished(result, path)
     _check_result(result, path, checkpoint, spec)
     return result
 
@@ -97,8 +101,11 @@ def _check_result(result, path, checkpoint, spec):
         actual = f"{result['attack_name']} on {result['n']} images"
         expected = f"AutoAttack standard on {n} images of this very checkpoint"
         raise UserError(f"{path}: is {actual}, expected {expected}")
-    if result["sanity_images"] == 0:
-        raise UserError(f"{path}: lacks sanity checks, --sanity-images was 0")
+    if result["precision"] == "bf16":
+        raise UserError(f"{path}: in bf16, expected --precision fp32 or tf32, as published figures")
+    if result["sanity_images"] < 100:
+        found = f"--sanity-images was {result['sanity_images']}"
+        raise UserError(f"{path}: lacks sanity checks, {found}, expected 100 or more")
     if spec.files and not result["image_list_sha256"]:
         raise UserError(f"{path}: lacks an --image-list, RobustBench's {n} images of {spec.name}")
 

@@ -69,7 +69,7 @@ def read_finished(path, request):
             difference = f"{key} is {result.get(key)}, not {value}"
             advice = "move it away or name another file with --out"
             raise UserError(f"{path}: holds another result ({difference}); {advice}")
-    _check_finished(result, path)
+    check_finished(result, path)
     return result
 
 
@@ -254,14 +254,14 @@ def results_of(folder, digests):
         result = files.read_json(path)
         name = os.path.basename(path)
         if result.get("checkpoint_sha256") in digests and result.get("weights") is None:
-            _check_finished(result, path)
+            check_finished(result, path)
             results[name] = result
         else:
             others.append(name)
     return results, others
 
 
-def _check_finished(result, path):
+def check_finished(result, path):
     """Raises UserError where the result of a file lacks an entry, or does not fit its verdicts."""
     for key, kinds in FINISHED.items():
         if not isinstance(result.get(key), kinds):

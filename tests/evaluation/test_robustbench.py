@@ -6,6 +6,7 @@ Alone: python -m pytest tests/evaluation/test_robustbench.py
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from robustbench_helper import robustbench_class
@@ -13,6 +14,7 @@ from torch import nn
 
 import evaluate
 from common import UserError, files, models
+from common.stats import wilson
 from evaluation import robustbench
 from published.datasets import DATASETS
 
@@ -41,21 +43,47 @@ def write_settings(run_dir, **changes):
     files.write_json({"n_synthetic": 0} | changes, run_dir / "args.json")
 
 
-def write_result(run_dir, **changes):
+def write_result(run_dir, n=10_000, robust=0.6731, **changes):
+    """The result of an attack and its verdicts: the first images are robust, the last wrong."""
+    attacks = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    fooled_by = np.full(n, -1)
+    fooled_by[: round(0.9244 * n)] = 1
+    fooled_by[: round(robust * n)] = 4
+    counts = {"clean": int((fooled_by >= 0).sum()), "robust": int((fooled_by == 4).sum())}
     result = {
         "norm": "linf",
         "eps": 8 / 255,
         "attack": "autoattack",
         "attack_name": "AutoAttack standard",
-        "n": 10_000,
-        "clean": 0.92438,
-        "robust": 0.6731,
+        "attacks": attacks,
+        "n": n,
         "warnings": [],
+        "sanity": [],
         "checkpoint_sha256": files.sha256(run_dir / "best.pt"),
+        "data_sha256": "d",
+        "dataset": "cifar10",
+        "environment": {},
+        "settings": {},
+        "precision": "tf32",
+        "batch_size": 200,
+        "seed": 0,
+        "version": "pyautoattack",
         "sanity_images": 100,
         "image_list_sha256": None,
     }
-    files.write_json(result | changes, run_dir / "results-best-autoattack-linf-0.03137.json")
+    for name, count in counts.items():
+        result |= {f"{name}_correct": count, name: count / n, f"{name}_interval": wilson(count, n)}
+    stem = run_dir / "results-best-autoattack-linf-0.03137"
+    files.write_json(result | changes, f"{stem}.json")
+    np.savez(
+        f"{stem}.npz",
+        index=np.arange(n),
+        label=np.zeros(n, np.int64),
+        clean_correct=fooled_by >= 0,
+        robust=fooled_by == 4,
+        fooled_by=fooled_by,
+        attacks=attacks,
+    )
 
 
 def export(run_dir):
@@ -121,7 +149,11 @@ def test_amounts_are_written_as_on_the_leaderboard():
         ({"attack": "apgd", "attack_name": "APGD-CE+T"}, "is APGD-CE.T on 10000"),
         ({"eps": 0.1}, "0.1 is on no leaderboard"),
         ({"checkpoint_sha256": "x"}, "of this very checkpoint"),
-        ({"sanity_images": 0}, "lacks sanity checks"),
+        ({"sanity_images": 1}, "lacks sanity checks, --sanity-images was 1"),
+        ({"precision": "bf16"}, "in bf16, expected --precision fp32"),
+        ({"clean": 1.0}, "its clean accuracy is not that of its verdicts"),
+        ({"robust_correct": 9_900}, "of another result"),
+        ({"eps": "x"}, "its entry 'eps' is missing or damaged"),
     ],
 )
 def test_claims_that_nobody_could_accept_are_refused(change, match, run_dir):
