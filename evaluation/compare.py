@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from common import UserError, files
+from common.cli import printable
 from common.stats import paired_difference
 
 PER_IMAGE = "a per-image file of evaluate.py"
@@ -109,7 +110,10 @@ def _compare_results(path_a, path_b):
     """Warn where the results beside two per-image files, if they are there, differ in a setting."""
     result_paths = [os.path.splitext(path)[0] + ".json" for path in (path_a, path_b)]
     if not all(os.path.exists(path) for path in result_paths):
+        print("note: without the .json beside both files attack and radius are not compared")
         return
+    for path in result_paths:
+        files.check_sum(path)
     a, b = [files.read_json(path) for path in result_paths]
     for key in ("dataset", "image_list_sha256"):
         if a.get(key) != b.get(key):
@@ -119,12 +123,12 @@ def _compare_results(path_a, path_b):
     settings += ("precision", "batch_size", "seed")
     for key in settings:
         if a.get(key) != b.get(key):
-            print(f"WARNING: {key} differs: {a.get(key)} and {b.get(key)}")
+            print(printable(f"WARNING: {key} differs: {a.get(key)} and {b.get(key)}"))
     for name, result in (("A", a), ("B", b)):
         warnings = result.get("warnings")
         if isinstance(warnings, list):
             for warning in warnings:
-                print(f"WARNING ({name}): {warning}")
+                print(printable(f"WARNING ({name}): {warning}"))
 
 
 def _print_pair(name, a, b):

@@ -465,6 +465,10 @@ def test_published_verdicts_are_compared(exported, trained, hub, folder, capsys)
     shutil.copy(exported / "results-best-pgd-linf-0.15-n4.npz", folder / f"{RESULT}.npz")
     damaged = folder / f"{RESULT}.npz"
     refused(lambda: call(evaluate, "--compare", damaged, ours), f"{RESULT}.npz: damaged")
+    shutil.copy(exported / f"{RESULT}.npz", damaged)
+    result = files.read_json(folder / f"{RESULT}.json")
+    files.write_json(result | {"eps": 0.3}, folder / f"{RESULT}.json")
+    refused(lambda: call(evaluate, "--compare", damaged, ours), f"{RESULT}.json: damaged")
 
 
 # -------------------------------------------------------------------------- synthetic sets

@@ -6,6 +6,7 @@ Alone: python -m pytest tests/evaluation/test_compare.py
 import json
 import math
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,12 @@ def test_compare_warns_of_other_settings_and_of_warnings(pair, capsys):
     write_result(pair[1], warnings=["check failed"])
     compare.compare(*map(str, pair))
     assert "WARNING (B): check failed" in capsys.readouterr().out
+    write_result(pair[1], warnings=["\x1b[2J"])
+    compare.compare(*map(str, pair))
+    assert "WARNING (B): \\x1b[2J\n" in capsys.readouterr().out
+    Path(pair[1]).with_suffix(".json").unlink()
+    compare.compare(*map(str, pair))
+    assert "note: without the .json beside both files attack and radius" in capsys.readouterr().out
     write_result(pair[1], dataset="cifar10")
     with pytest.raises(UserError, match="not the same images, dataset is digits and cifar10"):
         compare.compare(*map(str, pair))
