@@ -17,8 +17,8 @@ Whether an image fools is not decided here: evaluate.py asks the model itself. U
     whose output has the shape of their input: nothing is known of their derivative.
 
 Other layers that mislead the gradient, such as a mask that a block multiplies with or an
-autograd.Function that a block calls, are not found. Square, which needs no gradient, may fool more
-there: a sanity check tries it.
+autograd.Function that a block calls, are not found; nor are casts to whole numbers. Square, which
+needs no gradient, may fool more there: a sanity check tries it.
 """
 
 from contextlib import contextmanager

@@ -358,7 +358,7 @@ def adaptive_lines(first, result):
     }
     for kind, change in changes.items():
         layers = [f"`{cli.printable(name)}`" for name in result["layers"][kind]]
-        done = f"{change} {', '.join(layers)}." if layers else "the model has no such layers."
+        done = f"{change} {', '.join(layers)}." if layers else "no such layers were found."
         lines.append(f"- {kind}: {done}")
     return lines
 
@@ -384,8 +384,9 @@ def limits(result):
         )
     return lines + [
         "- The adaptive check knows rounding, replaced and detached values, modules of unknown "
-        "code and clipped activations. A mask, or a function with a gradient of its own, inside a "
-        "block needs an attack of its own. So does a purification step.",
+        "code and clipped activations. Casts to whole numbers are not found; nor is a mask, or a "
+        "function with a gradient of its own, inside a block. They need an attack of their own, "
+        "and so does a purification step.",
         "- Radii of different norms are not equally hard, and the last row depends on all of them.",
         "- Intervals are over test images. Another training seed is another model.",
         "- Changes outside the three norms (rotations, patches, corruptions) are not tried.",

@@ -94,7 +94,7 @@ def test_a_report_is_made_of_ordinary_results(best, tmp_path, short, monkeypatch
     assert 0 < in_all_norms.sum() < rows[1]["accuracy"] * 30
     assert rows[5]["accuracy"] == in_all_norms.mean()
     assert rows[1]["accuracy"] > rows[2]["accuracy"]
-    assert "the model has no such layers" in page
+    assert "no such layers were found" in page
     assert f"SHA-256 of the checkpoint: `{files.sha256(best)}`" in page
     assert f"commit {checked['environment']['commit'] or 'not recorded'}" in page
     assert any("Square fools" in line["check"] for line in checked["sanity"])
