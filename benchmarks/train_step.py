@@ -205,13 +205,13 @@ def our_step(script, flags, folder, network=None, device=CPU):
         attacks.update_twin(twin, model)
         optimizer.zero_grad(set_to_none=True)
         if network:
-            aligned = slice(None, None, args.teacher_every)
+            kth = slice(None, None, args.teacher_every)
             noise = teacher.noise(len(y), args.seed, "teacher", number)
-            targets = teacher.targets(x[aligned], y[aligned], noise[aligned])
+            targets = teacher.targets(x[kth], y[kth], noise[kth])
         with amp:
             loss, metrics, _, *more = script.adversarial_loss(model, twin, x, y, start, args)
             if network:
-                feats = [f[aligned] for f in more[0]]
+                feats = [f[kth] for f in more[0]]
                 loss_aux = script.alignment_loss(head, feats, targets, args)
                 loss = loss + args.aux_weight * loss_aux
         loss.backward()

@@ -53,9 +53,8 @@ def apgd(model, x, y, *, norm, eps, n_steps, loss="ce", compiled=False):
     Source: Croce & Hein, arXiv 2003.01690. The step size starts at 2 eps. At checkpoints it is
     halved for an image whose loss rose in 75 % of the steps or fewer; or, if it was not halved at
     the last checkpoint, whose best loss has not grown since then. That image goes back to its best
-    iterate. Momentum is 0.75 from
-    the second step on. With n_steps=2 this is the attack in the ImageNet training of Singh et al.
-    (arXiv 2303.01870).
+    iterate. Momentum is 0.75 from the second step on. With n_steps=2 this is the attack in the
+    ImageNet training of Singh et al. (arXiv 2303.01870).
     The arguments are those of pgd; y may also be (B, K) label probabilities.
     """
     interval = max(int(0.22 * n_steps), 1)  # steps from one checkpoint to the next

@@ -20,16 +20,17 @@ def select_listed(images, labels, path):
         folder, name = image_path.split(os.sep)[-2:]
         rows.setdefault(f"{folder}/{name}", []).append(row)
     lines = files.read_text(path, "a list of image files").splitlines()
-    chosen = {}  # rows in the order of the list; a dict finds a row at once
+    chosen = []
+    seen = set()
     for name in [line.strip() for line in lines if line.strip()]:
         if name not in rows:
             raise UserError(f"{path}: {name[:100]!r} is not among the images of the data set")
         if len(rows[name]) > 1:
             raise UserError(f"{path}: {name[:100]!r} stands for {len(rows[name])} images")
-        if rows[name][0] in chosen:
+        if name in seen:
             raise UserError(f"{path}: {name[:100]!r} is there twice")
-        chosen[rows[name][0]] = True
+        seen.add(name)
+        chosen += rows[name]
     if not chosen:
         raise UserError(f"{path}: empty, expected a list of image files")
-    chosen = list(chosen)
     return images.part(chosen), labels[chosen]

@@ -34,15 +34,14 @@ def check(directory, images, train, test, device):
     """
     found = {"n_train": len(train)}
     texts = []
-    for name, of in (("generated", images), ("test", test)):
-        first, second = two_nearest(of, train, device).T
-        found[f"n_{name}"] = len(of)
+    for name, some in (("generated", images), ("test", test)):
+        first, second = two_nearest(some, train, device).T
+        n_memorised = int((3 * first <= second).sum())
+        found[f"n_{name}"] = len(some)
         found[f"mean_{name}"] = first.mean().item()
-        found[f"n_memorised_{name}"] = int((3 * first <= second).sum())
-        n = f"{found[f'n_memorised_{name}']} of {len(of)}"
-        texts.append(f"{name} images {first.mean():.3f}, as of copies {n}")
-    title = "nearest training image, mean l2 distance"
-    print(f"{title}: {'; '.join(texts)}")
+        found[f"n_memorised_{name}"] = n_memorised
+        texts.append(f"{name} images {first.mean():.3f}, as of copies {n_memorised} of {len(some)}")
+    print(f"nearest training image, mean l2 distance: {'; '.join(texts)}")
     files.write_json(found, os.path.join(directory, "memorisation.json"))
 
 

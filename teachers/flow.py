@@ -26,7 +26,8 @@ class Flow(Diffusion):
     """A network that looks at x_t = t * clean + (1 - t) * noise_scale * noise, for t in [0, 1].
 
     In the scale of sigma, t = noise_scale / (noise_scale + sigma) and x_t = t * noisy.
-    A family adds `_clean`. The label num_classes is the null label; 0.1 of the labels were dropped.
+    A family adds `_clean(x_t, rest, output)`: D of the network's output at x_t; rest: 1 - t,
+    (B, 1, 1, 1). The label num_classes is the null label; 0.1 of the labels were dropped.
     The default block and noise level are choices of ours: the last block of the first half, as for
     DiT, and `default_t`.
     """
@@ -52,10 +53,6 @@ class Flow(Diffusion):
         x_t = t.view(-1, 1, 1, 1) * noisy
         output = self.net(x_t.to(self.net.pos_embed.dtype), t, labels).to(noisy.dtype)
         return self._clean(x_t, rest.view(-1, 1, 1, 1), output)
-
-    def _clean(self, x_t, rest, output):
-        """D of the network's output at x_t. rest: 1 - t, (B, 1, 1, 1)."""
-        raise NotImplementedError
 
 
 # ------------------------------------------------------------------------- parts of transformers
