@@ -557,7 +557,7 @@ def main(args):
 
     if rank == 0 and args.report:
         stem = os.path.splitext(result_path(args, "report"))[0]
-        report.write_report(model, images, labels, spec, results, paths, trained, stem, device)
+        report.write_report(model.model.name, labels, spec, results, paths, trained, stem)
     elif rank == 0 and len(results) > 1:
         picture = os.path.splitext(result_path(args, "curve"))[0] + ".png"
         curve.write_curve(results, trained, picture)

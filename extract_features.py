@@ -32,6 +32,7 @@ verdict.md, a page with its picture, and verdict.json (analysis/verdict.py).
 import argparse
 import math
 import os
+import shlex
 
 import numpy as np
 import torch
@@ -359,6 +360,7 @@ def write_verdict(probes, control, pupil, val, spec, args, device):
         block, sigma = verdict.best_place(probes)
         of_teacher = read_features("val", block, sigma, len(labels), args).mean(1)
         cka = metrics.cka_interval(of_teacher, features)
+    environment = run.environment()
     about = {
         "teacher": args.diffusion,
         "pupil": args.pupil,
@@ -369,6 +371,10 @@ def write_verdict(probes, control, pupil, val, spec, args, device):
         "sigmas": args.sigmas,
         "precision": args.precision,
         "eps": args.eps,
+        "command": shlex.join(environment["command"]),
+        "commit": environment["commit"] or "not recorded",
+        "torch": environment["torch"],
+        "device": environment["device"],
     }
     judged = verdict.judge(probes, control, correct, cka)
     verdict.write(judged, probes, control, about, args.out_dir)

@@ -1,9 +1,8 @@
 r"""Sample a labelled synthetic set from a diffusion model, and select its best images if asked to.
 
-How sets are read is in common/synthetic.py, how networks are opened, and EDM's sampler, in
-teachers/.
+How sets are read is in published/synthetic_set.py; networks and EDM's sampler are in teachers/.
 
-Sampling is Heun's deterministic method (Karras et al., arXiv 2206.00364, algorithm 2). With
+Sampling is Heun's deterministic method (Karras et al., arXiv 2206.00364, algorithm 1). With
 --guidance-scale w the denoiser D is replaced by the classifier-free guided one; w = 1 is off:
 
     D_w(x; sigma, y) = D(x; sigma, none) + w (D(x; sigma, y) - D(x; sigma, none))
@@ -47,9 +46,9 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, cli, data, files, run
-from common.synthetic import allow_open_files, open_shards, read_manifest, shard_paths
 from published import memorisation, set_card, set_recipe
 from published.datasets import DATASETS, open_dataset
+from published.synthetic_set import allow_open_files, open_shards, read_manifest, shard_paths
 from published.weights import load_classifier
 from teachers import sampling
 from teachers.load import load_diffusion, load_guide
@@ -81,10 +80,6 @@ def parse_args(argv=None):
     add("--rho", type=cli.positive, default=7.0, help="exponent of the noise levels' spacing")
     add("--guidance-scale", type=cli.non_negative, default=1.0, help="w, see above; 1 is off")
     add("--guide", type=cli.path, help="network D_guide, see above: directory, .pkl or hub:NAME")
-    add("--s-churn", type=cli.non_negative, default=0.0, help="stochasticity; 0 is deterministic")
-    add("--s-tmin", type=cli.non_negative, default=0.05, help="lowest noise level that is churned")
-    add("--s-tmax", type=cli.positive, default=50.0, help="highest noise level that is churned")
-    add("--s-noise", type=cli.positive, default=1.003, help="standard deviation of churned noise")
 
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=cli.count, default=250, help="images per network call on one process")
@@ -114,9 +109,6 @@ def parse_args(argv=None):
         "--classifier": ("--keep-fraction or --relabel", args.keep_fraction or args.relabel),
         "--weights": ("--classifier", args.classifier),
         "--guide": ("a --guidance-scale other than 1", args.guidance_scale != 1),
-        "--s-tmin": ("--s-churn", args.s_churn),
-        "--s-tmax": ("--s-churn", args.s_churn),
-        "--s-noise": ("--s-churn", args.s_churn),
     }
     parser.refuse_unused(argv, uses)
     if args.relabel and args.guidance_scale != 1 and args.guide is None:
@@ -125,9 +117,6 @@ def parse_args(argv=None):
         parser.error("argument --keep-fraction: 0 would keep nothing")
     if args.sigma_min >= args.sigma_max:
         parser.error(f"--sigma-min {args.sigma_min} must lie below --sigma-max {args.sigma_max}")
-    if args.s_tmin > args.s_tmax:
-        levels = f"--s-tmin {args.s_tmin} lies above --s-tmax {args.s_tmax}"
-        parser.error(f"{levels}: nothing would be churned")
     if args.rho < 0.1:
         parser.error(f"argument --rho: {args.rho}, expected at least 0.1 (EDM uses 7)")
     return args
@@ -173,12 +162,9 @@ def sample(model, ids, args, guide=None, label=None):
     Returns uint8 images (B, H, W, C) and int64 labels (B,). Raises UserError where samples are not
     finite.
     """
+    # Drawn on the CPU, so that an image is the same on every device up to rounding.
     generators = data.id_streams(args.seed, "generate", ids)
-
-    def draw_noise():
-        # Drawn on the CPU, so that an image is the same on every device up to rounding.
-        return data.normal_of(generators, model.noise_shape).to(model.device)
-
+    noise = data.normal_of(generators, model.noise_shape).to(model.device)
     y = None
     if label is None:
         y = torch.from_numpy(ids % model.num_classes).to(model.device)
@@ -190,12 +176,8 @@ def sample(model, ids, args, guide=None, label=None):
     sigma_min, sigma_max = sigma_limits(model, args, guide)
     x = sampling.heun(
         guided(model, y, args.guidance_scale, guide),
-        draw_noise(),
+        noise,
         sampling.sigma_steps(args.n_steps, sigma_min, sigma_max, args.rho),
-        args.s_churn,
-        (args.s_tmin, args.s_tmax),
-        args.s_noise,
-        draw_noise,
         round_sigma,
     )
     if not x.isfinite().all():  # as bytes they would be black images with a label
@@ -275,11 +257,6 @@ def is_made(out_dir, shard):
     return all(os.path.exists(path) for path in shard_paths(out_dir, shard))
 
 
-def batches_of(ids, args):
-    """The ids of a shard's images in the batches in which they are sampled, a list of arrays."""
-    return np.split(ids, range(args.batch_size, len(ids), args.batch_size))
-
-
 def generate(model, shards, args, rank, guide=None, label=None):
     """Generate and write the given shards. label: as in sample."""
     n_images = sum(len(shard_ids(shard, args)) for shard in shards)
@@ -287,11 +264,11 @@ def generate(model, shards, args, rank, guide=None, label=None):
         for shard in shards:
             ids = shard_ids(shard, args)
             images, labels = [], []
-            for batch in batches_of(ids, args):
-                batch_images, batch_labels = sample(model, batch, args, guide, label)
+            for rows in data.batches_of(len(ids), args.batch_size):
+                batch_images, batch_labels = sample(model, ids[rows], args, guide, label)
                 images.append(batch_images)
                 labels.append(batch_labels)
-                bar.update(len(batch))
+                bar.update(len(rows))
             images_path, labels_path = shard_paths(args.out_dir, shard)
             files.write_npy(np.concatenate(images), images_path)
             files.write_npy(np.concatenate(labels), labels_path)
@@ -410,10 +387,9 @@ def verify(args):
     label = load_labeller(args, manifest, device)
 
     differences = set_recipe.Differences()
-    batches = batches_of(ids, args)[rank::world_size]
-    for batch in run.progress(batches, rank, desc="verify", unit="batch"):
-        made_images, made_labels = sample(model, batch, args, guide, label)
-        rows = batch - ids[0]
+    batches = data.batches_of(len(ids), args.batch_size)[rank::world_size]
+    for rows in run.progress(batches, rank, desc="verify", unit="batch"):
+        made_images, made_labels = sample(model, ids[rows], args, guide, label)
         differences.add(images[rows], labels[rows], made_images, made_labels)
     differences.sum_over_ranks()
     if rank == 0:

@@ -238,7 +238,8 @@ def page(verdict, about):
         "",
         "Each half of the images is judged at the place that is best on the other half. The place",
         "named is the best on all; on the map and the picture it looks a little better than it is.",
-        "The probe is linear: a teacher may know more than it shows.",
+        "The probe is linear: a teacher may know more than it shows. That a lead over the pupil",
+        "makes DRA help has not been shown (docs/verdict.md).",
         "",
     ]
     for name, value in about.items():

@@ -1,6 +1,6 @@
 """What a data set is, its training batches, and the random streams that every script draws from.
 
-The published data sets stand in published/datasets.py, synthetic sets in common/synthetic.py.
+The published data sets and synthetic sets stand in published/.
 
 Images are uint8 (N, H, W, C) in memory or on disk, and float32 (B, C, H, W) in [0, 1] for models.
 Labels are int64. Randomness is a function of (seed, use, step). Each use (order of the data, crops,

@@ -12,13 +12,14 @@ pass is the model's own, and the backward pass differs from it:
 
 Whether an image fools is not decided here: evaluate.py asks the model itself. Unusual are:
 
-  - PyTorch's functions of STEPS, wherever in the model they are called;
+  - PyTorch's functions of STEPS, wherever in the model they are called, divisions that round, and
+    casts to whole numbers;
   - modules whose code is not PyTorch's, which hold no convolution or other matrix product, and
     whose output has the shape of their input: nothing is known of their derivative.
 
-Other layers that mislead the gradient, such as a mask that a block multiplies with or an
-autograd.Function that a block calls, are not found; nor are casts to whole numbers. Square, which
-needs no gradient, may fool more there: a sanity check tries it.
+Other layers that mislead the gradient are not found: a mask that a block multiplies with, values
+assigned to a part of a tensor, an autograd.Function that a block calls. Square, which needs no
+gradient, may fool more there: a sanity check tries it.
 """
 
 from contextlib import contextmanager
@@ -36,11 +37,16 @@ LEAK = 0.1
 
 # Functions with a derivative of zero in places or everywhere, or with none at all.
 STEPS = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn"}
+STEPS |= {"floor_divide", "__floordiv__", "heaviside"}
 STEPS |= {"hardshrink", "softshrink", "masked_fill", "where", "detach"}
+
+# What makes floating-point numbers of whole ones. Not here: what takes them for indices.
+ARITHMETIC = {"add", "sub", "mul", "div", "neg", "__rsub__", "__rdiv__"}
+CONVERSIONS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 
 # Activations that are flat, or nearly so, in a part of their range.
 CLIPPED = {"relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "threshold", "clamp", "clip"}
-CLIPPED |= {"sigmoid", "tanh"}
+CLIPPED |= {"clamp_min", "clamp_max", "maximum", "minimum", "sigmoid", "tanh"}
 
 
 def attack(name, model, x, y, **settings):
@@ -147,7 +153,7 @@ def _straight(forward, label, met, x, *args, **kwargs):
 
 
 class _OtherDerivatives(TorchFunctionMode):
-    """Within it, functions of STEPS have the identity as their derivative.
+    """Within it, functions of STEPS and casts to whole numbers have the identity as derivative.
 
     leaky: functions of CLIPPED have a slope of LEAK more. What was called is added to the two sets.
     """
@@ -160,29 +166,69 @@ class _OtherDerivatives(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = getattr(function, "__name__", "").rstrip("_")  # relu_ is relu in place
-        is_step = name in STEPS
+        name = getattr(function, "__name__", "")
+        tensors = [value for value in args if torch.is_tensor(value)]
+        if any(hasattr(value, "cast_from") for value in tensors):
+            return self._of_whole_numbers(function, name, args, kwargs)
+
+        if not name.startswith("__"):  # relu_ is relu in place, _threshold is F.threshold
+            name = name.strip("_")
+        is_step = name in STEPS or kwargs.get("rounding_mode") is not None
         is_clipped = self.leaky and name in CLIPPED
-        inputs = []
+        inputs = [value for value in tensors if value.requires_grad]
         if is_step or is_clipped:
-            tensors = [value for value in args if torch.is_tensor(value)]
-            inputs = [value.clone() for value in tensors if value.requires_grad]
+            inputs = [value.clone() for value in inputs]
         output = function(*args, **kwargs)
-        if not inputs or not torch.is_tensor(output):
+        if not torch.is_tensor(output):
             return output
         inputs = [value for value in inputs if value.shape == output.shape]
-        if not inputs:
-            return output
-        if is_step:
+        if inputs and _is_whole(output):
+            output.cast_from = inputs[0]
+        elif inputs and is_step:
             self.met_unusual.add(name)
             return _constant(output) + sum(_zero(value) for value in inputs)
-        self.met_clipped.add(name)
-        return output + LEAK * sum(_zero(value) for value in inputs)
+        elif inputs and is_clipped:
+            self.met_clipped.add(name)
+            return output + LEAK * sum(_zero(value) for value in inputs)
+        return output
+
+    def _of_whole_numbers(self, function, name, args, kwargs):
+        """The output of a function, some of whose arguments were cast to whole numbers.
+
+        These are given the derivative of the cast, which is the identity, and the function's own
+        follows. One of whole numbers has none: the identity again, but for ARITHMETIC.
+        """
+        output = function(*args, **kwargs)
+        if not torch.is_tensor(output):
+            return output
+        if _is_whole(output):
+            casts = [value for value in args if hasattr(value, "cast_from")]
+            if name in ARITHMETIC:
+                sources = [getattr(value, "cast_from", value) for value in args]
+                output.cast_from = function(*sources, **kwargs)
+            elif output.shape == casts[0].shape:
+                output.cast_from = casts[0].cast_from
+        elif name in ARITHMETIC | CONVERSIONS and output.is_floating_point():
+            self.met_unusual.add("cast")
+            output = function(*[_as_float(value, output.dtype) for value in args], **kwargs)
+        return output
+
+
+def _is_whole(x):
+    """Whether a tensor holds whole numbers; truth values are none."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def _zero(x):
     """Zeros whose derivative with respect to x is the identity."""
     return x - _constant(x)
+
+
+def _as_float(value, dtype):
+    """A cast's values as floating-point numbers with its derivative. Anything else as it is."""
+    if not hasattr(value, "cast_from"):
+        return value
+    return value.to(dtype) + _zero(value.cast_from).to(dtype)
 
 
 def _constant(x):

@@ -8,18 +8,15 @@ import os
 import shlex
 
 import numpy as np
-import torch
 
-from common import cli, data, files
+from common import cli, files
 from common.stats import wilson
-from evaluation import adaptive, autoattack, compare, restarts, verdicts
+from evaluation import compare, verdicts
 
-N_EXAMPLES = 4
 NORM_COLOURS = {"linf": "#0072B2", "l2": "#E69F00", "l1": "#009E73"}  # Okabe and Ito's
-N_STEPS = 100  # of the picture's APGD-CE
 
 
-def write_report(model, images, labels, spec, results, paths, trained, stem, device):
+def write_report(model_name, labels, spec, results, paths, trained, stem):
     """Write <stem>.md, <stem>.png and the table's numbers as <stem>.json. Prints their names.
 
     results: for each threat the result of the plain attack, and behind it the one that goes on with
@@ -29,39 +26,26 @@ def write_report(model, images, labels, spec, results, paths, trained, stem, dev
     plain = results[::2]
     checked = results[1::2]
     arrays = [compare.read_verdicts(verdicts.per_image_path(path)) for path in paths[1::2]]
-    tail = None
-    if trained is not None and is_long_tail(checked[0]["checkpoint"]):
-        tail = labels >= spec.num_classes / 2
-        if not 0 < tail.sum() < len(tail):  # of a few images
-            tail = None
-    rows = table(checked, arrays, labels, spec.classes, tail)
+    rows = table(checked, arrays, labels, spec.classes)
     files.write_json({"rows": rows}, f"{stem}.json")
 
-    examples = attacked_examples(model, images, labels, spec, checked, arrays, device)
-    draw(rows, examples, spec, trained, f"{stem}.png")
-    name = f"`{os.path.basename(checked[0]['checkpoint'])}`: {spec.name}, {model.model.name}"
+    draw(rows, trained, f"{stem}.png")
+    name = f"`{os.path.basename(checked[0]['checkpoint'])}`: {spec.name}, {model_name}"
     lines = page(name, rows, plain, checked, trained, paths, os.path.basename(f"{stem}.png"))
     files.write_text("\n".join(lines) + "\n", f"{stem}.md")
     print(f"{stem}.md, {stem}.png, {stem}.json")
 
 
-def is_long_tail(checkpoint):
-    """Whether the training that left a checkpoint had --imbalance, by the args.json beside it."""
-    path = os.path.join(os.path.dirname(checkpoint), "args.json")
-    return os.path.exists(path) and files.read_json(path).get("imbalance") is not None
-
-
 # --------------------------------------------------------------------------------------- table
 
 
-def table(checked, arrays, labels, classes, tail):
+def table(checked, arrays, labels, classes):
     """A list of dicts: the accuracy without an attack, at each threat, and in the worst norm.
 
-    arrays: the verdicts of each result, as compare.read_verdicts has them. tail: (n,) bool, the
-    images of the second half of the classes; None where no class is rare.
+    arrays: the verdicts of each result, as compare.read_verdicts has them.
     """
     clean = arrays[0]["clean_correct"]
-    rows = [row("no attack", None, clean, clean, labels, classes, tail)]
+    rows = [row("no attack", None, clean, clean, labels, classes)]
     in_all_norms = clean
     plain_in_all_norms = clean
     norms = []
@@ -69,17 +53,17 @@ def table(checked, arrays, labels, classes, tail):
         name = cli.threat(result["norm"], result["eps"])
         robust = array["robust"]
         plain_robust = array["fooled_by"] >= len(result["earlier_attacks"])
-        rows.append(row(name, result["norm"], robust, plain_robust, labels, classes, tail))
+        rows.append(row(name, result["norm"], robust, plain_robust, labels, classes))
         if result["norm"] not in norms:  # the first radius of a norm is the usual one
             norms.append(result["norm"])
             in_all_norms = in_all_norms & robust
             plain_in_all_norms = plain_in_all_norms & plain_robust
     name = f"worst of {len(norms)} norms"
-    rows.append(row(name, "all", in_all_norms, plain_in_all_norms, labels, classes, tail))
+    rows.append(row(name, "all", in_all_norms, plain_in_all_norms, labels, classes))
     return rows
 
 
-def row(name, norm, correct, plain_correct, labels, classes, tail):
+def row(name, norm, correct, plain_correct, labels, classes):
     """One line of the table as a dict; accuracies are in [0, 1].
 
     correct, plain_correct: (n,) bool, with the adaptive check and without it.
@@ -101,91 +85,21 @@ def row(name, norm, correct, plain_correct, labels, classes, tail):
         "worst_class_accuracy": float(accuracy_of[worst]),
         "worst_class_n": int((labels == worst).sum()),
     }
-    if tail is not None:
-        values["head"] = float(correct[~tail].mean())
-        values["tail"] = float(correct[tail].mean())
     return values
 
 
 # ------------------------------------------------------------------------------------- picture
 
 
-def attacked_examples(model, images, labels, spec, checked, arrays, device):
-    """A few images as they are and attacked in each norm at its first radius, for `draw`.
-
-    A dict: x (k, C, H, W) and y (k,), predicted (k,), and attacked, a list of a dict for each norm
-    with norm, eps, x_adv and predicted. They are attacked again here, as results keep no images.
-    None where no image is classified correctly.
-    """
-    firsts = {}
-    for result, array in zip(checked, arrays):
-        firsts.setdefault(result["norm"], (result, array["robust"]))
-    robust = np.stack([robust for _, robust in firsts.values()])
-    chosen = choose(labels, arrays[0]["clean_correct"], robust)
-    if not chosen:
-        return None
-    x = data.to_x(images[chosen], device)
-    y = torch.from_numpy(labels[chosen]).to(device)
-    examples = {"x": x, "y": y, "predicted": _predict(model, x), "attacked": []}
-    for result, robust in firsts.values():
-        fooled = torch.from_numpy(~robust[chosen]).to(device)
-        x_adv = attack_again(model, x, y, fooled, result, spec.num_classes)
-        predicted = _predict(model, x_adv)
-        threat = {"norm": result["norm"], "eps": result["eps"]}
-        examples["attacked"].append(threat | {"x_adv": x_adv, "predicted": predicted})
-    return examples
-
-
-def choose(labels, clean_correct, robust):
-    """Rows of the first correctly classified images of N_EXAMPLES classes.
-
-    Those that an attack of some norm fools come before all others. robust: (norms, n) bool.
-    """
-    fooled_first = np.argsort(robust.all(0), kind="stable")
-    candidates = fooled_first[clean_correct[fooled_first]]
-    _, first = np.unique(labels[candidates], return_index=True)
-    return candidates[np.sort(first)[:N_EXAMPLES]].tolist()
-
-
-def attack_again(model, x, y, fooled, result, num_classes):
-    """Images (k, C, H, W) of APGD-CE's highest loss, or of APGD-T where that alone fools.
-
-    fooled: (k,) bool, of which images it is known that some attack fools the model on them.
-    """
-    norm = result["norm"]
-    settings = dict(norm=norm, eps=result["eps"], seed=result["seed"])
-    kind = adaptive.kinds(result["layers"])[-1]
-    surrogate = adaptive.Surrogate(model, kind, adaptive.mean_margin(model, x, y))
-    x_adv = autoattack.highest_loss(surrogate, x, y, n_steps=N_STEPS, **settings)
-    x_adv = restarts.in_threat_model(x_adv, x, "APGD-CE", norm, result["eps"])
-    rows = torch.nonzero(fooled & (_predict(model, x_adv) == y)).squeeze(1)
-    if len(rows):
-        targeted = autoattack.attack(
-            "apgd-t", surrogate, x[rows], y[rows], n_classes=num_classes, **settings
-        )
-        targeted = restarts.in_threat_model(targeted, x[rows], "APGD-T", norm, result["eps"])
-        better = _predict(model, targeted) != y[rows]
-        x_adv[rows[better]] = targeted[better].detach()
-    return x_adv
-
-
-def _predict(model, x):
-    with torch.no_grad():
-        return model(x).argmax(1)
-
-
-def draw(rows, examples, spec, trained, path):
-    """Write a PNG: a bar for each row of the table, and attacked images beside them."""
+def draw(rows, trained, path):
+    """Write a PNG: a bar for each row of the table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[5, 7])
-    draw_bars(left.subplots(), rows, trained)
-    if examples is not None:
-        draw_examples(right, examples, spec)
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    draw_bars(axis, rows, trained)
     with files.atomic(path) as file:
         figure.savefig(file, format="png", dpi=90)
     plt.close(figure)
@@ -221,37 +135,6 @@ def draw_bars(axis, rows, trained):
     axis.set_axisbelow(True)
 
 
-def draw_examples(figure, examples, spec):
-    """A row per image: as it is, then attacked in each norm, and the amplified change."""
-    attacked = examples["attacked"]
-    n_images = len(examples["y"])
-    axes = figure.subplots(n_images, 1 + 2 * len(attacked), squeeze=False)
-    figure.suptitle("Test images, attacked images, changes; below, the prediction", fontsize=10)
-    columns = [("test image", examples["x"], examples["predicted"])]
-    for threat in attacked:
-        delta = threat["x_adv"] - examples["x"]
-        factor = 0.5 / max(float(delta.abs().max()), 1e-6)
-        title = cli.threat(threat["norm"], threat["eps"])
-        columns.append((title, threat["x_adv"], threat["predicted"]))
-        columns.append((f"change × {factor:.3g}", 0.5 + factor * delta, None))
-    for column, (title, shown, predicted) in enumerate(columns):
-        axes[0, column].set_title(title, fontsize=9)
-        for i in range(n_images):
-            axis = axes[i, column]
-            pixels = shown[i].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if predicted is not None:
-                right = bool(predicted[i] == examples["y"][i])
-                text = _class_name(int(predicted[i]), spec.classes)
-                axis.set_xlabel(text, color="black" if right else "red", fontsize=9, labelpad=2)
-
-
-def _class_name(label, classes):
-    """At most twelve printable characters of a class's name, or its number."""
-    return cli.printable(classes[label])[:12] if classes else str(label)
-
-
 # ---------------------------------------------------------------------------------------- page
 
 
@@ -275,7 +158,7 @@ def page(name, rows, plain, checked, trained, paths, picture):
     if not main["sanity_images"]:
         warnings.append("the sanity checks were left out (--sanity-images 0)")
     lines += [f"- **WARNING** {cli.printable(text)}" for text in warnings] or ["No check failed."]
-    lines += ["", f"![Accuracies in each norm, and attacked images](<{picture}>)", ""]
+    lines += ["", f"![Accuracies in each norm](<{picture}>)", ""]
     lines += table_lines(rows)
     lines += ["", *caption(main, trained), ""]
     lines += ["## The adaptive check", "", *adaptive_lines(first, main), ""]
@@ -299,8 +182,6 @@ def collect_warnings(threats, plain, checked):
 def table_lines(rows):
     """The table in Markdown; n stands in every row."""
     titles = ["", "n", "accuracy, %", "95 % interval", "plain attack alone, %", "worst class, %"]
-    halves = [half for half in ("head", "tail") if half in rows[0]]
-    titles += [f"{half} classes, %" for half in halves]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for values in rows:
         low, high = values["interval"]
@@ -314,7 +195,6 @@ def table_lines(rows):
             f"{100 * values['plain']:.1f}",
             worst_class.replace("|", "\\|"),
         ]
-        cells += [f"{100 * values[half]:.1f}" for half in halves]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -383,10 +263,10 @@ def limits(result):
             "ran in a sanity check alone."
         )
     return lines + [
-        "- The adaptive check knows rounding, replaced and detached values, modules of unknown "
-        "code and clipped activations. Casts to whole numbers are not found; nor is a mask, or a "
-        "function with a gradient of its own, inside a block. They need an attack of their own, "
-        "and so does a purification step.",
+        "- The adaptive check knows rounding, casts, replaced and detached values, modules of "
+        "unknown code and clipped activations. A mask, values assigned to a part of a tensor, or "
+        "a function with a gradient of its own, inside a block, are not found. They need an attack "
+        "of their own, and so does a purification step.",
         "- Radii of different norms are not equally hard, and the last row depends on all of them.",
         "- Intervals are over test images. Another training seed is another model.",
         "- Changes outside the three norms (rotations, patches, corruptions) are not tried.",

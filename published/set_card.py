@@ -9,8 +9,8 @@ import os
 import numpy as np
 
 from common import files, run
-from common.synthetic import shard_paths
 from published import cards, memorisation
+from published.synthetic_set import shard_paths
 
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
 
@@ -18,7 +18,7 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 def export(directory, source):
     """Write README.md and SHA256SUMS into a set's directory, and shorten the paths in its env.json.
 
-    source: the set, of common.synthetic.open_shards. SHA256SUMS is of the kind that `sha256sum -c`
+    source: the set, of synthetic_set.open_shards. SHA256SUMS is of the kind that `sha256sum -c`
     reads, and covers manifest, shards and selection.
     Raises UserError, before anything is written, where the files are there with other content.
     """

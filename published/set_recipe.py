@@ -18,10 +18,6 @@ SAMPLER = {  # flags that manifest.json has under "sampler", and their types
     "sigma_max": cli.positive,
     "rho": cli.positive,
     "guidance_scale": cli.non_negative,
-    "s_churn": cli.non_negative,
-    "s_tmin": cli.non_negative,
-    "s_tmax": cli.positive,
-    "s_noise": cli.positive,
     "batch_size": cli.count,
 }
 

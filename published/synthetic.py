@@ -1,6 +1,6 @@
 """Opening synthetic sets: directories of generate_synthetic.py, and .npz files as DM-AT published.
 
-How a set is read and drawn from stands in common/synthetic.py.
+How a set is read and drawn from stands in published/synthetic_set.py.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 
 from common import UserError, files
 from common.cli import ratio
-from common.synthetic import Source, SyntheticSet, check_fits, open_shards
+from published.synthetic_set import Source, SyntheticSet, check_fits, open_shards
 
 # ------------------------------------------------------------------------- the published .npz files
 

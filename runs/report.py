@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from common import UserError, attacks, cli, data, files
-from common.synthetic import open_shards
 from evaluation import compare
 from published.datasets import DATASETS
+from published.synthetic_set import open_shards
 from published.weights import load_classifier
 
 ROWS = {"at": "AT", "at_dra": "AT+DRA", "dm_at": "DM-AT", "dm_at_dra": "DM-AT+DRA"}

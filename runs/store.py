@@ -28,6 +28,7 @@ import numpy as np
 
 from common import UserError, files
 from evaluation import compare
+from evaluation.verdicts import check_finished, per_image_path
 from runs.report import ROWS, read_log
 
 STORE = "docs/results.json"
@@ -135,7 +136,8 @@ def read_attack(folder, settings, best_sha256):
     if result["checkpoint_sha256"] != best_sha256:
         expected = f"{folder}/best.pt; attack that one"
         raise UserError(f"{path}: of another checkpoint than {expected}")
-    verdicts = compare.read_verdicts(f"{os.path.splitext(path)[0]}.npz")
+    check_finished(result, path)
+    verdicts = compare.read_verdicts(per_image_path(path))
     if not np.array_equal(verdicts["index"], np.arange(result["n"])):
         raise UserError(f"{path}: not of the first {result['n']} test images")
     return {
@@ -144,6 +146,9 @@ def read_attack(folder, settings, best_sha256):
         "norm": result["norm"],
         "eps": result["eps"],
         "n": result["n"],
+        "precision": result["precision"],
+        "batch_size": result["batch_size"],
+        "test_sha256": result["data_sha256"],
         "warnings": result["warnings"],
         "attack_seconds": round(sum(result["seconds_by_attack"].values()), 1),
         "verdicts": "".join(str(attack + 1) for attack in verdicts["fooled_by"]),
@@ -275,10 +280,13 @@ def check_name(name, cell, settings):
 
 
 def check_attacks(experiment, cells):
-    """Raises UserError where the attacks on an experiment's runs differ in radius or images."""
+    """Raises UserError where the attacks on an experiment's runs differ in more than their name.
+
+    Rows of before the last three settings were recorded lack them.
+    """
     runs = [run for seeds in cells.values() for run in seeds.values() if "n" in run]
-    for key in ("norm", "eps", "n"):
-        if len({run[key] for run in runs}) > 1:
+    for key in ("norm", "eps", "n", "precision", "batch_size", "test_sha256"):
+        if len({run[key] for run in runs if key in run}) > 1:
             check_same(experiment, [key])
 
 

@@ -10,8 +10,6 @@ Opens the networks at nvlabs-fi-cdn.nvidia.com/edm/pretrained (edm-cifar10-32x32
 edm-imagenet-64x64-cond-adm.pkl, ..., and baseline/), and those that others trained with NVlabs'
 code, such as DM-AT's. Networks: DDPM++, NCSN++ and ADM. Preconditioning: EDM, VP, VE and iDDPM.
 
-A pickle can run any program. Nothing in it is run here: teachers/pickles.py reads it as data.
-
 Licence: this code is our own, written from the paper and from facts of the file format (names and
 shapes of the parameters). NVlabs' code and weights are CC BY-NC-SA 4.0: nothing of the code was
 copied, and whoever fetches the weights is bound by that licence.

@@ -19,34 +19,17 @@ def sigma_steps(n_steps, sigma_min, sigma_max, rho):
 
 
 @torch.no_grad()
-def heun(
-    denoise,
-    noise,
-    sigmas,
-    churn=0.0,
-    churn_range=(0.0, float("inf")),
-    churn_noise=1.0,
-    fresh_noise=None,
-    round_sigma=float,
-):
-    """EDM's sampler, algorithm 2: images in [-1, 1] but for the network's error, like noise.
+def heun(denoise, noise, sigmas, round_sigma=float):
+    """EDM's deterministic sampler, algorithm 1: images in [-1, 1] but for the network's error.
 
     denoise: a function (noisy, sigma as a number) -> denoised, called twice a step and once at the
-    last. noise: standard normal (B, C, H, W). sigmas: from sigma_steps.
-    churn: S_churn, where 0 is deterministic. Above 0, fresh_noise() gives standard normal noise
-    like `noise` at each step whose sigma lies in churn_range, [S_tmin, S_tmax].
-    churn_noise: S_noise, its standard deviation.
+    last. noise: standard normal (B, C, H, W), as the images. sigmas: from sigma_steps.
     round_sigma: of a network that knows a ladder of noise levels alone, the function that gives the
     nearest of them. Between its levels it would be told another noise level than there is.
     """
     sigmas = [round_sigma(sigma) for sigma in sigmas[:-1].tolist()] + [0.0]
-    n_steps = len(sigmas) - 1
     x = noise * sigmas[0]
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):
-        if churn > 0 and churn_range[0] <= sigma <= churn_range[1]:
-            raised = round_sigma(sigma * (1 + min(churn / n_steps, 2**0.5 - 1)))
-            x = x + (raised**2 - sigma**2) ** 0.5 * churn_noise * fresh_noise()
-            sigma = raised
         slope = (x - denoise(x, sigma)) / sigma
         x_next = x + (next_sigma - sigma) * slope
         if next_sigma > 0:

@@ -222,11 +222,6 @@ FLAGS = [
     ("evaluate", ["--checkpoint", "x.pt", "--seed", str(2**64)], ["--seed", "4294967295"]),
     ("train_at", ["--dataset"], ["--dataset", "expected one argument"]),
     ("train_diffusion", ["--val-size", "1000"], ["--val-size 1000", "1000 training images"]),
-    (
-        "generate_synthetic",
-        ["--s-churn", "1", "--s-tmin", "3", "--s-tmax", "2"],
-        ["--s-tmin", "--s-tmax"],
-    ),
     ("generate_synthetic", ["--rho", "0.001"], ["--rho", "at least 0.1"]),
     ("train_at", ["--optimizer", "adamw", "--betas", "0.9", "1"], ["--betas", "below 1"]),
     ("train_at", ["--momentum", "0", "0"], ["--momentum", "above 0"]),

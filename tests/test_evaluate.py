@@ -5,6 +5,7 @@ Alone: python -m pytest tests/test_evaluate.py
 
 import importlib.util
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_verdicts_are_those_of_pyautoattack(
     assert result["version"].startswith("pyautoattack 0.")
 
 
-def test_result_says_what_it_is(best, tmp_path):
+def test_result_says_what_it_is(best, tmp_path, capsys):
     flags = "--attack pgd --n-images 100 --eps 8/255 --n-steps 5 --n-restarts 2"
     result, per_image = evaluate_with(best, tmp_path, flags)
     assert result["norm"] == "linf"
@@ -95,6 +96,12 @@ def test_result_says_what_it_is(best, tmp_path):
     assert np.array_equal(per_image["clean_correct"], correct)
     assert np.array_equal(per_image["fooled_by"] == -1, ~correct)
     assert np.array_equal(per_image["fooled_by"] == 1, per_image["robust"])
+    assert result["robust"] < result["clean"]
+    printed = capsys.readouterr().out
+    for name, key in (("clean", "clean"), ("PGD, linf 8/255", "robust")):
+        low, high = result[f"{key}_interval"]
+        accuracy = f"{result[key]:.2%}   95 % interval {low:.2%} to {high:.2%}   n = 100"
+        assert re.search(rf"^{name} .* {re.escape(accuracy)}", printed, re.M), printed
 
 
 def test_every_flag_of_pgd_counts(best, tmp_path):
@@ -229,6 +236,17 @@ def test_warnings_of_the_package_are_counted_by_chunk(
     assert capfd.readouterr().err == ""
 
 
+def test_a_warning_of_the_first_attack_is_kept(best, tmp_path, monkeypatch):
+    def attack(name, model, x, y, **settings):
+        if name == "apgd-ce":
+            logging.getLogger("auto-attack").warning("3 points with zero gradient!")
+        return x
+
+    monkeypatch.setattr(autoattack, "attack", attack)
+    result, _ = evaluate_with(best, tmp_path, "--attack apgd --n-images 4")
+    assert result["warnings"] == ["pyautoattack: points of zero gradient (in 1 of 1 chunks)"]
+
+
 def test_probabilities_instead_of_logits_are_warned_of(best, tmp_path, wrap_classifier):
     wrap_classifier(lambda model: nn.Sequential(model, nn.Softmax(1)))
     flags = "--attack pgd --n-images 10 --n-steps 1 --sanity-images 10"
@@ -324,6 +342,20 @@ def test_rand_expects_a_randomised_model(best, tmp_path, monkeypatch, wrap_class
     assert 0 < result["robust"] < result["clean"] < 1
     _, second = evaluate_with(best, tmp_path / "again", flags)
     assert np.array_equal(second["fooled_by"], first["fooled_by"])
+
+
+def test_each_attack_is_of_its_version(best, tmp_path, monkeypatch):
+    """That of rand averages gradients, and lets no image leave because of one lucky draw."""
+    seen = []
+
+    def noted(name, model, x, y, **settings):
+        seen.append(settings["version"])
+        return x
+
+    monkeypatch.setattr(autoattack, "attack", noted)
+    evaluate_with(best, tmp_path / "rand", "--attack rand --n-images 4")
+    evaluate_with(best, tmp_path / "apgd", "--attack apgd --n-images 4")
+    assert seen == ["rand"] * 2 + ["standard"] * 2
 
 
 @pytest.fixture

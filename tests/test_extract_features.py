@@ -142,13 +142,23 @@ def test_verdict(diffusion_dir, pupil, tmp_path, capsys):
 
     # The numbers are those of the stored features and of the pupil itself.
     labels = {split: np.load(out / f"{split}-labels.npy") for split in ("train", "val")}
-    probes = {}
-    for block in blocks:
-        features = {split: np.load(out / f"{split}-{block}-sigma0.3.npy")[:, 0] for split in labels}
-        weight, bias = metrics.fit_linear(features["train"], labels["train"], 10)
-        predicted = (features["val"] @ weight.numpy().T + bias.numpy()).argmax(1)
-        probes[block, 0.3] = {"correct": predicted == labels["val"]}
+
+    def probes_of(folder):
+        probes = {}
+        for block in blocks:
+            features = {}
+            for split in labels:
+                features[split] = np.load(folder / f"{split}-{block}-sigma0.3.npy")[:, 0]
+            weight, bias = metrics.fit_linear(features["train"], labels["train"], 10)
+            predicted = (features["val"] @ weight.numpy().T + bias.numpy()).argmax(1)
+            probes[block, 0.3] = {"correct": predicted == labels["val"]}
+        return probes
+
+    probes = probes_of(out)
     correct = verdict.correct_at_best(probes)
+    control = verdict.correct_at_best(probes_of(out / "shuffled"))
+    assert judged["control"][0] == pytest.approx(control.mean()) != correct.mean()
+    assert judged["above_control"] == pytest.approx(verdict.difference(correct, control))
     assert (judged["block"], judged["sigma"]) == verdict.best_place(probes)
     assert judged["probe"][0] == pytest.approx(correct.mean())
     network, _ = load_classifier(pupil, DATASETS["digits"], "cpu")

@@ -180,14 +180,24 @@ def test_optimisers_have_the_settings_of_the_flags():
         assert len(decayed["params"] + spared["params"]) == len(list(model.parameters()))
 
 
-def test_batchnorm_begins_with_the_first_batch_unless_weights_were_loaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["train_at", "train_at_aux"])
+def test_batchnorm_begins_with_the_first_batch_unless_weights_were_loaded(
+    script, tmp_path, monkeypatch, diffusion_dir
+):
+    """In every step the twin is brought up to date once."""
     momenta = []
     at_each_step(monkeypatch, lambda model: momenta.append(model.batchnorm.momentum))
-    run_at(tmp_path / "run", "--epochs", "1", "--bn-momentum", "0.05")
+
+    def train(name, *more):
+        flags = ("--epochs", "1", "--bn-momentum", "0.05", *more)
+        if script == "train_at":
+            return run_at(tmp_path / name, *flags)
+        return run_aux(tmp_path / name, diffusion_dir, *flags)
+
+    train("run")
     assert momenta == [1.0, 0.05, 0.05, 0.05]
     momenta.clear()
-    init = tmp_path / "run" / "best.pt"
-    run_at(tmp_path / "init", "--epochs", "1", "--bn-momentum", "0.05", "--init", str(init))
+    train("init", "--init", str(tmp_path / "run" / "best.pt"))
     assert momenta == [0.05] * 4
 
 
@@ -211,6 +221,49 @@ def test_the_loss_has_the_labels_of_the_mixed_images(tmp_path, monkeypatch):
     for (x_mixed, y_mixed), (x, y) in zip(mixed, trained):
         assert torch.equal(x, x_mixed) and torch.equal(y, y_mixed)
         assert y.shape == (200, 10) and torch.allclose(y.sum(1), torch.ones(200))
+
+
+def test_all_randomness_comes_from_the_seed_and_the_step(
+    tmp_path, diffusion_dir, synthetic_dir, monkeypatch
+):
+    """Each draw has a stream of the run's seed; those of a step are of that step."""
+    seed_of = data.seed_of
+    mix = data.mix
+    drawn = {}
+    mixed = []
+
+    def watched(seed, use, step=0):
+        drawn.setdefault(use, []).append((seed, step))
+        return seed_of(seed, use, step)
+
+    def watch_mix(*args):
+        mixed.append(args[3:])
+        return mix(*args)
+
+    monkeypatch.setattr(data, "seed_of", watched)
+    monkeypatch.setattr(data, "mix", watch_mix)
+    flags = "--seed 5 --epochs 1 --mixup 0.8 --cutmix 0.5 --synthetic".split()
+    run_aux(tmp_path / "run", diffusion_dir, *flags, synthetic_dir)
+    assert {seed for pairs in drawn.values() for seed, _ in pairs} == {5}
+    assert {"init", "head", "teacher-mean", "validation", "order"} <= drawn.keys()
+    for use in ("attack", "augment", "synthetic", "mix", "teacher"):
+        assert {step for _, step in drawn[use]} == {0, 1, 2, 3}, use
+    assert [args[:2] for args in mixed] == [(0.8, 0.5)] * 4
+    assert len({args[2] for args in mixed}) == 4
+
+
+def test_the_weight_counts_once(tmp_path, diffusion_dir):
+    """Of a run of one step: the alignment is the same, and the loss has it times the weight."""
+    logs = []
+    for weight in (1, 3):
+        flags = ["--epochs", "1", "--epoch-images", "200", "--aux-weight", str(weight)]
+        run_aux(tmp_path / str(weight), diffusion_dir, *flags)
+        (log,) = read_log(tmp_path / str(weight))
+        assert log["loss"] == pytest.approx(
+            log["loss_clean"] + 5 * log["loss_robust"] + weight * log["loss_aux"], rel=1e-5
+        )
+        logs.append(log)
+    assert logs[0]["loss_aux"] == pytest.approx(logs[1]["loss_aux"], rel=1e-6)
 
 
 def test_the_logged_cosine_is_that_of_held_out_images(tmp_path, diffusion_dir):

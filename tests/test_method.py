@@ -7,6 +7,7 @@ import inspect
 import math
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,7 +269,32 @@ def test_target_mean_is_that_of_the_training_images(diffusion_dir):
     assert torch.allclose(teacher.mean, noiseless.mean(0), rtol=0.02, atol=1e-3)
 
 
-def test_every_third_image_is_aligned(diffusion_dir, synthetic_dir, tmp_path, monkeypatch):
+def test_target_mean_is_of_the_first_10_000_images():
+    """Over a network whose feature is the image itself. The last 300 of 10,300 are white."""
+
+    class Identity:
+        device = torch.device("cpu")
+        noise_shape = (1, 1, 1)
+        default_block = "x"
+        default_sigma = 1.0
+
+        def features(self, x, sigma, label, blocks, noise):
+            return [x.flatten(1)]
+
+    teacher = train_at_aux.Teacher(Identity(), train_at_aux.parse_args([]))
+    images = np.random.default_rng(0).integers(0, 100, (10_300, 1, 1, 1), dtype=np.uint8)
+    images[10_000:] = 255
+    teacher.center(images, np.zeros(10_300, np.int64), seed=0, rank=0, world_size=1)
+    assert teacher.mean.item() == pytest.approx(images[:10_000].mean() / 255, rel=1e-4)
+
+
+def test_the_default_place_of_our_own_networks(diffusion_dir):
+    network = load_diffusion(diffusion_dir, "cpu")
+    assert (network.default_block, network.default_sigma) == ("up_blocks.0.resnets.0", 0.1)
+
+
+@pytest.mark.parametrize("label", ["none", "true"])
+def test_every_third_image_is_aligned(label, diffusion_dir, synthetic_dir, tmp_path, monkeypatch):
     """One step of the script itself against plain code in float64: loss and gradient.
 
     The features that are aligned come from a pass of their own: no other loss has a gradient there.
@@ -280,10 +306,10 @@ def test_every_third_image_is_aligned(diffusion_dir, synthetic_dir, tmp_path, mo
         train_at_aux.load_teacher,
     )
 
-    def with_features(model, twin, x, *others):
-        loss, metrics, x_adv, feats = loss_of(model, twin, x, *others)
+    def with_features(model, twin, x, y, *others):
+        loss, metrics, x_adv, feats = loss_of(model, twin, x, y, *others)
         feats[0].retain_grad()
-        seen["feats"].append((x, feats[0]))
+        seen["feats"].append((x, y, feats[0]))
         return loss, metrics, x_adv, feats
 
     def with_head(head, *others):
@@ -301,6 +327,7 @@ def test_every_third_image_is_aligned(diffusion_dir, synthetic_dir, tmp_path, mo
     # The rate is as good as 0: the head's weights after the step are those in it.
     argv = "--epochs 1 --epoch-images 14 --batch-size 14 --accumulate 2 --loss pgd --align clean"
     argv += " --n-steps 1 --eval-n-steps 1 --lr 1e-30 --block mid_block --teacher-every 3"
+    argv += f" --teacher-label {label}"
     argv += f" --teacher {diffusion_dir} --synthetic {synthetic_dir} --out-dir {tmp_path / 'run'}"
     train_at_aux.main(train_at_aux.parse_args(argv.split()))
 
@@ -308,13 +335,16 @@ def test_every_third_image_is_aligned(diffusion_dir, synthetic_dir, tmp_path, mo
     noise = torch.randn(14, 1, 8, 8, generator=data.stream(0, "teacher", 0))
     head = copy.deepcopy(seen["head"]).double()
     head.zero_grad()
-    for part, (x, feats) in enumerate(seen["feats"]):
+    for part, (x, y, feats) in enumerate(seen["feats"]):
         f = feats.detach().double().requires_grad_(True)
         losses = []
         for i in (0, 3, 6):
             one = noise[2 * i + part][None]
-            target = teacher.network.features(x[i : i + 1], teacher.sigma, None, ["mid_block"], one)
-            target = (target[0][0] - teacher.mean).double()
+            told = y[i : i + 1] if label == "true" else None
+            (target,) = teacher.network.features(
+                x[i : i + 1], teacher.sigma, told, ["mid_block"], one
+            )
+            target = (target[0] - teacher.mean).double()
             h = head(f[i])
             losses.append(1 - (h @ target) / (h @ h).sqrt() / (target @ target).sqrt())
         loss = sum(losses) / 3
@@ -426,6 +456,25 @@ def test_shared_functions_are_word_for_word_the_same():
     for name in shared:
         source = inspect.getsource(functions[name])
         assert source == inspect.getsource(getattr(train_at_aux, name)), name
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_two_scripts_have_one_recipe(dataset):
+    """DRA's own flags apart, whatever the network."""
+    for flags in ([], ["--model", "vit-b-2"]):
+        both = (
+            vars(script.parse_args(["--dataset", dataset, *flags]))
+            for script in (train_at, train_at_aux)
+        )
+        plain, aligned = both
+        shared = plain.keys() - {"out_dir"}
+        assert {key: aligned[key] for key in shared} == {key: plain[key] for key in shared}
+
+
+def test_the_recipe_of_digits():
+    args = train_at.parse_args([])
+    names = ("model", "n_steps", "epochs", "batch_size", "eval_n_steps", "eval_every", "lr")
+    assert [getattr(args, name) for name in names] == ["wrn-10-1", 5, 100, 128, 20, 10, 0.2]
 
 
 def test_the_diff_of_the_two_scripts_is_small():

@@ -478,7 +478,7 @@ def test_published_verdicts_are_compared(exported, trained, hub, folder, capsys)
 def generated(tmp_path_factory, diffusion_dir):
     """A set of three shards, made by a command with paths in it."""
     out = tmp_path_factory.mktemp("secret") / "set"
-    flags = "--n-images 50 --shard-size 20 --n-steps 3 --batch-size 8 --s-churn 4 --seed 5"
+    flags = "--n-images 50 --shard-size 20 --n-steps 3 --batch-size 8 --rho 5 --seed 5"
     call(generate_synthetic, "--diffusion", diffusion_dir, flags, "--data-dir", f"{HOME}/data",
          "--out-dir", out)  # fmt: skip
     return out
@@ -615,7 +615,7 @@ def test_a_set_becomes_uploadable(made_set, generated, diffusion_dir, capsys):
         "| selected | no: all images that were generated |",
         f"images to the nearest of 800 training images is {found['mean_generated']:.3f}",
         "| n_steps | 3 |",
-        "--s-churn 4 --seed 5 --data-dir data --out-dir set",
+        "--rho 5 --seed 5 --data-dir data --out-dir set",
         "| held out | the network has not seen the first 200 training images |",
     ):
         assert words in card.text, words

@@ -211,6 +211,16 @@ def test_generation_does_not_depend_on_ranks(tmp_path, diffusion_dir, synthetic_
             path.name
         )
     assert len(list((tmp_path / "two").glob("*.npy"))) == 6
+    # Which images are the most confident does not depend on ranks either.
+    best = tmp_path / "at" / "best.pt"
+    python("train_at.py", "--epochs", "1", "--n-steps", "1", "--out-dir", best.parent)
+    selection = [*argv, "--classifier", best, "--keep-fraction", "0.5", "--out-dir"]
+    chosen = []
+    for ranks in (1, 2):
+        python("generate_synthetic.py", *selection, tmp_path / f"best{ranks}", ranks=ranks)
+        chosen.append(np.load(tmp_path / f"best{ranks}" / "selection.npy"))
+    assert np.array_equal(*chosen) and len(chosen[0]) >= 32 and chosen[0][-1] >= 48
+
     # A shard is made again by two ranks, each of which has one of its batches.
     labels = np.load(tmp_path / "two" / "shard-00001-labels.npy")
     labels[-1] = 0

@@ -172,7 +172,9 @@ def test_runs_are_added_when_trained(evidence, capsys):
     assert n_right(at, "autoattack") == 100 * full["robust_correct"]
     assert "n" not in other and "n" not in zero
     assert at["best_sha256"] == zero["best_sha256"]  # weight 0 is train_at.py, to the bit
-    assert [line[0] for line in at["held_out"]] == [2]
+    (line,) = map(json.loads, (cells / "at" / "0" / "log.jsonl").read_text().splitlines())
+    assert at["held_out"] == [[2, line["clean_acc"], line["robust_acc"]]]
+    assert line["robust_acc"] < line["clean_acc"]
     for name, run in runs.items():  # every setting, whatever the defaults are
         args = json.loads((evidence / name / "args.json").read_text())
         assert run["settings"] == {k: v for k, v in args.items() if k not in ("script", "seed")}
@@ -194,10 +196,29 @@ def test_runs_are_added_when_trained(evidence, capsys):
     with pytest.raises(UserError, match="which of them counts"):
         store.add_runs(str(evidence))
     again.unlink()
+    args_path = cells / "at" / "1" / "args.json"
+    settings = json.loads(args_path.read_text())
+    args_path.write_text(json.dumps(settings | {"lr": 0.123}))
+    with pytest.raises(UserError, match="few/at: its runs differ in lr"):
+        store.add_runs(str(evidence))
     (cells / "at" / "0" / "best.pt").write_bytes(b"another")
     with pytest.raises(UserError, match="of another checkpoint"):
         store.add_runs(str(evidence))
     assert path.read_bytes() == kept
+
+
+def test_a_run_that_is_not_at_its_end_is_no_row(evidence):
+    """Two of three validations are done, or two of those after 2, 4 and 5 epochs."""
+    folder = evidence / "few" / "at" / "1"
+    settings = json.loads((folder / "args.json").read_text())
+    line = (folder / "log.jsonl").read_text()
+    for epochs, eval_every in ((3, 1), (5, 2)):
+        changed = settings | {"epochs": epochs, "eval_every": eval_every}
+        (folder / "args.json").write_text(json.dumps(changed))
+        (folder / "log.jsonl").write_text(2 * line)
+        assert store.read_run(str(folder)) is None
+        (folder / "log.jsonl").write_text(3 * line)
+        assert store.read_run(str(folder))
 
 
 def test_every_row_holds_every_setting():
@@ -219,6 +240,7 @@ AT = {
     "norm": "linf",
     "eps": 0.15,
     "n": 30,
+    "precision": "fp32",
 }
 MIXED = AT["settings"] | {"synthetic": "s", "synthetic_sha256": "a", "n_synthetic": 9}
 ALIGNED = AT["settings"] | {"teacher": "t", "teacher_sha256": "b", "block": "up", "sigma": 0.1}
@@ -248,6 +270,8 @@ def test_runs_that_fit_are_sorted_by_cell():
     cells = store.by_cell(FITTING)["digits-100"]
     assert sorted(cells) == sorted({name.split("/")[1] for name in FITTING})
     assert sorted(cells["at"]) == [0, 1]
+    old = {key: value for key, value in AT.items() if key != "precision"} | {"seed": 1}
+    assert store.by_cell(FITTING | {"digits-100/at/1": old})  # of before it was recorded
 
 
 @pytest.mark.parametrize(
@@ -261,6 +285,7 @@ def test_runs_that_fit_are_sorted_by_cell():
         ("digits-200/at/0", AT, "digits-200: a run with --n-train 100"),
         ("digits-100/at/1", AT | {"seed": 1, "n": 20}, "digits-100: its runs differ in n;"),
         ("digits-100/loss=pgd/0", mixed(loss="pgd") | {"eps": 0.1}, "its runs differ in eps"),
+        ("digits-100/at/1", AT | {"seed": 1, "precision": "bf16"}, "runs differ in precision;"),
         ("digits-100/loss=pgd/0", mixed(loss="pgd", epochs=3), "loss=pgd: its runs differ in epo"),
         ("digits-100/loss=pgd/0", mixed(loss="other"), "loss=pgd/0: a run with loss other"),
         ("digits-100/loss=pgd/0", mixed(loss="pgd", synthetic_sha256="c"), "in synthetic_sha256"),

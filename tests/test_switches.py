@@ -330,6 +330,23 @@ def test_warmup_and_cosine():
     assert all(0 < train_at.warmup_cosine(s, n, args) <= 1e-3 for n in (1, 2, 3) for s in range(n))
 
 
+@pytest.mark.parametrize("script", [train_at, train_at_aux])
+def test_rates_move_by_the_step_with_adamw_and_by_the_epoch_with_sgd(script):
+    weights = [torch.zeros(1, requires_grad=True)]
+    adamw = torch.optim.AdamW([{"params": weights}, {"params": []}])
+    sgd = torch.optim.SGD([{"params": weights}, {"params": []}])
+    of_imagenet = script.parse_args(["--dataset", "imagenet"])
+    of_cifar = script.parse_args(["--dataset", "cifar10", "--epochs", "10"])
+    for step in range(1000):
+        script.set_schedule(adamw, step, 100, 1000, of_imagenet)
+        expected = script.warmup_cosine(step, 1000, of_imagenet)
+        assert [group["lr"] for group in adamw.param_groups] == [expected] * 2
+        script.set_schedule(sgd, step, 100, 1000, of_cifar)
+        expected = script.one_cycle(step // 100, of_cifar)
+        for group in sgd.param_groups:
+            assert (group["lr"], group["momentum"]) == expected
+
+
 def test_vits_have_a_recipe_of_their_own():
     vit, wrn = (
         train_at_aux.parse_args(["--dataset", "cifar10", "--model", name])

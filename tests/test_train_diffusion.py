@@ -9,10 +9,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import read_log
 from diffusers_helper import tiny_ddpm
 
 import train_diffusion
-from common import UserError, data
+from common import UserError, data, files
 from published.datasets import DATASETS
 from teachers.load import load_diffusion
 
@@ -57,6 +58,38 @@ def test_loss_is_edms():
             target = (x[i : i + 1] - c_skip * noisy) / c_out
             expected = (output - target).pow(2).mean().item()
             assert math.isclose(losses[i].item(), expected, rel_tol=1e-9)
+
+
+def test_the_rate_and_the_average_at_every_step():
+    args = train_diffusion.parse_args(
+        "--train-steps 1000 --warmup-steps 100 --lr 1 --ema-decay 0.9".split()
+    )
+    for step in range(1000):
+        expected = min(1, (step + 1) / 100) * math.cos(math.pi * step / 2000) ** 2
+        assert train_diffusion.lr_at(step, args) == pytest.approx(expected)
+    decays = [train_diffusion.ema_decay_at(step, args) for step in range(1, 1001)]
+    assert decays == pytest.approx([min(0.9, step / (9 + step)) for step in range(1, 1001)])
+
+
+def test_validation_is_of_the_average_on_held_out_images(tmp_path):
+    train(tmp_path, "--val-size", "50")
+    (line,) = read_log(tmp_path)
+    args = train_diffusion.parse_args([*TINY, "--val-size", "50"])
+    net = train_diffusion.build_network(DIGITS, args).eval()
+    state = files.load(tmp_path / "last.pt", {"ema": dict, "net": dict})
+    _, (images, labels) = data.load_train(DIGITS, None, 50)
+    generator = data.stream(0, "edm-validation", 0)
+    normal = torch.randn(50, generator=generator)
+    noise = torch.randn(50, 1, 8, 8, generator=generator)
+    y = torch.from_numpy(labels)
+    found = {}
+    for name in ("ema", "net"):
+        net.load_state_dict(state[name])
+        with torch.no_grad():
+            x = 2 * data.to_x(images) - 1
+            found[name] = train_diffusion.edm_loss(net, x, y, normal, noise, args).mean().item()
+    assert line["val_loss"] == pytest.approx(found["ema"], rel=1e-5)
+    assert abs(found["net"] / found["ema"] - 1) > 1e-4
 
 
 def test_labels_are_dropped_at_the_rate_asked_for():

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import DIGITS, python
 from evaluation_helper import evaluate_with, shorten, train_short
 from unusual_helper import MeanSparse, Quantised, Straight, network_with
 
 import evaluate
 from common import files, models
-from evaluation import adaptive, requests
+from evaluation import adaptive, report, requests
 from published.datasets import DATASETS
 
 
@@ -61,7 +60,7 @@ def results_in(folder):
 
 def test_a_report_is_made_of_ordinary_results(best, tmp_path, short, monkeypatch, capsys):
     """One that is there is taken, all have verdicts per image, and none is computed twice."""
-    flags = "--n-images 30 --sanity-images 5"
+    flags = "--n-images 30 --sanity-images 5 --batch-size 16"
     shutil.copy(best, tmp_path)
     argv = ["--checkpoint", str(tmp_path / "best.pt"), *flags.split()]
     evaluate.main(evaluate.parse_args([*argv, "--norm", "l2"]))
@@ -94,6 +93,10 @@ def test_a_report_is_made_of_ordinary_results(best, tmp_path, short, monkeypatch
     assert 0 < in_all_norms.sum() < rows[1]["accuracy"] * 30
     assert rows[5]["accuracy"] == in_all_norms.mean()
     assert rows[1]["accuracy"] > rows[2]["accuracy"]
+    headline = f"**{report._interval(rows[1])}** of 30 test images withstand"
+    assert headline in page and f"**{report._interval(rows[5])}** do in every norm" in page
+    plain = f"plain {100 * rows[1]['plain']:.1f} %"
+    assert f"{plain}, with the adaptive check **{100 * rows[1]['accuracy']:.1f} %**" in page
     assert "no such layers were found" in page
     assert f"SHA-256 of the checkpoint: `{files.sha256(best)}`" in page
     assert f"commit {checked['environment']['commit'] or 'not recorded'}" in page
@@ -130,6 +133,9 @@ def test_a_masked_gradient_is_seen_through(name, best, tmp_path, short, linf_alo
     assert threat["plain"] > by_hand["robust"] + 0.15
     assert threat["accuracy"] == pytest.approx(by_hand["robust"], abs=0.07)
     assert threat["newly_fooled"] == round(30 * (threat["plain"] - threat["accuracy"]))
+    assert "the sanity checks were left out" in page
+    if name == "rounds":  # a warning of the plain attack
+        assert "hardly any image has a zero gradient (30 of 30)" in page
     assert f"`unusual ({type(layer).__name__})`" in page
     found = f"the adaptive check fools hardly any more ({threat['newly_fooled']} of 30"
     assert f"**WARNING** linf 0.15: check failed: {found}" in page
@@ -239,17 +245,3 @@ def test_check_counts_all_attacks_of_a_report(best, monkeypatch, capsys):
     assert times == [1 + 101 + 909, 4 * (1 + 101 + 909 + 101)]
     assert "nothing was written" in capsys.readouterr().out
     assert not list(Path(best).parent.glob("report*"))
-
-
-def test_the_long_tail_has_columns_of_its_own(best, tmp_path, short, linf_alone):
-    settings = json.loads(Path(best).with_name("args.json").read_text())
-    files.write_json(settings | {"imbalance": 10}, tmp_path / "args.json")
-    page, rows, _ = report_on(best, tmp_path, "--n-images 10 --sanity-images 0 --eps 0.01")
-    _, labels = evaluate.data.load_test(DIGITS, None)
-    tail = labels[:10] >= 5
-    model, _ = evaluate.load_classifier(best, DIGITS, "cpu")
-    images, _ = evaluate.data.load_test(DIGITS, None)
-    correct = model(evaluate.data.to_x(images[:10])).argmax(1) == torch.from_numpy(labels[:10])
-    assert rows[0]["head"] == pytest.approx(correct.numpy()[~tail].mean())
-    assert rows[0]["tail"] == pytest.approx(correct.numpy()[tail].mean())
-    assert "tail classes, %" in page

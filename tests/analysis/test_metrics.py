@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DIGITS
 from scipy.stats import ortho_group
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -326,3 +327,15 @@ def test_dead_latents_learn_the_residual():
             return (residual - explained).square().mean() / residual.square().mean()
 
     assert unexplained(20) < 0.5 * unexplained(10**9)
+
+
+def test_the_embedding_has_the_clean_images_first():
+    """In the principal components of the clean ones alone."""
+    rng = np.random.default_rng(0)
+    clean = rng.normal(size=(40, 6))
+    adversarial = clean + 2
+    found = metrics.embedding(clean, adversarial, seed=0)
+    pca = PCA(2, random_state=0).fit(metrics.unit(clean))
+    expected = np.concatenate([pca.transform(metrics.unit(f)) for f in (clean, adversarial)])
+    np.testing.assert_allclose(found["pca"], expected, atol=1e-4)
+    assert np.shape(found["tsne"]) == (80, 2)

@@ -86,7 +86,44 @@ STRAIGHT = {
     "detach": lambda h: h.detach() + 0 * h.round(),
     "half detached": lambda h: (h - h.detach()) * 0.0 + h.detach(),
     "by hand, in a module": ByHand(),
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "fix": torch.fix,
+    "sgn": torch.sgn,
+    "softshrink": nn.Softshrink(1.0),
+    "cast": lambda h: h.int().to(h),
+    "float": lambda h: h.int().float().to(h),
+    "double": lambda h: h.int().double(),
+    "type": lambda h: h.int().type(torch.float64),
+    "cast and divided": lambda h: ((8 * h).int() / 8).to(h),
+    "cast, with arithmetic of whole numbers": lambda h: 0.5 * ((8 * h).long() // 4).type_as(h) / 4,
+    "pixels": lambda h: (8 * h + 128).to(torch.uint8).to(h) / 8,
+    "part of a sum": lambda h: 2 * h - h.int(),
+    "negative": lambda h: 2 * h + (1 - h.int()),
+    "negative, and a tensor of whole numbers": lambda h: 2 * h - (h.int() - torch.tensor(3)),
+    "division that rounds": lambda h: torch.div(h, 0.5, rounding_mode="floor"),
+    "//": lambda h: h // 1,
+    "heaviside": lambda h: torch.heaviside(h, torch.zeros_like(h)),
 }
+
+
+# What is cast and has no derivative, or is changed in place, stays as it is.
+UNTOUCHED = {
+    "indices": lambda h: torch.arange(100.0)[h.long() + 50].to(h) * h,
+    "embedding": lambda h: h * F.embedding(h.long() + 50, torch.ones(100, 1)).squeeze(-1).to(h),
+    "truth values": lambda h: h * (h > 0),
+    "in place": lambda h: (2 * h).add_(h.int()),
+}
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_what_is_not_a_cast_of_values_is_left_alone(name):
+    net = Net(UNTOUCHED[name])
+    x = inputs()
+    surrogate = adaptive.Surrogate(net, "straight")
+    torch.testing.assert_close(gradient(surrogate, x), gradient(net, x))
+    assert torch.equal(surrogate(x.requires_grad_(True)), net(x))
+    assert not adaptive.layers_of(net, x)["straight"]
 
 
 @pytest.mark.parametrize("name", STRAIGHT)
@@ -107,6 +144,17 @@ LEAKY = {
     "relu6": (nn.ReLU6(), lambda h: ((h > 0) & (h < 6)).double()),
     "clamp": (lambda h: h.clamp(-1, 2), lambda h: ((h > -1) & (h < 2)).double()),
     "sigmoid": (torch.sigmoid, lambda h: h.sigmoid() * (1 - h.sigmoid())),
+    "clamp_min": (lambda h: h.clamp_min(0), lambda h: (h > 0).double()),
+    "clamp_max": (lambda h: h.clamp_max(0), lambda h: (h < 0).double()),
+    "clip": (lambda h: h.clip(-1, 2), lambda h: ((h > -1) & (h < 2)).double()),
+    "threshold": (nn.Threshold(0.5, 0.0), lambda h: (h > 0.5).double()),
+    "minimum": (lambda h: torch.minimum(h, torch.zeros_like(h)), lambda h: (h < 0).double()),
+    "hardsigmoid": (nn.Hardsigmoid(), lambda h: (h.abs() < 3).double() / 6),
+    "hardswish": (
+        nn.Hardswish(),
+        lambda h: torch.where(h.abs() < 3, h / 3 + 0.5, (h > 0).double()),
+    ),
+    "maximum": (lambda h: torch.maximum(h, torch.zeros_like(h)), lambda h: (h > 0).double()),
     "tanh": (nn.Tanh(), lambda h: 1 - h.tanh() ** 2),
 }
 

@@ -55,6 +55,7 @@ def test_compare_prints_counts_interval_and_p(pair, capsys):
     compare.compare(*map(str, pair))
     printed = capsys.readouterr().out
     assert "robust  A 70.00%  B 60.00%  (both 5, A alone 2, B alone 1, neither 2)" in printed
+    assert "clean   A 80.00%  B 70.00%  (both 6, A alone 2, B alone 1, neither 1)" in printed
     low, high = stats.paired_difference(5, 2, 1, 2)[1]
     interval = f"95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
     assert f"A - B +10.00 points, {interval}; McNemar's exact test p = 1" in printed
@@ -65,9 +66,10 @@ def test_compare_warns_of_other_settings_and_of_warnings(pair, capsys):
     write_result(pair[1], eps=0.1)
     compare.compare(*map(str, pair))
     assert "WARNING: eps differs: 0.15 and 0.1" in capsys.readouterr().out
-    write_result(pair[1], precision="bf16")
-    compare.compare(*map(str, pair))
-    assert "WARNING: precision differs: None and bf16" in capsys.readouterr().out
+    for key in ("attack", "settings", "version", "norm", "batch_size", "precision", "seed"):
+        write_result(pair[1], **{key: "other"})
+        compare.compare(*map(str, pair))
+        assert f"WARNING: {key} differs: " in capsys.readouterr().out
     write_result(pair[1], data_sha256="ab")  # such as the same files, decoded at another size
     compare.compare(*map(str, pair))
     assert "WARNING: data_sha256 differs: None and ab" in capsys.readouterr().out
@@ -82,6 +84,10 @@ def test_compare_warns_of_other_settings_and_of_warnings(pair, capsys):
     assert "note: without the .json beside both files attack and radius" in capsys.readouterr().out
     write_result(pair[1], dataset="cifar10")
     with pytest.raises(UserError, match="not the same images, dataset is digits and cifar10"):
+        compare.compare(*map(str, pair))
+    write_result(pair[0])
+    write_result(pair[1], image_list_sha256="ab")
+    with pytest.raises(UserError, match="not the same images, image_list_sha256 is None and ab"):
         compare.compare(*map(str, pair))
 
 

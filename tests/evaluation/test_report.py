@@ -1,15 +1,11 @@
-"""The page of a report: its table, its choice of images, its picture.
+"""The page of a report: its table and its picture.
 
 Whole reports are in tests/test_whole_report.py. Alone:
 python -m pytest tests/evaluation/test_report.py
 """
 
-import dataclasses
-
 import numpy as np
 import pytest
-import torch
-from conftest import DIGITS
 
 from common.stats import wilson
 from evaluation import report
@@ -32,10 +28,10 @@ def made(norm, eps, fooled_by):
     return result, arrays
 
 
-def rows(classes=(), tail=None):
+def rows(classes=()):
     pairs = [made("linf", 0.1, LINF), made("linf", 0.15, LARGER), made("l2", 1.0, L2)]
     checked, arrays = zip(*pairs)
-    return report.table(checked, arrays, LABELS, classes, tail)
+    return report.table(checked, arrays, LABELS, classes)
 
 
 def test_the_table():
@@ -52,15 +48,6 @@ def test_the_table():
     assert all(row["n"] == 6 and row["worst_class_n"] == 2 for row in found)
 
 
-def test_head_and_tail():
-    found = rows(tail=LABELS == 2)
-    assert found[1]["head"] == 0.5 and found[1]["tail"] == 0.5
-    assert found[3]["head"] == 0.75 and found[3]["tail"] == 0
-    lines = report.table_lines(found)
-    assert lines[0].endswith("| head classes, % | tail classes, % |")
-    assert lines[3].endswith("| 50.0 | 50.0 |")
-
-
 def test_the_table_in_markdown():
     """A name of a class can neither end its cell nor its line."""
     lines = report.table_lines(rows(classes=("a", "b|c\n", "d")))
@@ -69,68 +56,9 @@ def test_the_table_in_markdown():
     assert lines[3] == f"| linf 0.1 | 6 | **50.0** | 18.8 to 81.2 | 66.7 | {worst} |"
 
 
-def test_the_choice_of_images():
-    """One of each class, correct without an attack; those that some attack fools come first."""
-    labels = np.array([3, 3, 5, 5, 7, 8, 9, 9])
-    clean = np.array([0, 1, 1, 1, 1, 1, 1, 1], bool)
-    robust = np.ones((2, 8), bool)
-    robust[0, 3] = robust[1, 6] = robust[:, 0] = False
-    assert report.choose(labels, clean, robust) == [3, 6, 1, 4]
-    assert report.choose(labels, ~clean, robust) == [0]
-    assert report.choose(labels, np.zeros(8, bool), robust) == []
-
-
-def test_a_model_that_is_never_right_has_no_examples(tmp_path):
-    pairs = [made("linf", 0.1, np.full(6, -1))]
-    checked, arrays = zip(*pairs)
-    found = report.attacked_examples(None, None, LABELS, DIGITS, checked, arrays, "cpu")
-    assert found is None
-    report.draw(rows(), found, DIGITS, None, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").exists()
-
-
-class Linear(torch.nn.Module):
-    """Logits (z, -z, 0) with z the sum of x - 1/2: in linf, whatever is known."""
-
-    def forward(self, x):
-        z = (x - 0.5).flatten(1).sum(1)
-        return torch.stack([z, -z, 0 * z - 9], 1)
-
-
-def test_images_are_attacked_again():
-    """Those within reach are fooled, inside the ball, and the others have a higher loss."""
-    model = Linear()
-    x = torch.full((3, 1, 4, 4), 0.5) + torch.tensor([0.02, -0.04, 0.2]).view(3, 1, 1, 1)
-    y = model(x).argmax(1)
-    result = {"norm": "linf", "eps": 0.05, "seed": 0, "layers": {"straight": [], "leaky": []}}
-    fooled = torch.tensor([True, True, False])
-    x_adv = report.attack_again(model, x, y, fooled, result, 3)
-    assert (model(x_adv).argmax(1) != y).equal(fooled)
-    assert 0.049 < (x_adv - x).abs().amax() <= 0.05 + 1e-6
-    assert model(x_adv)[2, 0] < model(x)[2, 0] - 0.7
-
-
-def test_the_targeted_attack_stands_in_where_it_alone_fools(monkeypatch):
-    """Of image 0, known to fall, APGD-CE finds nothing; of image 1 nothing is known to."""
-    model = Linear()
-    x = torch.full((2, 1, 4, 4), 0.52)
-    y = model(x).argmax(1)
-    result = {"norm": "linf", "eps": 0.05, "seed": 0, "layers": {"straight": [], "leaky": []}}
-    monkeypatch.setattr(report.autoattack, "highest_loss", lambda model, x, y, **more: x.clone())
-    x_adv = report.attack_again(model, x, y, torch.tensor([True, False]), result, 3)
-    assert (model(x_adv).argmax(1) != y).tolist() == [True, False]
-    assert torch.equal(x_adv[1], x[1])
-
-
-@pytest.mark.parametrize("channels,n", [(1, 2), (3, 4)])
-def test_the_picture(channels, n, tmp_path):
-    """Grey and coloured images."""
-    x = torch.rand(n, channels, 8, 8)
-    y = torch.arange(n)
-    attacked = {"norm": "linf", "eps": 0.1, "x_adv": x, "predicted": (y + 1) % 10}
-    examples = {"x": x, "y": y, "predicted": y, "attacked": [attacked, attacked | {"norm": "l2"}]}
-    spec = dataclasses.replace(DIGITS, classes=("a class with a long name \n", *"bcdefghij"))
-    report.draw(rows(), examples, spec, ("linf", 0.1), tmp_path / "picture.png")
+@pytest.mark.parametrize("trained", [("linf", 0.1), None])
+def test_the_picture(trained, tmp_path):
+    report.draw(rows(), trained, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

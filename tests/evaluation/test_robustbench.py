@@ -161,3 +161,15 @@ def test_claims_that_nobody_could_accept_are_refused(change, match, run_dir):
     with pytest.raises(UserError, match=match):
         export(run_dir)
     assert not (run_dir / "robustbench").exists()
+
+
+def test_imagenet_is_on_robustbenchs_own_images(run_dir):
+    """The first 5,000 files are of a hundred classes alone."""
+    of_imagenet = dict(n=5000, eps=4 / 255, dataset="imagenet")
+    path = str(run_dir / "results-best-autoattack-linf-0.03137.json")
+    claim = (path, str(run_dir / "best.pt"), DATASETS["imagenet"])
+    write_result(run_dir, **of_imagenet)
+    with pytest.raises(UserError, match="lacks an --image-list, RobustBench's 5000 images"):
+        robustbench.read_result(*claim)
+    write_result(run_dir, **of_imagenet, image_list_sha256="a")
+    assert robustbench.read_result(*claim)["n"] == 5000

@@ -182,12 +182,25 @@ def test_more_steps_and_transfer_tell_image_by_image():
     few = ~sanity.withstands_apgd(model, x, y, *threat, n_steps=1)
     many = sanity.fooled_by_more_steps(model, None, x, y, *threat)
     assert 0 < few.sum() <= many.sum() < len(x)
-    assert sanity.LONG_STEPS == 3 * 100
     wrong = 9 - y
     assert sanity.fooled_by_more_steps(model, None, x, wrong, *threat)[y != wrong].all()
     own = sanity.fooled_by_transfer(model, model, x, y, *threat)
     others = sanity.fooled_by_transfer(model, Linear(seed=5), x, y, *threat)
     assert others.sum() < own.sum()
+
+
+def test_the_long_attack_is_long(monkeypatch):
+    seen = []
+
+    def noted(model, x, y, **settings):
+        seen.append(settings["n_steps"])
+        return x
+
+    monkeypatch.setattr(sanity.autoattack, "apgd_ce", noted)
+    model = Linear()
+    x, y = images(model)
+    sanity.fooled_by_more_steps(model, None, x, y, "linf", 0.05, 0)
+    assert seen == [300]
 
 
 def test_apgd_agrees_with_the_closed_form():

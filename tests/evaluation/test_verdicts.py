@@ -6,6 +6,7 @@ Alone: python -m pytest tests/evaluation/test_verdicts.py
 import numpy as np
 import pytest
 
+import evaluate
 from common import UserError, files
 from common.stats import wilson
 from evaluation import requests, verdicts
@@ -38,18 +39,25 @@ def test_the_adaptive_check_fails_where_it_fools_more_than_another_start(n, n_mo
     assert line["found"] == f"{n_more} of {n}; {before:.2%} robust before, {now:.2%} now"
 
 
-@pytest.mark.parametrize("n_more, ok", [(0, True), (1, True), (2, False)])
-def test_square_among_the_first_images(n_more, ok):
+OVERTURNED = {  # check: (its line, how many of 100 robust images it may fool)
+    "square": ("Square fools hardly any that gradients did not", 1),
+    "steps": ("APGD-CE of 300 steps fools hardly any more", 1),
+    "transfer": ("transfer fools no more", 0),
+}
+
+
+@pytest.mark.parametrize("n_more", [0, 1, 2])
+@pytest.mark.parametrize("check", OVERTURNED)
+def test_verdicts_that_a_check_overturns(check, n_more):
     """Only images that count as robust are told, and what is left without them."""
+    name, allowed = OVERTURNED[check]
     fooled_by = np.full(200, 3)
     fooled_by[10] = 0
     fooled = np.zeros(100, bool)
     fooled[10 : 11 + n_more] = True
-    checks = {"square": {"fooled": fooled.tolist()}}
-    line = outcomes(fooled_by, [*ATTACKS, "unit-ce"], ATTACKS, checks)[
-        "Square fools hardly any that gradients did not"
-    ]
-    assert line["ok"] == ok
+    checks = {check: {"fooled": fooled.tolist()}}
+    line = outcomes(fooled_by, [*ATTACKS, "unit-ce"], ATTACKS, checks)[name]
+    assert line["ok"] == (n_more <= allowed)
     left = f"; {(199 - n_more) / 200:.2%} robust without them" if n_more else ""
     assert line["found"] == f"{n_more} of 100 that count as robust{left}"
 
@@ -83,6 +91,20 @@ def test_checks_of_the_adaptive_check(attack, names):
     assert requests.check_names(args) == names
     args.sanity_images = 0
     assert requests.check_names(args) == []
+
+
+FLAGS_OF_PGD = ("--n-steps 7", "--n-restarts 2", "--loss ce", "--step-size 0.01", "--eot 3")
+
+
+@pytest.mark.parametrize("flag", FLAGS_OF_PGD)
+def test_what_pgd_depends_on_is_part_of_its_request(flag):
+    """These are not in the result's name: another one's number would be printed."""
+
+    def request(*flags):
+        args = evaluate.parse_args(["--checkpoint", "a.pt", "--attack", "pgd", *flags])
+        return requests.request_at(0.1, args, {}, 5, "digest")
+
+    assert request() == request() != request(*flag.split())
 
 
 # ----------------------------------------------------------------------------- finished results
@@ -122,6 +144,18 @@ def test_a_result_must_fit_its_verdicts(change, words, finished):
     with pytest.raises(UserError) as info:
         verdicts.read_finished(str(finished), request)
     assert words in str(info.value) and "\n" not in str(info.value)
+
+
+def test_parts_stay_until_the_result_is_written(tmp_path, monkeypatch):
+    (tmp_path / "r.parts").mkdir()
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(verdicts.files, "write_json", full)
+    with pytest.raises(OSError):
+        verdicts.write_result(str(tmp_path / "r.json"), {}, {"index": np.arange(3)})
+    assert (tmp_path / "r.parts").exists()
 
 
 def test_verdicts_of_another_n_are_one_line(finished):

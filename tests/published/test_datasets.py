@@ -1202,3 +1202,43 @@ def test_labels_of_neighbours_of_one_class_stay_whole():
     for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0)):
         _, probabilities = data.mix(x, torch.full((6,), 4), 10, mixup, cutmix, 1)
         assert torch.allclose(probabilities, torch.eye(10)[4].expand(6, 10))
+
+
+def test_augmentation_of_every_data_set():
+    """(padding of the crops, mirroring, degrees of rotation), as docs/recipes.md has them."""
+    expected = {
+        "cifar10": (4, True, 0),
+        "cifar100": (4, True, 15),
+        "svhn": (0, False, 0),
+        "tiny-imagenet": (4, True, 0),
+        "imagenet": (0, True, 0),  # crops of another kind, in image_files.py
+        "fashion-mnist": (2, True, 0),
+        "digits": (1, False, 0),
+    }
+    found = {}
+    for name, spec in DATASETS.items():
+        found[name] = (spec.crop_padding, spec.flip, spec.rotation)
+    found.pop("folder", None)
+    assert found == expected
+
+
+def test_augmentation_of_files_is_the_documented_one(file_batches):
+    batches = file_batches(0)
+    parts = (batches.images, batches.labels, batches.synthetic, SMALL_CROPS)
+    mean = [round(255 * value) for value in SMALL_CROPS.mean]
+    documented = v2.Compose(
+        [
+            v2.RandomResizedCrop(SMALL_CROPS.image_size),
+            v2.RandomHorizontalFlip(0.5 if SMALL_CROPS.flip else 0.0),
+            v2.RandAugment(2, 9),
+            v2.PILToTensor(),
+            v2.RandomErasing(0.25, value=mean),
+        ]
+    )
+    crops = image_files._Crops(*parts, 4)
+    for row in range(8):  # erasing comes to two of them
+        view, _ = crops[0, 0, row, True]
+        with torch.random.fork_rng():
+            torch.manual_seed(data.seed_of(4, "augment", "0/0"))
+            expected = documented(batches.images.open(row))
+        assert torch.equal(torch.as_tensor(view), expected.permute(1, 2, 0))

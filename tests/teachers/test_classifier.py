@@ -14,6 +14,7 @@ from conftest import DIGITS
 
 import evaluate
 import extract_features
+from analysis import metrics
 from common import UserError, data, files
 from evaluation import sanity
 from published.datasets import DATASETS
@@ -271,6 +272,14 @@ def test_probes_are_attacked_end_to_end(diffusion_dir, tmp_path, capsys):
     clean = np.array(large["accuracy"])
     assert clean.shape == (2, 1)
     assert np.abs(np.array(tiny["attacked"]) - clean).max() < 0.01  # under the very draws
-    assert np.max(large["attacked"]) < 0.02 < clean.min()
+    assert np.max(large["attacked"]) < 0.02
+    # Of both draws of an image the probe has seen the image's label.
+    labels = {split: np.load(out / f"{split}-labels.npy") for split in ("train", "val")}
+    features = {s: np.load(out / f"{s}-mid_block-sigma0.1.npy") for s in labels}
+    both = np.concatenate([features["train"][:, 0], features["train"][:, 1]])
+    weight, bias = metrics.fit_linear(both, np.tile(labels["train"], 2), 10)
+    predicted = (features["val"].mean(1) @ weight.numpy().T + bias.numpy()).argmax(1)
+    assert clean[0, 0] == pytest.approx((predicted == labels["val"]).mean(), abs=0.02)
+    assert clean.min() > 0.3
     assert "under attack, linf 0.4, first 200 images" in capsys.readouterr().out
     assert (out / "probe.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,6 +1,6 @@
 """Synthetic sets: shards, published .npz files, several sources, digests, bad input, many images.
 
-Alone: python -m pytest -n 0 tests/common/test_synthetic.py
+Alone: python -m pytest -n 0 tests/published/test_synthetic.py
 -s shows the figures of 50 million images.
 """
 
@@ -20,11 +20,11 @@ import torch
 from conftest import DIGITS, ROOT
 
 import train_at
-from common import UserError, data, files, synthetic
-from common.synthetic import shard_paths
-from published import synthetic as published_synthetic
+from common import UserError, data, files
+from published import synthetic, synthetic_set
 from published.datasets import DATASETS
 from published.synthetic import open_synthetic, prepare_synthetic
+from published.synthetic_set import shard_paths
 
 IMAGENET = DATASETS["imagenet"]
 
@@ -139,7 +139,7 @@ def test_a_compressed_npz_is_unpacked_once(tmp_path, cache):
     images, labels = made(50)
     path = str(tmp_path / "set.npz")
     np.savez_compressed(path, image=images, label=labels.astype(np.int32))
-    published_synthetic.unpack(path, DIGITS)
+    synthetic.unpack(path, DIGITS)
     assert {p.name for p in tmp_path.iterdir()} == {"set.npz", "cache"}  # nothing beside it
     unpacked = unpacked_in(cache)
     with np.load(unpacked) as content:
@@ -173,7 +173,7 @@ def test_unpacking_survives_a_kill(replaced, tmp_path, cache):
 
     def killed():
         os.fsync = lambda file: os._exit(9)  # all is written, and not yet under its name
-        published_synthetic.unpack(path, DIGITS)
+        synthetic.unpack(path, DIGITS)
 
     assert in_children(1, killed) == [9]
     kept = sorted(p.suffix for p in cache.iterdir())
@@ -210,7 +210,7 @@ def test_several_processes_unpack_an_npz_once(tmp_path, cache, monkeypatch):
     path = str(tmp_path / "set.npz")
     log = tmp_path / "log"
     np.savez_compressed(path, image=images, label=labels)
-    copy_members = published_synthetic._copy_members
+    copy_members = synthetic._copy_members
 
     def slow_and_logged(*args):
         with open(log, "a") as file:
@@ -218,7 +218,7 @@ def test_several_processes_unpack_an_npz_once(tmp_path, cache, monkeypatch):
         time.sleep(0.3)
         copy_members(*args)
 
-    monkeypatch.setattr(published_synthetic, "_copy_members", slow_and_logged)
+    monkeypatch.setattr(synthetic, "_copy_members", slow_and_logged)
     assert in_children(4, lambda: assert_holds(opened(path), images, labels)) == [0, 0, 0, 0]
     assert log.read_text() == "x"
 
@@ -460,7 +460,7 @@ def test_sets_of_other_sizes_where_images_are_cropped_anyway(tmp_path):
 def test_shares_are_told_from_paths(text, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there=2").mkdir()
-    assert published_synthetic.parse_source(text) == expected
+    assert synthetic.parse_source(text) == expected
 
 
 def test_paths_with_an_equals_sign_open(tmp_path):
@@ -546,7 +546,7 @@ def test_shares_and_the_order_of_sources_change_the_digest(tmp_path):
 
 def test_of_a_large_set_images_in_even_steps_are_hashed(tmp_path, monkeypatch):
     """Five of 21 here: every fifth, the first and the last among them. Labels always all."""
-    monkeypatch.setattr(synthetic, "N_HASHED", 5)
+    monkeypatch.setattr(synthetic_set, "N_HASHED", 5)
     images, labels = made(21)
     before = digest(write_shards(tmp_path / "set", images, labels, shard_size=8))
     changed = []
