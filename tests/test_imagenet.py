@@ -106,7 +106,9 @@ def test_evaluation(with_dit, imagenet_dir, tmp_path):
     python(*argv, *options.split(), ranks=2)
     result = json.loads((with_dit / "results-best-pgd-linf-0.01569-n4.json").read_text())
     assert result["n"] == 4 and result["dataset"] == "imagenet"
-    assert 0 <= result["robust"] <= result["clean"] <= 1
+    per_image = np.load(with_dit / "results-best-pgd-linf-0.01569-n4.npz")
+    assert result["robust_correct"] == per_image["robust"].sum()
+    assert result["clean_correct"] == per_image["clean_correct"].sum()
 
     image_list = tmp_path / "list.txt"
     argv += ["--attack", "clean", "--image-list", image_list]

@@ -9,6 +9,7 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, assert_equal_states, python, read_log
@@ -22,9 +23,10 @@ import generate_synthetic
 import train_at
 import train_at_aux
 import train_diffusion
-from common import UserError, attacks, files, models
+from common import UserError, attacks, data, files, models
 from common.run import autocast
 from published.datasets import DATASETS
+from published.synthetic import open_synthetic
 from published.weights import load_classifier
 
 
@@ -289,9 +291,14 @@ def test_the_base_schedule_over_all_its_steps():
             scheduler.step()
 
 
-def test_the_batch_of_the_base_recipe_is_154_real_and_358_synthetic():
-    args = train_at.parse_args(["--dataset", "cifar10", "--synthetic", "x.npz"])
-    assert int(args.batch_size * args.synthetic_fraction + 1e-9) == 358
+def test_the_batch_of_the_base_recipe_is_154_real_and_358_synthetic(synthetic_dir):
+    args = train_at.parse_args(["--dataset", "cifar10", "--synthetic", synthetic_dir])
+    images, labels = np.zeros((1000, 8, 8, 1), np.uint8), np.full(1000, 3)
+    synthetic = open_synthetic([synthetic_dir], DIGITS)
+    batches = data.make_batches(DIGITS, (images, labels), args, "cpu", 0, 1, synthetic)
+    x, _ = batches(0)
+    is_real = (x == 0).flatten(1).all(1)
+    assert (int(is_real.sum()), int((~is_real).sum())) == (154, 358)
 
 
 def test_warmup_and_cosine():

@@ -148,7 +148,7 @@ VARIANTS = {
     "eval-mode attack": ["--attack-bn", "running"],
     "other seed": ["--seed", "5"],
     "clipping": ["--clip-norm", "0.01"],
-    "batches that do not divide the data": ["--batch-size", "150"],
+    "another batch size": ["--batch-size", "150"],
 }
 
 
