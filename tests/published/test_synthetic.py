@@ -5,7 +5,6 @@ Alone: python -m pytest -n 0 tests/published/test_synthetic.py
 """
 
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, ROOT
+from data_helper import in_children
 
 import train_at
 from common import UserError, data, files
@@ -82,17 +82,6 @@ def refused(sources, *words, spec=DIGITS):
     assert "\n" not in message and len(message) < 500, message
     for word in words:
         assert word in message, message
-
-
-def in_children(count, function):
-    """Exit statuses of that many forked processes that run `function` at the same time."""
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=function) for _ in range(count)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    return [child.exitcode for child in children]
 
 
 # ----------------------------------------------------------------------------- published .npz files
