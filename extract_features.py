@@ -331,11 +331,12 @@ def load_pupil(args, spec, train, val, rank, device):
         return None
     pupil, _ = load_classifier(args.pupil, spec, device)
     path = os.path.join(os.path.dirname(args.pupil), "args.json")
-    if os.path.exists(path):
+    if os.path.isfile(args.pupil) and os.path.exists(path):
         settings = files.read_json(path)
     else:  # a published model has the arguments of its training in its config.json
         path = args.pupil
-        settings = files.config_beside(files.local_weights(path)).get("training") or {}
+        settings = files.config_beside(files.local_weights(path)).get("training")
+    settings = settings if isinstance(settings, dict) else {}
     digest = settings.get("data_sha256")
     if digest is None and rank == 0:
         print("note: nothing beside --pupil tells whether it had these training images")
@@ -347,21 +348,10 @@ def load_pupil(args, spec, train, val, rank, device):
     return pupil
 
 
-def write_verdict(probes, control, pupil, val, spec, args, device):
-    """Write the verdict. probes, control: of measure_probes, of the network and of its control."""
-    images, labels = val
-    correct = None
-    cka = None
-    if pupil is not None:
-        predicted, features = verdict.look_at(
-            pupil, images, args.batch_size, args.precision, device
-        )
-        correct = predicted == labels
-        block, sigma = verdict.best_place(probes)
-        of_teacher = read_features("val", block, sigma, len(labels), args).mean(1)
-        cka = metrics.cka_interval(of_teacher, features)
+def about_verdict(spec, args):
+    """What a verdict says of itself: a dict of settings and versions."""
     environment = run.environment()
-    about = {
+    return {
         "teacher": args.diffusion,
         "pupil": args.pupil,
         "pupil_sha256": files.sha256(args.pupil) if args.pupil else None,
@@ -376,6 +366,21 @@ def write_verdict(probes, control, pupil, val, spec, args, device):
         "torch": environment["torch"],
         "device": environment["device"],
     }
+
+
+def write_verdict(probes, control, pupil, val, about, args, device):
+    """Write the verdict. probes, control: of measure_probes, of the network and of its control."""
+    images, labels = val
+    correct = None
+    cka = None
+    if pupil is not None:
+        predicted, features = verdict.look_at(
+            pupil, images, args.batch_size, args.precision, device
+        )
+        correct = predicted == labels
+        block, sigma = verdict.best_place(probes)
+        of_teacher = read_features("val", block, sigma, len(labels), args).mean(1)
+        cka = metrics.cka_interval(of_teacher, features)
     judged = verdict.judge(probes, control, correct, cka)
     verdict.write(judged, probes, control, about, args.out_dir)
 
@@ -404,6 +409,9 @@ def main(args):
     if args.verdict and args.val_size < verdict.MIN_IMAGES:
         raise UserError(f"--val-size {args.val_size}: --verdict needs {verdict.MIN_IMAGES} or more")
     pupil = load_pupil(args, spec, train, val, rank, device)
+    if args.verdict:
+        about = about_verdict(spec, args)
+        verdict.check_same(about, args.out_dir)
 
     manifest = {
         "format": 3,
@@ -438,7 +446,7 @@ def main(args):
         extract_all(model, splits, blocks, manifest, shuffled, rank, world_size)
         control = measure_probes(model, splits, blocks, spec, shuffled, rank, world_size)
         if rank == 0:
-            write_verdict(probes, control, pupil, val, spec, args, device)
+            write_verdict(probes, control, pupil, val, about, args, device)
     run.end_processes()
 
 

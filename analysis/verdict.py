@@ -249,6 +249,20 @@ def page(verdict, about):
     return [*lines, ""]
 
 
+def check_same(about, out_dir):
+    """Raises UserError where a directory has a verdict on another pupil, or of other settings.
+
+    One without a pupil, or without an attack, may become one with it.
+    """
+    path = os.path.join(out_dir, "verdict.json")
+    if os.path.exists(path):
+        earlier = files.read_json(path)["about"]
+        names = ("pupil_sha256", "blocks", "sigmas", "precision", "eps")
+        differing = [name for name in names if earlier[name] not in (None, about[name])]
+        if differing:
+            raise UserError(f"{path}: differs in {', '.join(differing)}; take another --out-dir")
+
+
 def write(verdict, probes, control, about, out_dir):
     """Write verdict.json, verdict.md and verdict.png, and print the page."""
     draw(verdict, probes, control, os.path.join(out_dir, "verdict.png"))

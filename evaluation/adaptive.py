@@ -18,8 +18,8 @@ Whether an image fools is not decided here: evaluate.py asks the model itself. U
     whose output has the shape of their input: nothing is known of their derivative.
 
 Other layers that mislead the gradient are not found: a mask that a block multiplies with, values
-assigned to a part of a tensor, an autograd.Function that a block calls. Square, which needs no
-gradient, may fool more there: a sanity check tries it.
+assigned to a part of a tensor, a torch.no_grad() or an autograd.Function inside a block. Square,
+which needs no gradient, may fool more there: a sanity check tries it.
 """
 
 from contextlib import contextmanager
@@ -38,7 +38,10 @@ LEAK = 0.1
 # Functions with a derivative of zero in places or everywhere, or with none at all.
 STEPS = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn"}
 STEPS |= {"floor_divide", "__floordiv__", "heaviside"}
-STEPS |= {"hardshrink", "softshrink", "masked_fill", "where", "detach"}
+STEPS |= {"hardshrink", "softshrink", "masked_fill", "where", "detach", "data"}
+
+# What rounding takes away: x - x % 1 is floor(x). Its derivative becomes 0, that of floor 1.
+FRACTIONS = {"frac", "fmod", "remainder", "__mod__"}
 
 # What makes floating-point numbers of whole ones. Not here: what takes them for indices.
 ARITHMETIC = {"add", "sub", "mul", "div", "neg", "__rsub__", "__rdiv__"}
@@ -46,7 +49,7 @@ CONVERSIONS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 
 # Activations that are flat, or nearly so, in a part of their range.
 CLIPPED = {"relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "threshold", "clamp", "clip"}
-CLIPPED |= {"clamp_min", "clamp_max", "maximum", "minimum", "sigmoid", "tanh"}
+CLIPPED |= {"clamp_min", "clamp_max", "maximum", "minimum", "sigmoid", "expit", "tanh"}
 
 
 def attack(name, model, x, y, **settings):
@@ -131,21 +134,26 @@ def unusual_modules(model):
 def _straightened(model, met):
     """Give unusual modules the identity as their derivative. Adds those that ran to `met`."""
     modules = unusual_modules(model)
+    own = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
         for name, module in modules.items():
             label = f"{name} ({type(module).__name__})"
             module.forward = partial(_straight, module.forward, label, met)
         yield
     finally:
-        for module in modules.values():
-            module.__dict__.pop("forward", None)  # the one of its class is in force again
+        for name, module in modules.items():
+            vars(module).pop("forward", None)  # the one of its class is in force again
+            if own[name] is not None:
+                module.forward = own[name]
 
 
-def _straight(forward, label, met, x, *args, **kwargs):
-    """forward(x, ...) with the identity as its derivative, where the shapes allow it."""
-    if not torch.is_tensor(x) or not x.requires_grad:
-        return forward(x, *args, **kwargs)
-    output = forward(x.clone(), *args, **kwargs)  # it may change its input in place
+def _straight(forward, label, met, *args, **kwargs):
+    """forward(...) with the identity as its derivative by its first tensor, if the shapes fit."""
+    tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
+    if not tensors or not tensors[0].requires_grad:
+        return forward(*args, **kwargs)
+    x = tensors[0].clone()  # forward may change its input in place
+    output = forward(*args, **kwargs)
     if not torch.is_tensor(output) or output.shape != x.shape:
         return output
     met.add(label)
@@ -155,7 +163,8 @@ def _straight(forward, label, met, x, *args, **kwargs):
 class _OtherDerivatives(TorchFunctionMode):
     """Within it, functions of STEPS and casts to whole numbers have the identity as derivative.
 
-    leaky: functions of CLIPPED have a slope of LEAK more. What was called is added to the two sets.
+    Those of FRACTIONS have the derivative 0. leaky: functions of CLIPPED have a slope of LEAK more.
+    What was called is added to the two sets.
     """
 
     def __init__(self, leaky, met_unusual, met_clipped):
@@ -167,14 +176,16 @@ class _OtherDerivatives(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        tensors = [value for value in args if torch.is_tensor(value)]
-        if any(hasattr(value, "cast_from") for value in tensors):
+        if any(hasattr(value, "cast_from") for value in args):
             return self._of_whole_numbers(function, name, args, kwargs)
 
+        if getattr(function, "__self__", None) is torch.Tensor.data:
+            name = "data"
         if not name.startswith("__"):  # relu_ is relu in place, _threshold is F.threshold
-            name = name.strip("_")
+            name = name.removeprefix("special_").strip("_")
         is_step = name in STEPS or kwargs.get("rounding_mode") is not None
         is_clipped = self.leaky and name in CLIPPED
+        tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
         inputs = [value for value in tensors if value.requires_grad]
         if is_step or is_clipped:
             inputs = [value.clone() for value in inputs]
@@ -187,6 +198,9 @@ class _OtherDerivatives(TorchFunctionMode):
         elif inputs and is_step:
             self.met_unusual.add(name)
             return _constant(output) + sum(_zero(value) for value in inputs)
+        elif inputs and name in FRACTIONS:
+            self.met_unusual.add(name)
+            return _constant(output) + 0 * _zero(inputs[0])
         elif inputs and is_clipped:
             self.met_clipped.add(name)
             return output + LEAK * sum(_zero(value) for value in inputs)

@@ -121,7 +121,7 @@ def draw_bars(axis, rows, trained):
         axis.text(place, top + 1, f"{height:.1f}", ha="center", va="bottom")
     names = [values["name"].replace(" ", "\n", 1) for values in rows]
     if trained is not None:
-        training = f"{trained[0]}\n{trained[1]:.4g}"
+        training = cli.threat(*trained).replace(" ", "\n", 1)
         names = [f"{name}\n(training)" if name == training else name for name in names]
     axis.set_xticks(range(len(rows)), names)
     axis.set_ylim(0, 110)
@@ -153,7 +153,7 @@ def page(name, rows, plain, checked, trained, paths, picture):
     ]
     warnings = collect_warnings(threats, plain, checked)
     if trained is not None and trained != (main["norm"], main["eps"]):
-        training = f"trained against {trained[0]} {trained[1]:.4g}"
+        training = f"trained against {cli.threat(*trained)}"
         warnings.insert(0, f"{training}, and this page is about {first['name']}")
     if not main["sanity_images"]:
         warnings.append("the sanity checks were left out (--sanity-images 0)")
@@ -202,7 +202,7 @@ def table_lines(rows):
 def caption(result, trained):
     """What was attacked, and how."""
     attack = result["attack_name"]
-    training = "not known" if trained is None else f"{trained[0]} {trained[1]:.4g}"
+    training = "not known" if trained is None else cli.threat(*trained)
     environment = result["environment"]
     versions = f"{result['version']}, torch {environment['torch']}"
     commit = environment.get("commit") or "not recorded"
@@ -264,9 +264,9 @@ def limits(result):
         )
     return lines + [
         "- The adaptive check knows rounding, casts, replaced and detached values, modules of "
-        "unknown code and clipped activations. A mask, values assigned to a part of a tensor, or "
-        "a function with a gradient of its own, inside a block, are not found. They need an attack "
-        "of their own, and so does a purification step.",
+        "unknown code and clipped activations. A mask, values assigned to a part of a tensor, "
+        "code without gradients, or a function with a gradient of its own, inside a block, are not "
+        "found. They need an attack of their own, and so does a purification step.",
         "- Radii of different norms are not equally hard, and the last row depends on all of them.",
         "- Intervals are over test images. Another training seed is another model.",
         "- Changes outside the three norms (rotations, patches, corruptions) are not tried.",

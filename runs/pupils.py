@@ -6,7 +6,6 @@ pupil is a run of AT; it stands for those of DM-AT, too.
 """
 
 from dataclasses import dataclass
-from itertools import permutations
 
 import matplotlib
 
@@ -16,6 +15,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from common import UserError, stats
+from runs import store
 from runs.effects import effect, markdown, save_figure, show
 
 EXPERIMENTS = {  # of docs/results.json, perhaps with a form of DRA's cells: (data, labels)
@@ -38,6 +38,7 @@ STATISTICS = {  # of a verdict
     "cka": "CKA of teacher and pupil",
     "pupil": "the pupil's clean accuracy, for comparison",
 }
+N_ORDERS = 10_000  # of a permutation test
 COLOURS = {"CIFAR-10": "#0072B2", "digits": "#E69F00", "Fashion-MNIST": "#009E73"}
 
 
@@ -60,8 +61,8 @@ class Prediction:
 def predictions_of(experiments, verdicts):
     """A Prediction for every experiment with a verdict whose DRA was attacked on two seeds.
 
-    Raises UserError where the verdict is on another teacher than that of the runs. Rows that are
-    too old to tell (their hash is a list) are taken.
+    Raises UserError where the verdict is on other labels or on another teacher than that of the
+    runs. Rows that are too old to tell their teacher (the hash is a list) are taken.
     """
     predictions = []
     for experiment, (data, labels) in EXPERIMENTS.items():
@@ -75,6 +76,8 @@ def predictions_of(experiments, verdicts):
             if experiment in verdicts and len(effects["clean"]) > 1:
                 verdict = verdicts[experiment]
                 for run in cells[with_dra].values():
+                    if any(run["settings"].get(key) != verdict[key] for key in store.LABELS):
+                        raise UserError(f"{experiment}: the verdict is on other labels")
                     teacher = run["settings"].get("teacher_sha256")
                     if isinstance(teacher, str) and teacher != verdict["network_sha256"]:
                         raise UserError(f"{experiment}: the verdict is on another teacher")
@@ -84,7 +87,7 @@ def predictions_of(experiments, verdicts):
 
 def table(predictions):
     """The lines of the table, the pupil furthest behind its teacher first."""
-    titles = ["data", "labels", "weights shuffled", "teacher", "attacked", "pupil"]
+    titles = ["data", "labels", "weights shuffled", "teacher", "attacked", "pupil (AT)"]
     titles += ["teacher ahead by", "DRA may help?", "DRA added to", "seeds", "clean", "APGD-CE+T"]
     rows = []
     for prediction in sorted(predictions, key=lambda prediction: -prediction.lead[0]):
@@ -139,14 +142,17 @@ def rank_correlation(predicted, names, measured):
     """Spearman's correlation and its p, as text; "-" where all of one side are equal.
 
     predicted: a number per teacher. names: the teacher of each row. measured: a number per row.
-    p: the share of all permutations of the predictions over the teachers that give a correlation at
-    least as far from 0. Rows of one teacher share its prediction and do not count twice.
+    p: the share of N_ORDERS random orders of the predictions over the teachers, their own order one
+    of them, that give a correlation at least as far from 0. So rows of one teacher, which share its
+    prediction, do not count twice.
     """
     if len(set(predicted)) == 1 or len(set(measured)) == 1:
         return "-"
     teachers = list(dict.fromkeys(names))
     teacher_of_row = [teachers.index(name) for name in names]
-    orders = np.array(list(permutations(range(len(predicted)))))  # the first: as they are
+    generator = np.random.default_rng(0)
+    own = np.arange(len(predicted))
+    orders = np.array([own] + [generator.permutation(own) for _ in range(N_ORDERS - 1)])
     ranks = rankdata(np.array(predicted)[orders[:, teacher_of_row]], axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     measured_ranks = rankdata(measured) - (len(measured) + 1) / 2
@@ -159,23 +165,28 @@ def rank_correlation(predicted, names, measured):
 def figure(predictions, path):
     """The effect of DRA against the teacher's lead, with intervals over seeds."""
     drawing, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    for axis, (measure, name) in zip(axes, MEASURES.items()):
-        for prediction in predictions:
-            lead = prediction.lead[0]
-            mean, low, high = stats.t_interval(prediction.effects[measure].mean(1))
-            marker = "o" if prediction.kind == "AT" else "s"
-            style = {"color": COLOURS[prediction.data], "marker": marker, "capsize": 3}
-            axis.errorbar(lead, mean, [[mean - low], [high - mean]], **style)
-            place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
-            if prediction.kind == "AT":  # that of DM-AT stands at the same lead
-                axis.annotate(prediction.labels, (lead, mean), **place)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(xlabel="teacher's probe above the pupil, points")
-        axis.set(ylabel="points", title=f"effect of DRA on {name}")
+    for axis, measure in zip(axes, MEASURES):
+        draw(axis, predictions, measure)
     for data in dict.fromkeys(prediction.data for prediction in predictions):
         axes[0].plot([], [], "o", color=COLOURS[data], label=f"{data} (with its labels)")
     for marker, kind in (("o", "AT"), ("s", "DM-AT")):
         axes[0].plot([], [], marker, color="black", label=f"added to {kind}")
     axes[0].legend(fontsize=8)
     save_figure(drawing, axes, path)
+
+
+def draw(axis, predictions, measure):
+    """One effect against the lead: a point with its interval per prediction."""
+    for prediction in predictions:
+        lead = prediction.lead[0]
+        mean, low, high = stats.t_interval(prediction.effects[measure].mean(1))
+        marker = "o" if prediction.kind == "AT" else "s"
+        style = {"color": COLOURS[prediction.data], "marker": marker, "capsize": 3}
+        axis.errorbar(lead, mean, [[mean - low], [high - mean]], **style)
+        if prediction.kind == "AT":  # that of DM-AT stands at the same lead
+            place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(prediction.labels, (lead, mean), **place)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="teacher's probe above the pupil, points")
+    axis.set(ylabel="points", title=f"effect of DRA on {MEASURES[measure]}")

@@ -25,6 +25,7 @@ from runs.effects import (
     effect,
     markdown,
     n_seeds,
+    outcomes,
     save_figure,
     shared_seeds,
     show,
@@ -333,6 +334,7 @@ def cifar_tables(experiments):
         measures = ("held_out", "last", "clean", "two_attacks")
         lines += caption(cells, f"**CIFAR-10 as JPEG**, {CIFAR[name]}.")
         lines += accuracy_table(cells, TITLES, measures) + effects_table(cells, measures)
+        lines += autoattack_line(cells)
         steps = course_table(cells)
         if len(steps) > 3:  # more than titles
             title = "DRA at equal steps, on held-out images, where no checkpoint is chosen"
@@ -340,6 +342,19 @@ def cifar_tables(experiments):
         courses = "Clean and robust accuracy in the course of training"
         lines += [f"![{courses}](results-{name}.png)", ""]
     return lines
+
+
+def autoattack_line(cells):
+    """AutoAttack beside its first two attacks, on the seeds that have it."""
+    found = []
+    for name, title in TITLES.items():
+        seeds = shared_seeds([cells.get(name, {})], "autoattack")
+        if seeds:
+            robust = outcomes(cells[name], seeds, "autoattack").mean()
+            upper = outcomes(cells[name], seeds, "two_attacks").mean()
+            which = ", ".join(map(str, seeds))
+            found.append(f"{title} {robust:.2f} (APGD-CE+T {upper:.2f}; seed {which})")
+    return [f"AutoAttack, %: {', '.join(found)}.", ""] if found else []
 
 
 def on_cifar(experiments):

@@ -12,7 +12,7 @@ Beside the runs stand verdicts on their teachers: what extract_features.py --ver
 verdict-<experiment>.
 
 Settings are compared as they are; nothing is filled in from the defaults of today's scripts.
-- Paths are kept and not compared.
+- Paths, and what else a resumed run may change (common/run.py), are kept and not compared.
 - Rows made before a flag existed lack it. ADDED_LATER says what such a row did.
 - Rows made before a hash was recorded (data_sha256) lack it. A hash is compared only where both
   rows have it.
@@ -27,6 +27,7 @@ import os
 import numpy as np
 
 from common import UserError, files
+from common.run import NOT_COMPARED
 from evaluation import compare
 from evaluation.verdicts import check_finished, per_image_path
 from runs.report import ROWS, read_log
@@ -62,8 +63,8 @@ ABLATIONS = {
     "loss": ("trades", "dm_at", "at"),
 }
 
-# Where things lie is kept and not compared.
-PATHS = {"out_dir", "download", "workers", "data_dir", "synthetic", "teacher", "init"}
+# The settings that say which labels, and which held-out images, a run or a verdict has.
+LABELS = ("dataset", "val_size", "n_train", "imbalance")
 # Flags that older rows lack, with the value that describes what those runs did.
 ADDED_LATER = {
     "train_at.py": {"deterministic": True},
@@ -187,7 +188,7 @@ def read_verdict(folder):
         raise UserError(f"{folder}/verdict.json: of no attacked probe, give --eps")
     kept = {key: value for key, value in verdict.items() if key != "about"}
     kept["pupil_sha256"] = verdict["about"]["pupil_sha256"]
-    return kept | {key: manifest[key] for key in ("dataset", "n_train", "network_sha256")}
+    return kept | {key: manifest[key] for key in (*LABELS, "network_sha256")}
 
 
 def read_store():
@@ -325,7 +326,7 @@ def differences(first, second, may_differ=()):
     in_both = a.keys() & b.keys()
     names = in_both if first["script"] != second["script"] else a.keys() | b.keys()
     differing = []
-    for name in sorted(names - PATHS - set(may_differ)):
+    for name in sorted(names - {*NOT_COMPARED, *may_differ}):
         unknown = name.endswith("_sha256") and name not in in_both
         if not unknown and a.get(name) != b.get(name):
             differing.append(name)

@@ -185,6 +185,12 @@ def test_verdict(diffusion_dir, pupil, tmp_path, capsys):
     assert contents(out) == before
     assert json.loads((out / "verdict.json").read_text()) == judged
 
+    # A verdict of other settings does not take its place.
+    argv[argv.index("0.1")] = "0.2"
+    with pytest.raises(UserError, match="verdict.json: differs in eps; take another --out-dir"):
+        extract(diffusion_dir, out, *argv)
+    assert contents(out) == before
+
 
 def test_a_pupil_of_other_images_is_refused_before_anything_is_written(
     diffusion_dir, pupil, tmp_path, capsys

@@ -4,11 +4,13 @@ Alone: python -m pytest tests/test_results.py
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr, t
 
 import evaluate
@@ -408,6 +410,27 @@ def test_head_and_tail_are_halves_of_the_classes():
     assert [text.split(" ± ")[0] for text in row[2:]] == [f"{points:+.1f}" for points in gain]
 
 
+def test_the_tables_of_cifar10():
+    """By hand: 0 is wrong without an attack; 3 withstands two attacks, 5 all four."""
+    cells = {
+        "at": {0: made("0012233345", "autoattack"), 1: made("0012333333")},
+        "dm_at": {0: made("0000333333"), 1: made("0000033333")},
+    }
+    lines = results.cifar_tables({"cifar-5000": cells})
+    assert lines[0].startswith("**CIFAR-10 as JPEG**, 5,000 labels.")
+    _, _, _, _, at, dm_at, *_ = [line.strip("| ").split(" | ") for line in lines]
+    assert (at[0], at[4].split(" ± ")[0], at[5].split(" ± ")[0]) == ("AT", "80.0", "55.0")
+    assert (dm_at[0], dm_at[4].split(" ± ")[0], dm_at[5].split(" ± ")[0]) == (
+        "DM-AT",
+        "55.0",
+        "55.0",
+    )
+    assert "AutoAttack, %: AT 10.00 (APGD-CE+T 50.00; seed 0)." in lines
+    two_by_two = results.two_by_two({"cifar-1000": cells, "digits-100": cells})
+    row = next(line for line in two_by_two if line.startswith("| AT |")).strip("| ").split(" | ")
+    assert [text.split(" ± ")[0] for text in row[1:]] == ["80.0", "55.0", "80.0", "10.0"]
+
+
 def between(path, markers):
     begin, end = markers
     return path.read_text().partition(begin)[2].partition(end)[0]
@@ -444,10 +467,9 @@ def test_the_documents_say_what_the_results_hold(tmp_path, monkeypatch):
     ):
         written = (tmp_path / path).read_text()
         assert written.startswith(f"head\n{markers[0]}") and written.endswith(f"{markers[1]}tail\n")
-    drawn = sorted(path.name for path in (tmp_path / "docs").glob("*.png"))
-    assert drawn
-    for name in drawn:
-        assert f"({name})" in text and (ROOT / "docs" / name).exists()
+    drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
+    assert drawn == set(re.findall(r"\]\(([^)]*\.png)\)", text))
+    assert all((ROOT / "docs" / name).exists() for name in drawn)
 
 
 def test_a_file_without_markers_is_refused(tmp_path):
@@ -489,6 +511,10 @@ def verdict_of(lead):
         "right_where_pupil_errs": [lead, 0, 1],
         "cka": [-lead, -1, 1],
         "network_sha256": "a",
+        "dataset": "cifar10",
+        "val_size": 4,
+        "n_train": 10,
+        "imbalance": None,
     }
 
 
@@ -501,6 +527,9 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
         "digits-100": {"dm_at": at, "dm_at_dra": better},
         "digits-200": {"at": at, "at_dra": at_dra},
     }
+    labels = {"dataset": "cifar10", "val_size": 4, "n_train": 10}
+    for run in [*at.values(), *at_dra.values(), *better.values()]:
+        run["settings"] = run["settings"] | labels
     verdicts = {"cifar-1000": verdict_of(0.05), "digits-100": verdict_of(0.15)}
     predictions = pupils.predictions_of(experiments, verdicts)
     first, second = predictions
@@ -531,6 +560,13 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
 
     pupils.figure(predictions, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
+    clean, robust = Figure().subplots(1, 2)
+    for axis, measure in ((clean, "clean"), (robust, "two_attacks")):
+        pupils.draw(axis, predictions, measure)
+        assert axis.get_title() == f"effect of DRA on {pupils.MEASURES[measure]}"
+        points = [bar.lines[0].get_xydata()[0] for bar in axis.containers]
+        expected = [(5, first.effects[measure].mean()), (15, second.effects[measure].mean())]
+        np.testing.assert_allclose(points, expected)
     assert pupils.predictions_of(experiments, {}) == []
     (untrained,) = pupils.predictions_of(experiments, {"cifar-1000,untrained": verdict_of(-0.1)})
     assert (untrained.kind, untrained.labels) == ("AT", "1,000, untrained teacher")
@@ -541,6 +577,11 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
     run["settings"]["teacher_sha256"] = "b"
     with pytest.raises(UserError, match="cifar-1000: the verdict is on another teacher"):
         pupils.predictions_of(experiments, verdicts)
+    run["settings"]["teacher_sha256"] = "a"
+    for name, value in (("n_train", 11), ("imbalance", 10), ("dataset", "svhn"), ("val_size", 5)):
+        other = verdicts | {"cifar-1000": verdict_of(0.05) | {name: value}}
+        with pytest.raises(UserError, match="cifar-1000: the verdict is on other labels"):
+            pupils.predictions_of(experiments, other)
 
 
 def test_effects_at_equal_steps_are_paired_by_seed(tmp_path):

@@ -104,6 +104,13 @@ STRAIGHT = {
     "division that rounds": lambda h: torch.div(h, 0.5, rounding_mode="floor"),
     "//": lambda h: h // 1,
     "heaviside": lambda h: torch.heaviside(h, torch.zeros_like(h)),
+    "keyword": lambda h: torch.round(input=h),
+    "where by keywords": lambda h: torch.where(condition=h > 0, input=h, other=0 * h.round()),
+    "special": torch.special.round,
+    "data": lambda h: h.data,
+    "less its remainder": lambda h: h - h % 1,
+    "less its fraction": lambda h: h - torch.frac(h),
+    "less what fmod leaves": lambda h: h - torch.fmod(h, 0.5),
 }
 
 
@@ -175,6 +182,30 @@ def test_leaky_adds_a_slope(name):
     assert len(adaptive.layers_of(net, x)["leaky"]) == 1
 
 
+class Half(nn.Module):
+    def forward(self):
+        return torch.tensor(0.5)
+
+
+class ByKeyword(Net):
+    """Calls one unusual module by keyword, and another one without an argument."""
+
+    def __init__(self):
+        super().__init__(Inner())
+        self.offset = Half()
+
+    def forward(self, x):
+        return self.second(self.between(h=self.first(x)) + self.offset())
+
+
+def test_modules_called_by_keyword_or_without_an_argument():
+    net = ByKeyword()
+    x = inputs()
+    found = gradient(adaptive.Surrogate(net, "straight"), x)
+    torch.testing.assert_close(found, chain(net, torch.ones(20, 5)))
+    assert adaptive.layers_of(net, x)["straight"] == ["between (Inner)"]
+
+
 def test_the_model_is_as_before():
     net = Net(Quantised())
     x = inputs()
@@ -189,6 +220,17 @@ def test_the_model_is_as_before():
     with pytest.raises(ZeroDivisionError):
         adaptive.Surrogate(net, "straight")(x)
     assert "forward" not in vars(net.between)
+
+
+def test_a_forward_of_the_users_own_is_put_back():
+    net = Net(Quantised())
+    own = net.between.forward
+    net.between.forward = lambda h: 2 * own(h)
+    x = inputs()
+    expected = net(x)
+    surrogate = adaptive.Surrogate(net, "straight")
+    assert torch.equal(surrogate(x.clone().requires_grad_(True)), expected)
+    assert torch.equal(net(x), expected)
 
 
 class Outer(nn.Module):

@@ -6,6 +6,7 @@ python -m pytest tests/evaluation/test_report.py
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from common.stats import wilson
 from evaluation import report
@@ -29,7 +30,7 @@ def made(norm, eps, fooled_by):
 
 
 def rows(classes=()):
-    pairs = [made("linf", 0.1, LINF), made("linf", 0.15, LARGER), made("l2", 1.0, L2)]
+    pairs = [made("linf", 8 / 255, LINF), made("linf", 0.15, LARGER), made("l2", 1.0, L2)]
     checked, arrays = zip(*pairs)
     return report.table(checked, arrays, LABELS, classes)
 
@@ -37,7 +38,7 @@ def rows(classes=()):
 def test_the_table():
     """The last row is the images that withstand the first radius of each norm."""
     found = rows()
-    names = ["no attack", "linf 0.1", "linf 0.15", "l2 1", "worst of 2 norms"]
+    names = ["no attack", "linf 8/255", "linf 0.15", "l2 1", "worst of 2 norms"]
     assert [row["name"] for row in found] == names
     assert [6 * row["accuracy"] for row in found] == pytest.approx([5, 3, 1, 3, 1])
     assert [6 * row["plain"] for row in found] == pytest.approx([5, 4, 1, 4, 3])
@@ -53,13 +54,24 @@ def test_the_table_in_markdown():
     lines = report.table_lines(rows(classes=("a", "b|c\n", "d")))
     assert len(lines) == 7
     worst = "0.0 (b\\|c\\n, n = 2)"
-    assert lines[3] == f"| linf 0.1 | 6 | **50.0** | 18.8 to 81.2 | 66.7 | {worst} |"
+    assert lines[3] == f"| linf 8/255 | 6 | **50.0** | 18.8 to 81.2 | 66.7 | {worst} |"
 
 
-@pytest.mark.parametrize("trained", [("linf", 0.1), None])
+@pytest.mark.parametrize("trained", [("linf", 8 / 255), None])
 def test_the_picture(trained, tmp_path):
+    """A bar per row, what the adaptive check took on top of it, and the training's threat named."""
     report.draw(rows(), trained, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    axis = Figure().subplots()
+    report.draw_bars(axis, rows(), trained)
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    training = "\n(training)" if trained else ""
+    threats = ["linf\n8/255" + training, "linf\n0.15", "l2\n1"]
+    assert names == ["no\nattack", *threats, "worst\nof 2 norms"]
+    hatched = [bar.get_height() for bar in axis.patches if bar.get_hatch()]
+    plain = [bar.get_height() for bar in axis.patches if not bar.get_hatch()]
+    assert plain == pytest.approx([500 / 6, 50, 100 / 6, 50, 100 / 6])
+    assert hatched == pytest.approx([100 / 6, 100 / 6, 200 / 6])
 
 
 @pytest.mark.parametrize(
