@@ -33,9 +33,10 @@ evidence: .venv/runtime
 	rm -f docs/results.json
 	for name in $(EVIDENCE); do PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/$$name.sh || exit; done
 
-# The tables and figures of docs/results.md and README.md, from docs/results.json.
+# The tables and figures of docs/results.md, README.md and docs/speedrun.md, from what is kept of the runs.
 results: .venv/runtime
 	.venv/bin/python -m runs.results
+	.venv/bin/python -m runs.speedrun
 
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; try: make PYTHON=python3.12")'

@@ -1,13 +1,14 @@
 """Robust accuracy per hour: the recipe that reaches a robust accuracy with the fewest passes.
 
-    bash runs/speedrun.sh                       # trains, attacks, and calls the line below
-    python -m runs.speedrun out/speedrun  # from runs <data set>/<recipe>/<seed>
+    bash runs/speedrun.sh                       # trains, attacks, and calls the last line
+    python -m runs.speedrun                     # from docs/speedrun.json alone
+    python -m runs.speedrun --add out/speedrun  # first add the runs <data set>/<recipe>/<seed>
 
 Writes the tables of docs/speedrun.md. A recipe may change the settings FREE of the base, and no
 other. It reaches the target where its mean over the seeds 0 to 9 is above it, by Student's
-one-sided test with p < 0.01 / number of recipes. Its cost is the number of passes in training: a
-pass is a forward or a backward pass of one image. Validation is not counted in passes; it is in the
-seconds.
+one-sided test with p < 0.01 / number of recipes beside the base, which sets the target. Its cost is
+the number of passes in training: a pass is a forward or a backward pass of one image. Validation is
+not counted in passes; it is in the seconds.
 """
 
 import glob
@@ -16,12 +17,13 @@ import statistics
 
 from scipy.stats import ttest_1samp
 
-from common import UserError, cli
+from common import UserError, cli, files
 from published.datasets import DATASETS
 from runs import effects, store
 from runs.results import write_between
 
 PAGE = "docs/speedrun.md"
+STORE = "docs/speedrun.json"  # {"<data set>/<recipe>/<seed>": row}, rows as in runs/store.py
 TARGETS = {"digits": 82.0}  # robust accuracy in %, APGD-CE+T
 N_IMAGES = {"digits": 797}  # first test images, that are attacked
 FREE = {
@@ -45,7 +47,6 @@ FREE = {
     "clip_norm",
     "bn_momentum",
     "ema_decay",
-    "eval_every",
 }
 FIRST = "base"  # the recipe that the others are compared with
 SEEDS = list(range(10))  # these and no others: nobody chooses seeds, or adds some until it fits
@@ -68,52 +69,70 @@ def passes(row):
     return n_steps * row["settings"]["batch_size"] * passes_per_image(row["settings"])
 
 
-def read_recipes(directory, dataset):
-    """{recipe: [row of each seed]} from the runs <recipe>/<seed>, as runs/store.py reads them.
+def read_runs(root):
+    """{"<data set>/<recipe>/<seed>": row} of the runs below a directory.
 
-    Raises UserError where a run is of another script, data set or seed than it should be, was not
-    attacked as it should be, or differs from the base in what is not FREE; and where a recipe has
-    runs of several settings or one seed alone.
+    Raises UserError where there is none, or one is not trained to its end or not attacked.
     """
-    attack = (DATASETS[dataset].eps["linf"], N_IMAGES[dataset])
-    recipes = {}
-    for path in sorted(glob.glob(f"{glob.escape(directory)}/*/*/args.json")):
+    rows = {}
+    for path in sorted(glob.glob(f"{glob.escape(root)}/*/*/*/args.json")):
         folder = os.path.dirname(path)
-        name, seed = folder.split(os.sep)[-2:]
         row = store.read_run(folder)
         if row is None or "verdicts" not in row:
             raise UserError(
                 f"{folder}: not trained to its end, or not attacked; repeat its command"
             )
-        trained = row["script"], row["settings"]["dataset"]
-        if trained != ("train_at.py", dataset):
-            raise UserError(f"{folder}: expected a run of train_at.py on {dataset}")
-        if str(row["seed"]) != seed:
-            raise UserError(f"{folder}: a run with --seed {row['seed']}")
-        if row["seed"] not in SEEDS:
-            raise UserError(f"{folder}: expected the seeds {SEEDS[0]} to {SEEDS[-1]} and no others")
-        if row["warnings"]:
-            raise UserError(f"{folder}: its attack warned: {row['warnings'][0]}")
-        if (row["norm"], row["eps"], row["n"]) != ("linf", *attack):
-            expected = f"{cli.threat('linf', attack[0])} on {attack[1]} images"
-            found = f"{cli.threat(row['norm'], row['eps'])} on {row['n']}"
-            raise UserError(f"{folder}: attacked with {found}, expected {expected}")
-        rows = recipes.setdefault(name, [])
-        if rows and store.differences(rows[0], row):
-            differing = ", ".join(store.differences(rows[0], row))
-            raise UserError(f"{folder}: differs from the seed before it in {differing}")
-        rows.append(row)
-    if FIRST not in recipes:
-        raise UserError(f"{directory}: no runs {FIRST}/<seed> there")
-    for name, rows in recipes.items():
-        if len(rows) < 2:
-            raise UserError(f"{directory}/{name}: one seed, expected at least two")
-        differing = store.differences(recipes[FIRST][0], rows[0], FREE)
-        if differing:
-            message = (
-                f"differs from {FIRST} in {', '.join(differing)}, which a recipe may not change"
-            )
-            raise UserError(f"{directory}/{name}: {message}")
+        rows["/".join(folder.split(os.sep)[-3:])] = row
+    if not rows:
+        raise UserError(f"--add {root}: no runs <data set>/<recipe>/<seed> there")
+    return rows
+
+
+def check_row(name, row):
+    """Raises UserError where a run is not of this table, or was not attacked as it should be."""
+    dataset, _, seed = name.split("/")
+    if dataset not in TARGETS:
+        raise UserError(f"{name}: expected a data set of {', '.join(TARGETS)}")
+    if (row["script"], row["settings"]["dataset"]) != ("train_at.py", dataset):
+        raise UserError(f"{name}: expected a run of train_at.py on {dataset}")
+    if str(row["seed"]) != seed:
+        raise UserError(f"{name}: a run with --seed {row['seed']}")
+    if row["seed"] not in SEEDS:
+        raise UserError(f"{name}: expected the seeds {SEEDS[0]} to {SEEDS[-1]} and no others")
+    if row["warnings"]:
+        raise UserError(f"{name}: its attack warned: {row['warnings'][0]}")
+    attack = ("linf", DATASETS[dataset].eps["linf"], N_IMAGES[dataset])
+    if (row["norm"], row["eps"], row["n"]) != attack:
+        expected = f"{cli.threat(*attack[:2])} on {attack[2]} images"
+        found = f"{cli.threat(row['norm'], row['eps'])} on {row['n']}"
+        raise UserError(f"{name}: attacked with {found}, expected {expected}")
+
+
+def by_recipe(rows):
+    """{data set: {recipe: [row of each seed]}}. rows: of read_runs.
+
+    Raises UserError where a run does not belong in the table or differs from the base in what is
+    not FREE; and where a recipe has runs of several settings or one seed alone.
+    """
+    recipes = {}
+    for name, row in sorted(rows.items()):
+        check_row(name, row)
+        dataset, recipe, _ = name.split("/")
+        of_seeds = recipes.setdefault(dataset, {}).setdefault(recipe, [])
+        if of_seeds and store.differences(of_seeds[0], row):
+            differing = ", ".join(store.differences(of_seeds[0], row))
+            raise UserError(f"{name}: differs from the seed before it in {differing}")
+        of_seeds.append(row)
+    for dataset, of_dataset in recipes.items():
+        if FIRST not in of_dataset:
+            raise UserError(f"{dataset}: no runs {dataset}/{FIRST}/<seed>")
+        for recipe, of_seeds in of_dataset.items():
+            if len(of_seeds) < 2:
+                raise UserError(f"{dataset}/{recipe}: one seed, expected at least two")
+            differing = store.differences(of_dataset[FIRST][0], of_seeds[0], FREE)
+            if differing:
+                message = f"in {', '.join(differing)}, which a recipe may not change"
+                raise UserError(f"{dataset}/{recipe}: differs from {FIRST} {message}")
     return recipes
 
 
@@ -129,8 +148,9 @@ def flags(base, row):
 
 
 def table(recipes, target):
-    """The lines of the Markdown table, the cheapest recipe last. recipes: of read_recipes."""
+    """The lines of the Markdown table, the cheapest recipe last. recipes: {name: rows of seeds}."""
     base = recipes[FIRST][0]
+    n_others = len(recipes) - 1
     titles = ["recipe", "passes", "of the base", "seconds", "clean, %", "robust, %"]
     titles += [f"p of {target:g} %"]
     lines = []
@@ -138,8 +158,11 @@ def table(recipes, target):
         cell = {row["seed"]: row for row in rows}
         clean = effects.outcomes(cell, cell, "clean")
         robust = effects.outcomes(cell, cell, "two_attacks").mean(1)
-        p = ttest_1samp(robust, target, alternative="greater").pvalue
-        reached = p < LARGEST_P / len(recipes) and len(rows) == len(SEEDS)
+        outcome = "sets the target"
+        if name != FIRST:
+            p = ttest_1samp(robust, target, alternative="greater").pvalue
+            reached = p < LARGEST_P / n_others and len(rows) == len(SEEDS)
+            outcome = f"{p:.2g}, {'**reached**' if reached else 'not reached'}"
         change = f"`{flags(base, rows[0])}`" if name != FIRST else "the defaults"
         line = [
             f"{name}: {change}",
@@ -148,7 +171,7 @@ def table(recipes, target):
             f"{statistics.mean(row['train_seconds'] for row in rows):.0f}",
             f"{clean.mean():.1f}",
             f"{robust.mean():.2f} ± {robust.std(ddof=1):.2f} ({len(rows)})",
-            f"{p:.2g}, {'**reached**' if reached else 'not reached'}",
+            outcome,
         ]
         lines.append(line)
     where = {
@@ -156,8 +179,9 @@ def table(recipes, target):
         for rows in recipes.values()
         for row in rows
     }
-    limit = f"Reached: p below {LARGEST_P} / {len(recipes)}, the number of recipes"
-    remark = f"± is the standard deviation over (n) seeds. {limit}. {'; '.join(sorted(where))}."
+    remark = f"± is the standard deviation over (n) seeds. {'; '.join(sorted(where))}."
+    if n_others:
+        remark += f" Reached: p below {LARGEST_P} / {n_others}, the number of recipes but the base."
     return [*effects.markdown(titles, lines), remark]
 
 
@@ -167,19 +191,20 @@ def markers(name):
 
 
 def main(args):
-    directories = {name: os.path.join(args.directory, name) for name in TARGETS}
-    found = {name: path for name, path in directories.items() if os.path.isdir(path)}
-    if not found:
-        raise UserError(f"{args.directory}: no runs of {' or '.join(TARGETS)} there")
-    for name, path in found.items():
-        text = "\n".join(table(read_recipes(path, name), TARGETS[name]))
+    rows = files.read_json(STORE) if os.path.exists(STORE) else {}
+    if args.add:
+        rows |= read_runs(args.add)
+    recipes = by_recipe(rows)  # raises before anything is written
+    files.write_text(store.as_json(rows) + "\n", STORE)
+    for dataset, of_dataset in recipes.items():
+        text = "\n".join(table(of_dataset, TARGETS[dataset]))
         print(text)
-        write_between(PAGE, markers(name), f"{text}\n")
+        write_between(PAGE, markers(dataset), f"{text}\n")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("directory", help="of the runs <data set>/<recipe>/<seed>")
+    parser.add_argument("--add", help="directory of runs <data set>/<recipe>/<seed>")
     return parser.parse_args(argv)
 
 

@@ -21,4 +21,4 @@ digits base & lane=$!
 digits two-steps --n-steps 2 --step-size 0.075 --epochs 80
 digits small-batches --n-steps 2 --step-size 0.075 --epochs 50 --batch-size 32
 wait $lane
-python -m runs.speedrun $out
+python -m runs.speedrun --add $out

@@ -217,17 +217,17 @@ def add_runs(root):
     for path in sorted(glob.glob(f"{glob.escape(root)}/verdict-*/verdict.json")):
         folder = os.path.dirname(path)
         verdicts[os.path.basename(folder).removeprefix("verdict-")] = read_verdict(folder)
-    text = f'{{"runs": {{{_lines(rows)}}},\n"verdicts": {{{_lines(verdicts)}}}}}\n'
+    text = f'{{"runs": {as_json(rows)},\n"verdicts": {as_json(verdicts)}}}\n'
     files.write_text(text, STORE)
     counts = f"below {root} {n_trained} trained, {len(paths)} begun"
     print(f"{STORE}: {len(rows)} runs; {counts}")
     return rows, verdicts
 
 
-def _lines(rows):
-    """A dict as JSON without its brackets, an entry a line: `git diff` shows what changed."""
+def as_json(rows):
+    """A dict as JSON, an entry a line: `git diff` shows what changed."""
     lines = [f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows)]
-    return "\n" + ",\n".join(lines) + "\n"
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 # ------------------------------------------------------------------- which runs can be compared
