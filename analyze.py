@@ -520,7 +520,7 @@ def main(args):
 
     # What is measured of a model has its files, named by the hash of all that it depends on.
     not_shared = ("model", "teacher", "block", "sigma", "n_noise", "out_dir")
-    not_shared += ("data_dir", "cache_dir", "download", "ignore_checksum")
+    not_shared += ("data_dir", "download", "ignore_checksum")
     settings = {key: value for key, value in vars(args).items() if key not in not_shared}
     settings |= {"image_size": spec.image_size, "classes": spec.classes}
     shared = {

@@ -43,7 +43,6 @@ from common.run import (
     Run,
     autocast,
     average_batchnorm,
-    barrier,
     check_compiler,
     end_processes,
     make_average,
@@ -57,7 +56,7 @@ from common.run import (
 )
 from published.datasets import DATASETS, open_dataset, spec_of
 from published.image_files import check_images
-from published.synthetic import open_synthetic, prepare_synthetic
+from published.synthetic import open_synthetic
 from published.weights import load_weights, normalised_as
 from teachers.load import load_diffusion
 
@@ -76,11 +75,11 @@ RECIPE = dict(
     batch_size=512,
     lr=0.2,
     warmup_fraction=0.025,
-    momentum=(0.85, 0.95),
-    betas=(0.9, 0.95),
-    final_lr=5e-6,
+    momentum=(0.85, 0.95),  # of sgd: the first at peak lr
+    betas=(0.9, 0.95),  # of adamw
+    final_lr=5e-6,  # of adamw
     weight_decay=5e-4,
-    bn_momentum=0.01,
+    bn_momentum=0.01,  # after 1.0 at step 0
     ema_decay=0.995,
     eval_every=1,
     eval_n_steps=40,
@@ -196,13 +195,9 @@ def parse_args(argv=None):
     add("--batch-size", type=cli.count, help="global batch size, images")
     add("--lr", type=cli.positive, help="peak learning rate")
     add("--warmup-fraction", type=cli.fraction, help="of training, before peak lr and averaging")
-    add("--momentum", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"), help="LOW at peak lr")
-    add("--betas", type=cli.fraction, nargs=2, metavar=("BETA1", "BETA2"), help="of adamw")
-    add("--final-lr", type=cli.non_negative, help="learning rate at the end, of adamw")
     add("--weight-decay", type=cli.non_negative, help="spares BatchNorm; adamw: all vectors")
     add("--accumulate", type=cli.count, default=1, help="micro-batches per rank, to save memory")
     add("--clip-norm", type=cli.positive, help="largest l2 norm of the classifier's gradient")
-    add("--bn-momentum", type=cli.fraction, help="BatchNorm's momentum, after 1.0 at step 0")
     add("--ema-decay", type=cli.fraction, help="decay per step of the averaged model")
     add = parser.add_argument_group("validation and run").add_argument
     add("--eval-every", type=cli.count, help="epochs between validations with checkpoint")
@@ -243,10 +238,6 @@ def check_flags(parser, argv, args, spec):
         "--attack": ("--loss trades or pgd", attacked),
         "--n-steps": ("--loss trades or pgd", attacked),
         "--attack-bn": ("--loss trades or pgd, and BatchNorm", attacked and has_batchnorm),
-        "--momentum": ("--optimizer sgd", args.optimizer == "sgd"),
-        "--betas": ("--optimizer adamw", args.optimizer == "adamw"),
-        "--final-lr": ("--optimizer adamw", args.optimizer == "adamw"),
-        "--bn-momentum": ("a network with BatchNorm", has_batchnorm),
     }
     parser.refuse_unused(argv, uses)
     parser.check_radius("--eps", args.eps, args.norm, spec)
@@ -254,13 +245,6 @@ def check_flags(parser, argv, args, spec):
     for flag, alpha in (("--mixup", args.mixup), ("--cutmix", args.cutmix)):
         if 0 < alpha < 0.01:
             parser.error(f"argument {flag}: {alpha}, expected 0 or at least 0.01")
-    low, high = args.momentum
-    if low > high:
-        parser.error(f"argument --momentum: {low} above {high}, expected LOW HIGH")
-    if high == 0:
-        parser.error("argument --momentum: HIGH must be above 0")
-    if max(args.betas) == 1:
-        parser.error("argument --betas: expected below 1")
     if args.attack == "apgd" and args.loss == "trades":
         parser.error("argument --attack: apgd maximises CE; with --loss trades give --attack pgd")
     if args.teacher_label == "true" and (args.mixup or args.cutmix):
@@ -437,28 +421,27 @@ def one_cycle(epoch, args):
     """
     low, high = args.momentum
     peak_epoch = args.warmup_fraction * args.epochs - 1
-    if 0 < peak_epoch >= epoch:
-        weight = 0.5 * (1 - math.cos(math.pi * epoch / peak_epoch))
-        lr = args.lr / 25 + weight * (args.lr - args.lr / 25)
-        momentum = high + weight * (low - high)
-        return lr, momentum
+    if peak_epoch > 0 and epoch <= peak_epoch:
+        progress = epoch / peak_epoch
+        return half_cosine(args.lr / 25, args.lr, progress), half_cosine(high, low, progress)
     rest = args.epochs - 1 - peak_epoch
     progress = (epoch - peak_epoch) / rest if rest else 0.0
-    weight = 0.5 * (1 - math.cos(math.pi * progress))
-    lr = args.lr + weight * (args.lr / 25e4 - args.lr)
-    momentum = low + weight * (high - low)
-    return lr, momentum
+    return half_cosine(args.lr, args.lr / 25e4, progress), half_cosine(low, high, progress)
 
 
 def warmup_cosine(step, train_steps, args):
     """Learning rate of a step: linear to lr over the warm-up, then half a cosine to final_lr."""
     warmup = max(args.warmup_fraction * train_steps, 1)
-    if step + 1 < warmup:
-        return args.lr * (step + 1) / warmup
     if step < warmup:
-        return args.lr
+        return args.lr * min(1.0, (step + 1) / warmup)
     progress = (step - warmup) / max(train_steps - 1 - warmup, 1)
-    return args.final_lr + (args.lr - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return half_cosine(args.lr, args.final_lr, progress)
+
+
+def half_cosine(start, end, progress):
+    """From start (progress 0) to end (progress 1), slowly at both."""
+    weight = 0.5 * (1 - math.cos(math.pi * progress))
+    return start + weight * (end - start)
 
 
 def set_schedule(optimizer, step, steps_per_epoch, train_steps, args):
@@ -485,9 +468,8 @@ def validate(model, x, y, start, batch_size, args):
     """(clean, robust) accuracy in [0, 1] under PGD with the margin loss, over all ranks' images.
 
     x, y, start: this rank's. batch_size: images in one pass.
-    Both are NaN where a logit is not finite, because argmax would call such an image class 0.
     """
-    counts = torch.zeros(3, dtype=torch.float64, device=x.device)  # clean, robust, not finite
+    n_right = torch.zeros(2, dtype=torch.float64, device=x.device)  # clean, robust
     parts = list(zip(*[images.split(batch_size) for images in (x, y, start)]))
     for x_part, y_part, start_part in parts[:1] if args.check else parts:
         x_adv = attacks.pgd(
@@ -504,12 +486,8 @@ def validate(model, x, y, start, batch_size, args):
         for i, images in enumerate((x_part, x_adv)):
             with torch.no_grad():
                 logits = model(images)
-            counts[i] += (logits.argmax(1) == y_part).sum()
-            counts[2] += (~logits.isfinite()).sum()
-    clean_acc, robust_acc, not_finite = (sum_over_ranks(counts) / args.val_size).tolist()
-    if not_finite:
-        return math.nan, math.nan
-    return clean_acc, robust_acc
+            n_right[i] += (logits.argmax(1) == y_part).sum()
+    return (sum_over_ranks(n_right) / args.val_size).tolist()
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -609,9 +587,6 @@ def main(args):
     amp = autocast(device, args.precision)
 
     # Data. The run directory is made later, when all that can be wrong with the inputs is found.
-    if rank == 0:
-        prepare_synthetic(args.synthetic or [], spec)
-    barrier()
     train, val = read_once(
         data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
     )
@@ -750,7 +725,6 @@ def main(args):
             with amp:
                 clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, val_batch_size, args)
                 metrics["val_align"] = val_alignment(raw_model, raw_head, x_val, val_targets, args)
-            run.check_finite(clean_acc=clean_acc, robust_acc=robust_acc)
             run.log(clean_acc=clean_acc, robust_acc=robust_acc, **metrics)
             run.bar.set_postfix(loss=f"{metrics['loss']:.3f}", robust=f"{robust_acc:.1%}")
             score = [clean_acc, robust_acc]

@@ -126,7 +126,6 @@ def add_data_flags(parser, datasets, splits=True):
     add(
         "--ignore-checksum", action="store_true", help="read CIFAR's or SVHN's files though altered"
     )
-    add("--cache-dir", type=path, help="of decoded images (default: ~/.cache/dra)")
     if splits:
         add("--val-size", type=count, help="first training images, held out (200, 1024 or a tenth)")
         add("--n-train", type=count, help="use the next so many training images (default: all)")
@@ -162,49 +161,18 @@ def ratio(text):
     except (ValueError, ZeroDivisionError) as error:
         expected = f"expected a number such as 0.15 or 8/255, got '{text}'"
         raise argparse.ArgumentTypeError(expected) from error
-    return _checked(value, abs(value) < 1e30, "a finite number", text)
+    if not abs(value) < 1e30:
+        raise argparse.ArgumentTypeError(f"expected a finite number, got '{text}'")
+    return value
 
 
-def positive(text):
-    """argparse type: a number above 0, or a ratio such as 8/255."""
-    value = ratio(text)
-    return _checked(value, value > 0, "a number above 0", text)
-
-
-def non_negative(text):
-    """argparse type: a number of at least 0, or a ratio such as 8/255."""
-    value = ratio(text)
-    return _checked(value, value >= 0, "a number of at least 0", text)
-
-
-def at_least_1(text):
-    """argparse type: a number of at least 1."""
-    value = ratio(text)
-    return _checked(value, value >= 1, "a number of at least 1", text)
-
-
-def fraction(text):
-    """argparse type: a number between 0 and 1."""
-    value = ratio(text)
-    return _checked(value, 0 <= value <= 1, "a number between 0 and 1", text)
-
-
-def count(text):
-    """argparse type: a whole number of at least 1."""
-    value = _whole(text)
-    return _checked(value, value >= 1, "a whole number of at least 1", text)
-
-
-def count0(text):
-    """argparse type: a whole number of at least 0."""
-    value = _whole(text)
-    return _checked(value, value >= 0, "a whole number of at least 0", text)
-
-
-def seed(text):
-    """argparse type: a whole number from 0 to 2^32 - 1, what every library takes as a seed."""
-    value = _whole(text)
-    return _checked(value, 0 <= value < 2**32, "a whole number from 0 to 4294967295", text)
+def whole(text):
+    """argparse type: a whole number."""
+    try:
+        return int(text)
+    except ValueError as error:
+        message = f"expected a whole number, got '{text}'"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def path(text):
@@ -214,18 +182,26 @@ def path(text):
     return os.path.expanduser(text)
 
 
-def _whole(text):
-    try:
-        return int(text)
-    except ValueError as error:
-        message = f"expected a whole number, got '{text}'"
-        raise argparse.ArgumentTypeError(message) from error
+def _type(read, is_good, expected):
+    """An argparse type: read(text), where is_good(its value); else `expected` is told."""
+
+    def parse(text):
+        value = read(text)
+        if not is_good(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
+        return value
+
+    return parse
 
 
-def _checked(value, good, expected, text):
-    if not good:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
-    return value
+positive = _type(ratio, lambda value: value > 0, "a number above 0")
+non_negative = _type(ratio, lambda value: value >= 0, "a number of at least 0")
+at_least_1 = _type(ratio, lambda value: value >= 1, "a number of at least 1")
+fraction = _type(ratio, lambda value: 0 <= value <= 1, "a number between 0 and 1")
+count = _type(whole, lambda value: value >= 1, "a whole number of at least 1")
+count0 = _type(whole, lambda value: value >= 0, "a whole number of at least 0")
+# What every library takes as a seed.
+seed = _type(whole, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 
 
 # -------------------------------------------------------------------------------- running a script

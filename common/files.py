@@ -96,22 +96,14 @@ def save(state, path):
 
 # --------------------------------------------------------------------------------------- cache
 
-_cache_dir = None
-
-
-def set_cache_dir(path):
-    """Name the directory of the cache. None: XDG_CACHE_HOME's or ~/.cache's folder `dra`."""
-    global _cache_dir
-    _cache_dir = path
-
 
 def cached(name):
-    """The path of a file in the cache, whose directory is made. It may be deleted at any time.
+    """The path of a file in the cache: XDG_CACHE_HOME's or ~/.cache's folder `dra`, which is made.
 
-    Raises UserError where there can be no such directory.
+    It may be deleted at any time. Raises UserError where there can be no such directory.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = _cache_dir or os.path.join(os.path.expanduser(home), "dra")
+    folder = os.path.join(os.path.expanduser(home), "dra")
     with _cache_errors(folder):
         os.makedirs(folder, exist_ok=True)
     return os.path.join(folder, name)
@@ -136,7 +128,7 @@ def _cache_errors(path):
     try:
         yield
     except OSError as error:
-        message = f"{path}: {error.strerror}; --cache-dir names another place for decoded images"
+        message = f"{path}: {error.strerror}; XDG_CACHE_HOME names another place for decoded images"
         raise UserError(f"{message} and unpacked sets") from error
 
 

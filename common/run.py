@@ -348,8 +348,8 @@ CHECK_STEPS = 3  # of --check
 AGREE_EVERY = 10  # steps after which ranks ask one another whether to stop
 
 # Where inputs lie is no part of a run: their content is, by hash.
-NOT_COMPARED = ("out_dir", "workers", "data_dir", "cache_dir", "download", "ignore_checksum")
-NOT_COMPARED += ("synthetic", "teacher", "init", "check")
+NOT_COMPARED = ("out_dir", "workers", "data_dir", "download", "ignore_checksum", "check")
+NOT_COMPARED += ("synthetic", "teacher", "init")
 
 
 class Run:

@@ -431,7 +431,6 @@ def open_dataset(args):
     Rank 0 fetches the data set where --download says so, and finds out the classes of a folder.
     Gives --val-size the data set's default.
     """
-    files.set_cache_dir(args.cache_dir)
     spec = spec_of(args)
     if args.ignore_checksum:
         spec = dataclasses.replace(spec, read=partial(spec.read, any_checksum=True))

@@ -32,14 +32,14 @@ class _Member:
 def open_npz(path, spec):
     """The Source of an .npz file as DM-AT published them: `image` (N, H, W, C), `label` (N,).
 
-    Arrays that are not compressed are mapped where they lie in the file; compressed ones must have
-    been unpacked by `prepare_synthetic`. Raises UserError where the file is missing, broken or does
-    not fit.
+    Arrays that are not compressed are mapped where they lie in the file; compressed ones are
+    unpacked into the cache, once. Raises UserError where the file is missing, broken or does not
+    fit.
     """
     name = path
     members = _read_members(path, spec)
-    if _is_compressed(members):
-        path = _unpacked(members)
+    if any(member.info.compress_type != zipfile.ZIP_STORED for member in members):
+        path = _unpack(path, members)
         members = _read_members(path, spec)
     arrays = []
     for member in members:
@@ -93,30 +93,20 @@ def _read_member(path, file, archive, name):
     return _Member(info, dtype, shape, start + header_size)
 
 
-def _is_compressed(members):
-    return any(member.info.compress_type != zipfile.ZIP_STORED for member in members)
-
-
-def _unpacked(members):
-    """Where `unpack` puts the arrays of a compressed .npz file: in one without compression.
+def _unpack(path, members):
+    """The path of an .npz file in the cache that holds the same arrays without compression.
 
     Its name is made of the checksums and sizes that the archive has: no pass over the content.
     """
     sums = [(member.info.CRC, member.info.file_size) for member in members]
-    return files.cached(f"unpacked-{hashlib.sha256(repr(sums).encode()).hexdigest()[:32]}.npz")
-
-
-def unpack(path, spec):
-    """Unpack an .npz file into the cache, once, if it is compressed."""
-    members = _read_members(path, spec)
-    if _is_compressed(members):
-        target = _unpacked(members)
-        files.make_once(target, lambda: _copy_members(path, members, target))
+    digest = hashlib.sha256(repr(sums).encode()).hexdigest()[:32]
+    target = files.cached(f"unpacked-{digest}.npz")
+    files.make_once(target, lambda: _copy_members(path, members, target))
+    return target
 
 
 def read_npz(path, spec):
     """(images, labels) of an .npz file as open_npz takes it: mapped copy-on-write, and int64."""
-    unpack(path, spec)
     source = open_npz(path, spec)
     images = source.images[0]
     # torch warns of a read-only array.
@@ -153,14 +143,6 @@ def parse_source(text):
         return path, ratio(share)
     except argparse.ArgumentTypeError:  # the path itself has an equals sign
         return text, None
-
-
-def prepare_synthetic(sources, spec):
-    """Unpack what is compressed. For rank 0, before the others open the sets."""
-    for text in sources:
-        path, _ = parse_source(text)
-        if path.endswith(".npz"):
-            unpack(path, spec)
 
 
 def open_synthetic(texts, spec):

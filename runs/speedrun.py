@@ -40,12 +40,8 @@ FREE = {
     "batch_size",
     "lr",
     "warmup_fraction",
-    "momentum",
-    "betas",
-    "final_lr",
     "weight_decay",
     "clip_norm",
-    "bn_momentum",
     "ema_decay",
 }
 FIRST = "base"  # the recipe that the others are compared with
@@ -141,9 +137,8 @@ def flags(base, row):
     words = []
     for name in store.differences(base, row):
         value = row["settings"][name]
-        values = value if isinstance(value, list) else [value]
-        written = [cli.number(v) if isinstance(v, float) else str(v) for v in values]
-        words += [f"--{name.replace('_', '-')}", *written]
+        written = cli.number(value) if isinstance(value, float) else str(value)
+        words += [f"--{name.replace('_', '-')}", written]
     return " ".join(words)
 
 

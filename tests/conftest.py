@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 
 import generate_synthetic  # noqa: E402
 import train_diffusion  # noqa: E402
-from common import files  # noqa: E402
 from published.datasets import DATASETS  # noqa: E402
 
 torch.set_num_threads(1)
@@ -42,8 +41,8 @@ DIGITS = DATASETS["digits"]
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache directory for this test alone, which is made when something is put there."""
-    monkeypatch.setattr(files, "_cache_dir", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dra"
 
 
 @pytest.fixture(scope="session")

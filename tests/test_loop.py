@@ -87,8 +87,6 @@ def test_validation_has_the_accuracies_of_the_closed_form(norm, length):
     assert train_at.validate(model, x, y, start, 4, args) == pytest.approx((0.8, 0.4))
     args.eps = 0.05  # half the reach
     assert train_at.validate(model, x, y, start / 2, 4, args) == pytest.approx((0.8, 0.7))
-    broken = Linear(w, b=math.nan)
-    assert all(map(math.isnan, train_at.validate(broken, x, y, start, 4, args)))
 
 
 @pytest.mark.parametrize("loss,expected", [("trades", 12), ("standard", 16)])
@@ -166,12 +164,12 @@ def test_clipping_is_of_the_classifier_alone(tmp_path, diffusion_dir, monkeypatc
 def test_optimisers_have_the_settings_of_the_flags():
     model = models.build("wrn-10-1", DIGITS)
     n_batchnorm = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    args = train_at.parse_args("--lr 0.3 --weight-decay 0.01 --momentum 0.8 0.9".split())
+    args = train_at.parse_args("--lr 0.3 --weight-decay 0.01".split())
     sgd = train_at.make_optimizer([model], args)
-    assert sgd.defaults["nesterov"] and sgd.defaults["momentum"] == 0.9
-    flags = "--optimizer adamw --lr 0.3 --weight-decay 0.01 --betas 0.7 0.8"
+    assert sgd.defaults["nesterov"] and sgd.defaults["momentum"] == 0.95
+    flags = "--optimizer adamw --lr 0.3 --weight-decay 0.01"
     adamw = train_at.make_optimizer([model], train_at.parse_args(flags.split()))
-    assert list(adamw.defaults["betas"]) == [0.7, 0.8]
+    assert list(adamw.defaults["betas"]) == [0.9, 0.95]
     for optimizer, n_spared in ((sgd, 2 * n_batchnorm), (adamw, 2 * n_batchnorm + 1)):
         decayed, spared = optimizer.param_groups
         assert decayed["weight_decay"] == 0.01 and spared["weight_decay"] == 0
@@ -189,16 +187,16 @@ def test_batchnorm_begins_with_the_first_batch_unless_weights_were_loaded(
     at_each_step(monkeypatch, lambda model: momenta.append(model.batchnorm.momentum))
 
     def train(name, *more):
-        flags = ("--epochs", "1", "--bn-momentum", "0.05", *more)
+        flags = ("--epochs", "1", *more)
         if script == "train_at":
             return run_at(tmp_path / name, *flags)
         return run_aux(tmp_path / name, diffusion_dir, *flags)
 
     train("run")
-    assert momenta == [1.0, 0.05, 0.05, 0.05]
+    assert momenta == [1.0, 0.01, 0.01, 0.01]
     momenta.clear()
     train("init", "--init", str(tmp_path / "run" / "best.pt"))
-    assert momenta == [0.05] * 4
+    assert momenta == [0.01] * 4
 
 
 def test_the_loss_has_the_labels_of_the_mixed_images(tmp_path, monkeypatch):

@@ -601,7 +601,7 @@ def test_a_cache_in_a_read_only_place(tiny, cache, monkeypatch, capsys):
         cli.run_script(lambda args: data.load_test(TINY, str(tiny.parent)), None)
     printed = capsys.readouterr().err
     assert info.value.code == 2 and printed.count("\n") == 1
-    assert "Read-only file system; --cache-dir names another place" in printed
+    assert "Read-only file system; XDG_CACHE_HOME names another place" in printed
 
 
 # ----------------------------------------------------------------------------------------- ImageNet

@@ -35,7 +35,7 @@ def args_of(data_dir, image_size=16, **flags):
     """The data flags of a script."""
     flags = {"download": False, "ignore_checksum": False, "val_size": None} | flags
     place = {"dataset": "folder", "data_dir": str(data_dir), "image_size": image_size}
-    return Namespace(**place, cache_dir=os.path.join(data_dir, "..", "cache"), **flags)
+    return Namespace(**place, **flags)
 
 
 def write_image(path, pixels, **options):

@@ -23,7 +23,7 @@ import train_at
 from common import UserError, data, files
 from published import synthetic, synthetic_set
 from published.datasets import DATASETS
-from published.synthetic import open_synthetic, prepare_synthetic
+from published.synthetic import open_synthetic
 from published.synthetic_set import shard_paths
 
 IMAGENET = DATASETS["imagenet"]
@@ -60,7 +60,6 @@ def write_shards(directory, images, labels, shard_size, spec=DIGITS, selection=N
 
 
 def opened(*sources, spec=DIGITS):
-    prepare_synthetic(sources, spec)
     return open_synthetic(sources, spec)
 
 
@@ -128,7 +127,7 @@ def test_a_compressed_npz_is_unpacked_once(tmp_path, cache):
     images, labels = made(50)
     path = str(tmp_path / "set.npz")
     np.savez_compressed(path, image=images, label=labels.astype(np.int32))
-    synthetic.unpack(path, DIGITS)
+    opened(path)
     assert {p.name for p in tmp_path.iterdir()} == {"set.npz", "cache"}  # nothing beside it
     unpacked = unpacked_in(cache)
     with np.load(unpacked) as content:
@@ -162,13 +161,11 @@ def test_unpacking_survives_a_kill(replaced, tmp_path, cache):
 
     def killed():
         os.fsync = lambda file: os._exit(9)  # all is written, and not yet under its name
-        synthetic.unpack(path, DIGITS)
+        opened(path)
 
     assert in_children(1, killed) == [9]
     kept = sorted(p.suffix for p in cache.iterdir())
     assert kept == [".lock", ".writing"]
-    with pytest.raises(UserError, match=r"unpacked-\w+.npz: no such file"):
-        open_synthetic([path], DIGITS)
     if replaced:
         images, labels = made(30, seed=5)
         np.savez_compressed(path, image=images, label=labels)
@@ -189,8 +186,8 @@ def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     images, labels = made(5)
     np.savez_compressed(tmp_path / "set.npz", image=images, label=labels)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(files, "_cache_dir", str(tmp_path / "file" / "cache"))
-    refused([tmp_path / "set.npz"], f"{tmp_path}/file/cache: Not a directory; --cache-dir names")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    refused([tmp_path / "set.npz"], f"{tmp_path}/file/dra: Not a directory; XDG_CACHE_HOME names")
 
 
 def test_several_processes_unpack_an_npz_once(tmp_path, cache, monkeypatch):

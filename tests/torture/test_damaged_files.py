@@ -36,7 +36,7 @@ from common import cli, data, models, run
 from evaluation import compare, image_list, verdicts
 from published import image_files
 from published.datasets import DATASETS
-from published.synthetic import open_synthetic, prepare_synthetic
+from published.synthetic import open_synthetic
 from published.weights import load_classifier, load_weights
 from teachers import edm
 from teachers.load import load_diffusion
@@ -370,7 +370,6 @@ def quiet_main(module, *argv):
 
 def read_synthetic(folder):
     path = str(folder / "set.npz") if (folder / "set.npz").exists() else str(folder)
-    prepare_synthetic([path], DIGITS)
     found = open_synthetic([path], DIGITS)
     images, labels = found.gather(np.arange(min(len(found), 50)))
     assert (
