@@ -30,7 +30,7 @@ def write_report(model_name, labels, spec, results, paths, trained, stem):
     files.write_json({"rows": rows}, f"{stem}.json")
 
     draw(rows, trained, f"{stem}.png")
-    name = f"`{os.path.basename(checked[0]['checkpoint'])}`: {spec.name}, {model_name}"
+    name = f"`{os.path.basename(checked[0]['checkpoint'].rstrip('/'))}`: {spec.name}, {model_name}"
     lines = page(name, rows, plain, checked, trained, paths, os.path.basename(f"{stem}.png"))
     files.write_text("\n".join(lines) + "\n", f"{stem}.md")
     print(f"{stem}.md, {stem}.png, {stem}.json")

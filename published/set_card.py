@@ -131,16 +131,18 @@ def _balance(source):
 
 def _commands(source):
     """How the set is fetched, checked, trained on, and one of its shards made again."""
+    data = f"--dataset {source.manifest['dataset']}"
+    if source.manifest["dataset"] == "folder":
+        data += f" --data-dir DIR --image-size {source.manifest['image_shape'][0]}"
     networks = "--diffusion NETWORK"
     if "guide_sha256" in source.manifest:
         networks += " --guide GUIDE"
     if "labels_of_sha256" in source.manifest:
-        networks += f" --dataset {source.manifest['dataset']} --classifier CLASSIFIER"
-    dataset = source.manifest["dataset"]
+        networks += f" {data} --classifier CLASSIFIER"
     lines = [
         "hf download --repo-type dataset OWNER/NAME --local-dir SET",
         "(cd SET && sha256sum -c SHA256SUMS)",
-        f"python train_at.py --dataset {dataset} --synthetic SET",
+        f"python train_at.py {data} --synthetic SET",
         f"python generate_synthetic.py --out-dir SET {networks} --verify 0",
     ]
     return "\n".join(lines)

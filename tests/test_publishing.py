@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -27,6 +28,7 @@ import train_at
 from common import data, files
 from common.stats import wilson
 from evaluation import autoattack
+from published import set_card
 from published.weights import load_classifier
 
 HOME = os.path.expanduser("~")
@@ -651,6 +653,14 @@ def test_cards_of_sets_with_less(made_set, capsys):
     ):
         assert words in text, words
     assert "selection.npy" in (made_set / "SHA256SUMS").read_text()
+
+
+def test_the_commands_of_a_folders_set_name_its_size():
+    manifest = {"dataset": "folder", "image_shape": [32, 32, 3], "labels_of_sha256": "ab"}
+    commands = set_card._commands(SimpleNamespace(manifest=manifest)).splitlines()
+    data = "--dataset folder --data-dir DIR --image-size 32"
+    assert commands[2] == f"python train_at.py {data} --synthetic SET"
+    assert commands[3].endswith(f"{data} --classifier CLASSIFIER --verify 0")
 
 
 def test_a_set_with_a_missing_shard_is_not_exported(made_set):
