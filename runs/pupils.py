@@ -159,7 +159,7 @@ def rank_correlation(predicted, names, measured):
     products = ranks @ measured_ranks
     rho = products / np.linalg.norm(ranks, axis=1) / np.linalg.norm(measured_ranks)
     p = np.mean(np.abs(rho) >= abs(rho[0]) - 1e-9)
-    return f"{rho[0]:+.2f} (p = {p:.2f})"
+    return f"{rho[0]:+.2f} (p {'< 0.01' if p < 0.01 else f'= {p:.2f}'})"
 
 
 def figure(predictions, path):

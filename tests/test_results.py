@@ -608,6 +608,9 @@ def test_p_of_a_rank_correlation_counts_teachers_not_rows():
     measured = [1.0, 1.1, 2.0, 1.9, 3.0, 2.8]
     rho, _ = spearmanr([0.1, 0.1, 0.2, 0.2, 0.4, 0.4], measured)
     assert pupils.rank_correlation(predicted, names, measured) == f"{rho:+.2f} (p = 0.33)"
+    orders = [0, 1, 2, 3, 4, 5, 6]  # one of 5040 orders, and the opposite one
+    found = pupils.rank_correlation(orders, list("abcdefg"), orders)
+    assert found == "+1.00 (p < 0.01)"
     measured = [2.0, 2.0, 2.0]
     assert pupils.rank_correlation(predicted, ["a", "b", "c"], measured) == "-"
 
