@@ -361,6 +361,7 @@ def about_verdict(spec, args):
         "sigmas": args.sigmas,
         "precision": args.precision,
         "eps": args.eps,
+        "n_attacked": args.n_attacked if args.eps else None,
         "command": shlex.join(environment["command"]),
         "commit": environment["commit"] or "not recorded",
         "torch": environment["torch"],

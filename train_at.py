@@ -34,6 +34,7 @@ from common.run import (
     Run,
     autocast,
     average_batchnorm,
+    barrier,
     check_compiler,
     end_processes,
     make_average,
@@ -367,7 +368,8 @@ def validate(model, x, y, start, batch_size, args):
         for i, images in enumerate((x_part, x_adv)):
             with torch.no_grad():
                 logits = model(images)
-            n_right[i] += (logits.argmax(1) == y_part).sum()
+            is_right = (logits.argmax(1) == y_part) & logits.isfinite().all(1)
+            n_right[i] += is_right.sum()
     return (sum_over_ranks(n_right) / args.val_size).tolist()
 
 
@@ -462,6 +464,9 @@ def main(args):
         spec = normalised_as(spec, args.init)
     synthetic = None
     if args.synthetic:
+        if rank == 0:  # unpacks what is compressed
+            open_synthetic(args.synthetic, spec)
+        barrier()
         synthetic = open_synthetic(args.synthetic, spec)
         if rank == 0 and synthetic.held_out < args.val_size:
             print("note: the diffusion model of --synthetic may have seen the validation images")

@@ -256,9 +256,9 @@ def check_same(about, out_dir):
     """
     path = os.path.join(out_dir, "verdict.json")
     if os.path.exists(path):
-        earlier = files.read_json(path)["about"]
-        names = ("pupil_sha256", "blocks", "sigmas", "precision", "eps")
-        differing = [name for name in names if earlier[name] not in (None, about[name])]
+        earlier = files.read_json(path).get("about", {})
+        names = ("pupil_sha256", "blocks", "sigmas", "precision", "eps", "n_attacked")
+        differing = [name for name in names if earlier.get(name) not in (None, about[name])]
         if differing:
             raise UserError(f"{path}: differs in {', '.join(differing)}; take another --out-dir")
 

@@ -349,7 +349,7 @@ AGREE_EVERY = 10  # steps after which ranks ask one another whether to stop
 
 # Where inputs lie is no part of a run: their content is, by hash.
 NOT_COMPARED = ("out_dir", "workers", "data_dir", "download", "ignore_checksum", "check")
-NOT_COMPARED += ("synthetic", "teacher", "init")
+NOT_COMPARED += ("synthetic", "teacher", "init", "cache_dir")  # the last of runs of older code
 
 
 class Run:

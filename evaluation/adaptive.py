@@ -40,7 +40,8 @@ STEPS = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn"}
 STEPS |= {"floor_divide", "__floordiv__", "heaviside"}
 STEPS |= {"hardshrink", "softshrink", "masked_fill", "where", "detach", "data"}
 
-# What rounding takes away: x - x % 1 is floor(x). Its derivative becomes 0, that of floor 1.
+# What rounding takes away: x - x % 1 is floor(x). Its derivative becomes 0, that of floor 1. Where
+# it is itself what the model goes on with, its own derivative is the better one: `unit` has that.
 FRACTIONS = {"frac", "fmod", "remainder", "__mod__"}
 
 # What makes floating-point numbers of whole ones. Not here: what takes them for indices.
@@ -148,11 +149,12 @@ def _straightened(model, met):
 
 
 def _straight(forward, label, met, *args, **kwargs):
-    """forward(...) with the identity as its derivative by its first tensor, if the shapes fit."""
+    """forward(...) with the identity as its derivative by its first input, if the shapes fit."""
     tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
-    if not tensors or not tensors[0].requires_grad:
+    inputs = [value for value in tensors if value.requires_grad]
+    if not inputs:
         return forward(*args, **kwargs)
-    x = tensors[0].clone()  # forward may change its input in place
+    x = inputs[0].clone()  # forward may change its input in place
     output = forward(*args, **kwargs)
     if not torch.is_tensor(output) or output.shape != x.shape:
         return output
@@ -176,7 +178,7 @@ class _OtherDerivatives(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        if any(hasattr(value, "cast_from") for value in args):
+        if any(hasattr(value, "cast_from") for value in (*args, *kwargs.values())):
             return self._of_whole_numbers(function, name, args, kwargs)
 
         if getattr(function, "__self__", None) is torch.Tensor.data:
@@ -185,9 +187,10 @@ class _OtherDerivatives(TorchFunctionMode):
             name = name.removeprefix("special_").strip("_")
         is_step = name in STEPS or kwargs.get("rounding_mode") is not None
         is_clipped = self.leaky and name in CLIPPED
+        is_fraction = name in FRACTIONS
         tensors = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
         inputs = [value for value in tensors if value.requires_grad]
-        if is_step or is_clipped:
+        if is_step or is_clipped or is_fraction:
             inputs = [value.clone() for value in inputs]
         output = function(*args, **kwargs)
         if not torch.is_tensor(output):
@@ -195,16 +198,20 @@ class _OtherDerivatives(TorchFunctionMode):
         inputs = [value for value in inputs if value.shape == output.shape]
         if inputs and _is_whole(output):
             output.cast_from = inputs[0]
-        elif inputs and is_step:
+            return output
+        if inputs and is_step:
             self.met_unusual.add(name)
-            return _constant(output) + sum(_zero(value) for value in inputs)
-        elif inputs and name in FRACTIONS:
+            changed = _constant(output) + sum(_zero(value) for value in inputs)
+        elif inputs and is_fraction:
             self.met_unusual.add(name)
-            return _constant(output) + 0 * _zero(inputs[0])
+            changed = _constant(output) + 0 * _zero(inputs[0])
         elif inputs and is_clipped:
             self.met_clipped.add(name)
             return output + LEAK * sum(_zero(value) for value in inputs)
-        return output
+        else:
+            return output
+        in_place = any(output is value for value in args)  # the caller may drop what is returned
+        return output.copy_(changed) if in_place else changed
 
     def _of_whole_numbers(self, function, name, args, kwargs):
         """The output of a function, some of whose arguments were cast to whole numbers.
@@ -216,15 +223,18 @@ class _OtherDerivatives(TorchFunctionMode):
         if not torch.is_tensor(output):
             return output
         if _is_whole(output):
-            casts = [value for value in args if hasattr(value, "cast_from")]
+            casts = [v for v in (*args, *kwargs.values()) if hasattr(v, "cast_from")]
             if name in ARITHMETIC:
                 sources = [getattr(value, "cast_from", value) for value in args]
-                output.cast_from = function(*sources, **kwargs)
-            elif output.shape == casts[0].shape:
+                by_name = {key: getattr(v, "cast_from", v) for key, v in kwargs.items()}
+                output.cast_from = function(*sources, **by_name)
+            elif name not in FRACTIONS and output.shape == casts[0].shape:
                 output.cast_from = casts[0].cast_from
         elif name in ARITHMETIC | CONVERSIONS and output.is_floating_point():
             self.met_unusual.add("cast")
-            output = function(*[_as_float(value, output.dtype) for value in args], **kwargs)
+            floats = [_as_float(value, output.dtype) for value in args]
+            by_name = {key: _as_float(value, output.dtype) for key, value in kwargs.items()}
+            output = function(*floats, **by_name)
         return output
 
 

@@ -285,10 +285,6 @@ def section(runs, verdicts):
         lines += pupils.table(predictions)
         lines += ["A gain or loss counts where it is significant over seeds.", ""]
         lines += pupils.gains_table(predictions)
-        lines += [
-            "p is the share of 10,000 random orders of the verdicts over the teachers that give"
-        ]
-        lines += ["a correlation at least as far from 0.", ""]
         lines += pupils.correlations(predictions)
         picture = "The effect of DRA against the lead of the teacher's probe"
         lines += [f"![{picture}](results-pupils.png)", ""]

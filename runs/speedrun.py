@@ -1,4 +1,4 @@
-"""Robust accuracy per hour: the recipe that reaches a robust accuracy with the fewest passes.
+"""The fewest passes of the network to a robust accuracy, by Student's test over ten seeds.
 
     bash runs/speedrun.sh                       # trains, attacks, and calls the last line
     python -m runs.speedrun                     # from docs/speedrun.json alone
@@ -129,6 +129,12 @@ def by_recipe(rows):
             if differing:
                 message = f"in {', '.join(differing)}, which a recipe may not change"
                 raise UserError(f"{dataset}/{recipe}: differs from {FIRST} {message}")
+            most = len(of_dataset[FIRST][0]["held_out"])
+            if len(of_seeds[0]["held_out"]) > most:
+                message = f"validates more often than {FIRST} ({most} times)"
+                raise UserError(f"{dataset}/{recipe}: {message}")
+        cells = {name: dict(enumerate(of_seeds)) for name, of_seeds in of_dataset.items()}
+        store.check_attacks(dataset, cells)
     return recipes
 
 
@@ -199,7 +205,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--add", help="directory of runs <data set>/<recipe>/<seed>")
+    parser.add_argument("--add", type=cli.path, help="directory of runs <data set>/<recipe>/<seed>")
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Robust accuracy per hour: what reaches a robust accuracy with the fewest passes? Ten seeds of every
+# The fewest passes to a robust accuracy: what reaches a robust accuracy with the fewest passes? Ten seeds of every
 # recipe, attacked by APGD-CE+T on all 797 test images of digits. The last command writes the table of
 # docs/speedrun.md, where the recipes that were tried and left are named.
 # About an hour on two CPU cores; every command resumes.

@@ -87,6 +87,8 @@ def test_validation_has_the_accuracies_of_the_closed_form(norm, length):
     assert train_at.validate(model, x, y, start, 4, args) == pytest.approx((0.8, 0.4))
     args.eps = 0.05  # half the reach
     assert train_at.validate(model, x, y, start / 2, 4, args) == pytest.approx((0.8, 0.7))
+    broken = Linear(w, b=math.nan)  # argmax would call its images class 0, which they are
+    assert train_at.validate(broken, x, y, start, 4, args) == [0, 0]
 
 
 @pytest.mark.parametrize("loss,expected", [("trades", 12), ("standard", 16)])

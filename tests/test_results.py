@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr, t
+from scipy.stats import t
 
 import evaluate
 import extract_features
@@ -548,9 +548,7 @@ def test_verdicts_stand_beside_what_dra_gave(tmp_path):
     )
     assert "| +5.0 (-5.0 to +15.0) | may help | AT | 2 | +5.0 ± 63.5" in bottom
     *_, lead, control, _, cka, _, _ = pupils.correlations(predictions)
-    assert (
-        lead.count("+1.00 (p = 1.00)") == cka.count("-1.00 (p = 1.00)") == 2
-    )  # of two orders both
+    assert lead.count("| +1.00") == cka.count("| -1.00") == 2
     assert control.endswith("| - | - |")  # all are equal
     verdicts["digits-100"]["answer"] = "no gain expected"
     assert pupils.gains_table(predictions)[2:-1] == [
@@ -598,21 +596,6 @@ def test_effects_at_equal_steps_are_paired_by_seed(tmp_path):
     assert second == f"| AT | 10 | 2 | +3.0 ± {half:.1f} | +0.0 ± 0.0 |"
     results.course_figure(cells, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
-
-
-def test_p_of_a_rank_correlation_counts_teachers_not_rows():
-    """Three teachers in the right order are one chance in six on either side, however many rows."""
-    predicted = [0.1, 0.2, 0.4]
-    assert pupils.rank_correlation(predicted, ["a", "b", "c"], [1, 2, 3]) == "+1.00 (p = 0.33)"
-    names = ["a", "a", "b", "b", "c", "c"]
-    measured = [1.0, 1.1, 2.0, 1.9, 3.0, 2.8]
-    rho, _ = spearmanr([0.1, 0.1, 0.2, 0.2, 0.4, 0.4], measured)
-    assert pupils.rank_correlation(predicted, names, measured) == f"{rho:+.2f} (p = 0.33)"
-    orders = [0, 1, 2, 3, 4, 5, 6]  # one of 5040 orders, and the opposite one
-    found = pupils.rank_correlation(orders, list("abcdefg"), orders)
-    assert found == "+1.00 (p < 0.01)"
-    measured = [2.0, 2.0, 2.0]
-    assert pupils.rank_correlation(predicted, ["a", "b", "c"], measured) == "-"
 
 
 def test_verdicts_are_kept_beside_the_runs(evidence, diffusion_dir):

@@ -1,4 +1,4 @@
-"""Robust accuracy per hour: passes are counted as they happen, and a target is reached by a test.
+"""The fewest passes to a robust accuracy: counted as they happen, the target is tested.
 
 Alone: python -m pytest tests/test_speedrun.py
 """
@@ -152,6 +152,17 @@ TWO = rows_of([80, 80])
             {"base": TWO, "fast": rows_of([80, 80], eval_every=1)},  # more checkpoints to choose
             "fast: differs from base in eval_every",
         ),
+        (
+            {"base": TWO, "fast": [r | {"held_out": 3 * r["held_out"]} for r in TWO]},
+            r"fast: validates more often than base \(2 times\)",
+        ),
+        (
+            {
+                "base": [r | {"precision": "fp32"} for r in TWO],
+                "fast": [r | {"precision": "bf16"} for r in TWO],
+            },
+            "digits: its runs differ in precision",
+        ),
     ],
 )
 def test_runs_that_do_not_belong_in_the_table(by_recipe, recipes, message):
@@ -181,7 +192,9 @@ def test_every_setting_that_a_recipe_may_change_is_one():
 def test_the_table_is_that_of_the_kept_runs():
     page = (ROOT / speedrun.PAGE).read_text()
     rows = json.loads((ROOT / speedrun.STORE).read_text())
-    for dataset, recipes in speedrun.by_recipe(rows).items():
+    recipes_of = speedrun.by_recipe(rows)
+    assert recipes_of.keys() == speedrun.TARGETS.keys()
+    for dataset, recipes in recipes_of.items():
         text = "\n".join(speedrun.table(recipes, speedrun.TARGETS[dataset]))
         begin, end = speedrun.markers(dataset)
         assert page.count(begin) == page.count(end) == 1

@@ -72,6 +72,12 @@ class ByHand(nn.Module):
         return h + (h.round() - h).detach()
 
 
+def floored(h):
+    h = 1 * h
+    h.floor_()
+    return h
+
+
 STRAIGHT = {
     "round": torch.round,
     "floor_": lambda h: (1 * h).floor_(),
@@ -109,6 +115,10 @@ STRAIGHT = {
     "special": torch.special.round,
     "data": lambda h: h.data,
     "less its remainder": lambda h: h - h % 1,
+    "less its remainder in whole numbers": lambda h: ((8 * h).int() - (8 * h).int() % 4).to(h) / 8,
+    "in place, and what it returns is dropped": floored,
+    "arithmetic by keyword": lambda h: torch.mul(input=h.int(), other=torch.ones_like(h)),
+    "subtraction by keyword": lambda h: torch.sub(2 * h, other=h.int()),
     "less its fraction": lambda h: h - torch.frac(h),
     "less what fmod leaves": lambda h: h - torch.fmod(h, 0.5),
 }
@@ -150,6 +160,7 @@ LEAKY = {
     "hardtanh": (nn.Hardtanh(), lambda h: (h.abs() < 1).double()),
     "relu6": (nn.ReLU6(), lambda h: ((h > 0) & (h < 6)).double()),
     "clamp": (lambda h: h.clamp(-1, 2), lambda h: ((h > -1) & (h < 2)).double()),
+    "expit": (torch.special.expit, lambda h: h.sigmoid() * (1 - h.sigmoid())),
     "sigmoid": (torch.sigmoid, lambda h: h.sigmoid() * (1 - h.sigmoid())),
     "clamp_min": (lambda h: h.clamp_min(0), lambda h: (h > 0).double()),
     "clamp_max": (lambda h: h.clamp_max(0), lambda h: (h < 0).double()),
@@ -220,6 +231,18 @@ def test_the_model_is_as_before():
     with pytest.raises(ZeroDivisionError):
         adaptive.Surrogate(net, "straight")(x)
     assert "forward" not in vars(net.between)
+
+
+def test_what_a_module_does_to_its_input_is_seen_by_the_caller():
+    net = Net(InPlace())
+    net.forward = lambda x: net.second(add_to(net.first(x)))
+
+    def add_to(h):
+        return net.between(h) + h  # h as the module left it
+
+    x = inputs()
+    surrogate = adaptive.Surrogate(net, "straight")
+    assert torch.equal(surrogate(x.clone().requires_grad_(True)), net(x))
 
 
 def test_a_forward_of_the_users_own_is_put_back():
