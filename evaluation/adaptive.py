@@ -225,16 +225,12 @@ class _OtherDerivatives(TorchFunctionMode):
         if _is_whole(output):
             casts = [v for v in (*args, *kwargs.values()) if hasattr(v, "cast_from")]
             if name in ARITHMETIC:
-                sources = [getattr(value, "cast_from", value) for value in args]
-                by_name = {key: getattr(v, "cast_from", v) for key, v in kwargs.items()}
-                output.cast_from = function(*sources, **by_name)
+                output.cast_from = _call(function, args, kwargs, _source)
             elif name not in FRACTIONS and output.shape == casts[0].shape:
                 output.cast_from = casts[0].cast_from
         elif name in ARITHMETIC | CONVERSIONS and output.is_floating_point():
             self.met_unusual.add("cast")
-            floats = [_as_float(value, output.dtype) for value in args]
-            by_name = {key: _as_float(value, output.dtype) for key, value in kwargs.items()}
-            output = function(*floats, **by_name)
+            output = _call(function, args, kwargs, partial(_as_float, dtype=output.dtype))
         return output
 
 
@@ -246,6 +242,16 @@ def _is_whole(x):
 def _zero(x):
     """Zeros whose derivative with respect to x is the identity."""
     return x - _constant(x)
+
+
+def _call(function, args, kwargs, change):
+    """function(*args, **kwargs), each argument as `change` makes it."""
+    return function(*map(change, args), **{key: change(value) for key, value in kwargs.items()})
+
+
+def _source(value):
+    """What was cast to these whole numbers. Anything else as it is."""
+    return getattr(value, "cast_from", value)
 
 
 def _as_float(value, dtype):

@@ -229,7 +229,8 @@ def test_runs_are_trained_attacked_and_added(tmp_path, monkeypatch, capsys):
         passes = speedrun.passes(rows[f"digits/{name}/0"])
         assert passes == 16 * {"base": 14, "fast": 6}[name]
     robust = [rows[f"digits/base/{seed}"]["verdicts"].count("3") / 20 for seed in (0, 1)]
-    assert f"{100 * statistics.mean(robust):.2f} ± {100 * statistics.stdev(robust):.2f} (2)" in page
+    mean, deviation = 100 * statistics.mean(robust), 100 * statistics.stdev(robust)
+    assert f"{mean:.2f} ± {deviation:.2f} (2)" in page
 
     speedrun.main(speedrun.parse_args([]))
     assert (tmp_path / speedrun.PAGE).read_text() == page
