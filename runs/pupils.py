@@ -25,6 +25,7 @@ EXPERIMENTS = {  # of docs/results.json, perhaps with a form of DRA's cells: (da
     "digits-100": ("digits", "100"),
     "digits-200": ("digits", "200"),
     "digits-500": ("digits", "500"),
+    "digits-800": ("digits", "800"),
     "digits-long-tail": ("digits", "178, long tail"),
     "fashion-6400": ("Fashion-MNIST", "6,400"),
 }

@@ -35,7 +35,7 @@ from runs.report import ROWS, read_log
 STORE = "docs/results.json"
 
 # Number of real images: experiment.
-CURVE = {100: "digits-100", 200: "digits-200", 300: "digits-300", 500: "digits-500"}
+CURVE = {size: f"digits-{size}" for size in (100, 200, 300, 500, 800)}
 
 TITLES = {  # of cells; others are variations of these
     **ROWS,

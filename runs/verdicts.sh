@@ -19,7 +19,7 @@ verdict() {
 }
 # On digits, of a teacher that learned from the pupil's images alone: digits NAME STEPS FLAG...
 digits() {
-  local flags="--val-size 500 ${@:3}" pupil=out/pupils/digits-$1
+  local flags="${@:3}" pupil=out/pupils/digits-$1
   python train_diffusion.py $flags --train-steps $2 --out-dir $out/diffusion-$1
   python train_at.py $flags --epoch-images 896 --out-dir $pupil
   verdict digits-$1 $out/diffusion-$1 $pupil $flags --eps 0.15
@@ -33,10 +33,11 @@ fashion() {
 }
 
 fashion & lane=$!
-digits 100 200 --n-train 100
-digits 200 400 --n-train 200
-digits 500 800 --n-train 500
-digits long-tail 200 --imbalance 10
+digits 100 200 --val-size 500 --n-train 100
+digits 200 400 --val-size 500 --n-train 200
+digits 500 800 --val-size 500 --n-train 500
+digits 800 1200 --val-size 200 --n-train 800
+digits long-tail 200 --val-size 500 --imbalance 10
 attack="--eps 8/255 --n-attacked 64"
 for labels in 1000 5000; do
   pupil=$out/cifar-$labels/at/0
