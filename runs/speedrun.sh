@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The fewest passes to a robust accuracy: what reaches a robust accuracy with the fewest passes? Ten seeds of every
-# recipe, attacked by APGD-CE+T on all 797 test images of digits. The last command writes the table of
-# docs/speedrun.md, where the recipes that were tried and left are named.
+# Which recipe reaches a robust accuracy with the fewest passes? Ten seeds of every recipe, attacked
+# by APGD-CE+T. The last command writes the tables of docs/speedrun.md, which also names the recipes
+# that were tried and left.
 # About an hour on two CPU cores; every command resumes.
 set -meuo pipefail  # -m: a job in the background is a process group and ends with this script
 cd "$(dirname "$0")/.."

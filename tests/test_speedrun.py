@@ -96,7 +96,7 @@ def test_a_target_is_reached_by_a_test_over_ten_seeds():
     p = t.sf((83.3 - 82) / (torch.tensor(robust).double().std().item() / 10**0.5), 9)
     assert p < 0.01 / 2
     accuracy = "30 | 90.0 | 83.30 ± 0.95 (10)"
-    assert base == f"| base: the defaults | 0.02 M | 100% | {accuracy} | sets the target |"
+    assert base == f"| base | 0.02 M | 100% | {accuracy} | sets the target |"
     assert fast.startswith("| fast: `--batch-size 64 --n-steps 2` | 0.01 M | 29% | ")
     assert fast.endswith(f"{accuracy} | {p:.2g}, **reached** |")
     assert few.startswith("| few: `--loss pgd --n-steps 1` | 0.01 M | 29% | ")
@@ -219,7 +219,7 @@ def test_runs_are_trained_attacked_and_added(tmp_path, monkeypatch, capsys):
         shutil.rmtree("runs")
 
     run("base", "--batch-size", "8")
-    assert "| base: the defaults | 0.00 M | 100% |" in (tmp_path / speedrun.PAGE).read_text()
+    assert "| base | 0.00 M | 100% |" in (tmp_path / speedrun.PAGE).read_text()
     run("fast", "--batch-size", "16", "--n-steps", "1")
     page = (tmp_path / speedrun.PAGE).read_text()
     assert page.startswith("head\n") and "| fast: `--batch-size 16 --n-steps 1` |" in page
