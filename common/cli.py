@@ -34,20 +34,25 @@ class Parser(argparse.ArgumentParser):
             **kwargs,
         )
 
-    def parse_with_presets(self, argv, recipe, presets, model_presets):
+    def parse_with_presets(self, argv, recipe, presets, model_presets, fast):
         """Parse with defaults from three dicts, of which the later one wins.
 
         recipe: {name: default}. presets: {--dataset: {name: default}}. model_presets: {family of
-        --model, such as "vit" of vit-b-2: {name: default}}. A flag on the command line wins over
-        all; --help shows the defaults for the --dataset and --model beside it.
+        --model, such as "vit" of vit-b-2: {name: default}}. fast: a function of all of them, that
+        changes some for --recipe fast. A flag on the command line wins over all; --help shows the
+        defaults for the --dataset, --model and --recipe beside it.
         """
         first = Parser(None, add_help=False)
         first.add_argument("--dataset", default=self.get_default("dataset"))
         first.add_argument("--model")
+        first.add_argument("--recipe")
         given, _ = first.parse_known_args(argv)
         defaults = recipe | presets.get(given.dataset, {})
         family = (given.model or defaults["model"]).split("-")[0]
-        self.set_defaults(**defaults | model_presets.get(family, {}))
+        defaults |= model_presets.get(family, {})
+        if given.recipe == "fast":
+            defaults |= fast(defaults)
+        self.set_defaults(**defaults)
         return self.parse_args(argv)
 
     def refuse_unused(self, argv, uses):

@@ -15,6 +15,7 @@ from torch import nn
 
 import evaluate
 import train_at
+import train_at_aux
 from common import UserError, attacks
 from runs import speedrun
 
@@ -170,10 +171,9 @@ def test_runs_that_do_not_belong_in_the_table(by_recipe, recipes, message):
         by_recipe(recipes)
 
 
-def test_runs_of_another_data_set(by_recipe, monkeypatch):
+def test_runs_of_another_data_set(by_recipe):
     with pytest.raises(UserError, match="svhn/base/0: expected a data set of digits"):
         by_recipe({"base": TWO}, "svhn")
-    monkeypatch.setitem(speedrun.TARGETS, "cifar10", 20.0)
     with pytest.raises(UserError, match="base/0: expected a run of train_at.py on cifar10"):
         by_recipe({"base": TWO}, "cifar10")
 
@@ -240,3 +240,23 @@ def test_runs_are_trained_attacked_and_added(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="slow/0: not trained to its end, or not attacked"):
         speedrun.main(speedrun.parse_args(["--add", "runs"]))
     assert json.loads((tmp_path / speedrun.STORE).read_text()) == rows
+
+
+@pytest.mark.parametrize("script", [train_at, train_at_aux])
+def test_the_fast_recipe_is_the_record_on_digits(script):
+    rows = json.loads((ROOT / speedrun.STORE).read_text())
+    args = vars(script.parse_args(["--recipe", "fast", "--precision", "bf16"]))
+    settings = rows["digits/fast/0"]["settings"]
+    for name in speedrun.FREE | {"precision", "model"}:
+        assert args[name] == settings[name], name
+
+
+def test_the_fast_recipe_changes_defaults_alone():
+    base, fast = train_at.parse_args([]), train_at.parse_args(["--recipe", "fast"])
+    changed = {name for name, value in vars(fast).items() if value != getattr(base, name)}
+    assert changed == {"n_steps", "step_size", "batch_size", "epochs"}
+    given = "--epochs 7 --batch-size 9 --n-steps 3 --step-size 0.01".split()
+    assert train_at.parse_args(["--recipe", "fast", *given]) == train_at.parse_args(given)
+    of_cifar = train_at.parse_args("--dataset cifar10 --recipe fast".split())
+    assert (of_cifar.batch_size, of_cifar.epochs, of_cifar.n_steps) == (128, 300, 2)
+    assert of_cifar.step_size == pytest.approx(4 / 255)
