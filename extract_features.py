@@ -351,12 +351,13 @@ def load_pupil(args, spec, train, val, rank, device):
 def about_verdict(spec, args):
     """What a verdict says of itself: a dict of settings and versions."""
     environment = run.environment()
+    imbalance = f", --imbalance {args.imbalance:g}" if args.imbalance else ""
     return {
         "teacher": args.diffusion,
         "pupil": args.pupil,
         "pupil_sha256": files.sha256(args.pupil) if args.pupil else None,
         "data set": spec.name,
-        "labels": f"those of {args.n_train or 'all'} training images",
+        "labels": f"those of {args.n_train or 'all'} training images{imbalance}",
         "blocks": args.blocks or "all",
         "sigmas": args.sigmas,
         "precision": args.precision,

@@ -116,6 +116,7 @@ def judge(probes, control, pupil=None, cka=None):
         verdict |= {
             "pupil": stats.share(pupil),
             "lead": difference(correct, pupil),
+            "right_and_pupil_wrong": stats.share(correct & ~pupil),
             "right_where_pupil_errs": stats.share(correct[~pupil]),
             "cka": cka,
         }
@@ -219,7 +220,7 @@ def page(verdict, about):
         rows += [
             ("pupil, clean", percent(verdict["pupil"])),
             ("**teacher above pupil, points**", percent(verdict["lead"], "+")),
-            ("the probe, where the pupil is wrong", percent(verdict["right_where_pupil_errs"])),
+            ("probe right and pupil wrong", percent(verdict["right_and_pupil_wrong"])),
         ]
     lines = ["# Will this teacher help?", "", f"**{sentence(verdict)}**", ""]
     lines += [f"| accuracy, % of {verdict['n']} held-out images | (95 %) |", "|---|---|"]

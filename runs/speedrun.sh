@@ -30,11 +30,14 @@ cifar() {
   done
 }
 
-cifar base --batch-size 128 --epochs 10 & lane=$!
+python train_at.py $cifar $short --batch-size 128 --check  # is the data there?
+{
+  cifar base --batch-size 128 --epochs 10
+  cifar fast --batch-size 32 --epochs 8 --n-steps 2 --step-size 4/255
+} & lane=$!
 digits base
 digits two-steps --n-steps 2 --step-size 0.075 --epochs 80
 digits small-batches --n-steps 2 --step-size 0.075 --epochs 50 --batch-size 32
 digits fast --recipe fast
-cifar fast --batch-size 32 --epochs 8 --n-steps 2 --step-size 4/255
 wait $lane
 python -m runs.speedrun --add $out

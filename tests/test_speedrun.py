@@ -260,3 +260,10 @@ def test_the_fast_recipe_changes_defaults_alone():
     of_cifar = train_at.parse_args("--dataset cifar10 --recipe fast".split())
     assert (of_cifar.batch_size, of_cifar.epochs, of_cifar.n_steps) == (128, 300, 2)
     assert of_cifar.step_size == pytest.approx(4 / 255)
+
+
+@pytest.mark.parametrize("flags", ["--loss standard", "--loss pgd --attack apgd"])
+def test_the_fast_recipe_needs_an_attack_whose_steps_it_can_change(flags, capsys):
+    with pytest.raises(SystemExit):
+        train_at.parse_args(["--recipe", "fast", *flags.split()])
+    assert "argument --recipe: does nothing here" in capsys.readouterr().err

@@ -40,6 +40,7 @@ def test_numbers_are_those_of_the_best_place():
     assert judged["above_control"][0] == pytest.approx(0.35)
     assert judged["lead"][0] == pytest.approx(0.2)
     # The pupil has images 100 to 259, the probe 0 to 239.
+    assert judged["right_and_pupil_wrong"] == [100 / N, *stats.wilson(100, N)]
     assert judged["right_where_pupil_errs"] == [100 / 240, *stats.wilson(100, 240)]
     faultless = verdict.judge(probes(a=200), probes(a=100), right(N))
     assert faultless["right_where_pupil_errs"] == [0, 0, 1]
