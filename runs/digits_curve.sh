@@ -3,7 +3,7 @@
 # three seeds, APGD-CE+T on all 797 test images. 100 digits are runs/digits_table.sh. Then AT and
 # DM-AT with another 100 digits, those that follow 600 held-out ones. Held out are 500 images, with
 # 800 digits the 200 that are left.
-# Two hours on two CPU cores; every command resumes.
+# An hour and a half on two CPU cores; every command resumes.
 set -meuo pipefail  # -m: a job in the background is a process group and ends with this script
 cd "$(dirname "$0")/.."
 trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
