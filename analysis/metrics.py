@@ -227,9 +227,10 @@ def spectrum(gradients):
 
 
 def high_share(curve, size):
-    """Share of a curve (rings,) above a quarter of a cycle per pixel, half the highest frequency.
+    """Share of a curve (rings,) above a quarter of a cycle per pixel.
 
-    size: of the images, in pixels.
+    That is half of the highest frequency along an axis. Each ring counts once, however many
+    frequencies it holds. size: of the images, in pixels.
     """
     is_high = np.arange(len(curve)) > size / 4
     return float(curve[is_high].sum() / curve.sum())

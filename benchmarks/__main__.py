@@ -48,7 +48,7 @@ def main(args):
         function, *arguments = ROWS[name]
         measure.record(name, function(*arguments, args.rounds))
     table = measure.table(files.read_json(measure.STORE))
-    measure.write_between("python -m benchmarks", table)
+    files.write_between(measure.DOCUMENT, "python -m benchmarks", f"{table}\n")
 
 
 if __name__ == "__main__":

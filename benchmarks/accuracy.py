@@ -48,7 +48,7 @@ def table(directory):
 def main(args):
     text = table(args.directory)
     print(text)
-    measure.write_between("python -m benchmarks.accuracy", text)
+    files.write_between(measure.DOCUMENT, "python -m benchmarks.accuracy", f"{text}\n")
 
 
 def parse_args(argv=None):

@@ -20,6 +20,7 @@ import train_at_aux
 import train_diffusion
 from benchmarks import measure
 from common import cli, files, models
+from evaluation import duration
 from published.datasets import DATASETS
 from teachers import edm
 from teachers.dit import DiT
@@ -54,10 +55,9 @@ FAMILIES = {
 }
 IMAGENET_SIZE = 1_281_167  # training images; for the other data sets --epoch-images is preset
 # Of AutoAttack standard, for an image. A gradient of the image costs as much as a forward pass.
-AUTOATTACK_PASSES = (
-    2 * (1 + 9) * 101  # APGD-CE, and APGD-T with nine targets: 100 steps and the start
-    + 3 * 9 * 100  # FAB-T: nine targets, 100 steps of two forward passes and a gradient
-    + 5000  # Square: its queries
+AUTOATTACK_PASSES = sum(
+    2 * duration.PASSES[name][0] + duration.PASSES[name][1]
+    for name in ("apgd-ce", "apgd-t", "fab-t", "square")
 )
 # Of runs/cifar10_hour.sh: what decides its costs.
 HOUR_UNET = "--channels 128 256 256 256 --layers-per-block 2 --batch-size 256 --train-steps 10000"
@@ -289,7 +289,7 @@ def parse_args(argv=None):
 
 def main(args):
     shares = measured_shares(args.gpu) if args.gpu else SHARES
-    measure.write_between("python -m benchmarks.cost", table(shares))
+    files.write_between(measure.DOCUMENT, "python -m benchmarks.cost", f"{table(shares)}\n")
 
 
 if __name__ == "__main__":

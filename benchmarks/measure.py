@@ -8,7 +8,7 @@ import statistics
 import time
 from pathlib import Path
 
-from common import UserError, files, run
+from common import files, run
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "benchmarks" / "results.json"
@@ -117,17 +117,3 @@ def _verdict(row):
         met = row["ratio"] <= row["target"]
     form = "{:.0%}" if row["unit"] == "of the step" else "{:g}"
     return f"{bound} {form.format(row['target'])}: {'met' if met else '**missed**'}"
-
-
-def write_between(name, text, path=DOCUMENT):
-    """Put a text between the two lines of a Markdown file that mark where `name` writes.
-
-    Raises UserError where the file lacks them.
-    """
-    begin = f"<!-- {name} writes from here -->\n"
-    end = f"<!-- {name} ends here -->\n"
-    before, _, rest = files.read_text(path).partition(begin)
-    _, marked, after = rest.partition(end)
-    if not marked:
-        raise UserError(f"{path}: lacks the lines '{begin.strip()}' and '{end.strip()}'")
-    files.write_text(f"{before}{begin}{text}\n{end}{after}", path)

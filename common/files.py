@@ -68,6 +68,22 @@ def write_text(text, path):
         file.write(text.encode())
 
 
+def write_between(path, name, text):
+    """Put text between the two lines of a Markdown file that mark where `name` writes.
+
+    text: ends with a newline, as what follows it must begin on a line of its own.
+
+    Raises UserError where the file lacks them.
+    """
+    begin = f"<!-- {name} writes from here -->\n"
+    end = f"<!-- {name} ends here -->\n"
+    before, _, rest = read_text(path).partition(begin)
+    _, marked, after = rest.partition(end)
+    if not marked:
+        raise UserError(f"{path}: lacks the lines {begin.strip()} and {end.strip()}")
+    write_text(f"{before}{begin}{text}{end}{after}", path)
+
+
 def write_npy(array, path):
     """Write one array."""
     array = np.ascontiguousarray(array)

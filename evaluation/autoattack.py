@@ -94,7 +94,8 @@ def highest_loss(model, x, y, *, norm, eps, seed, n_steps):
 def square(model, x, y, *, norm, eps, seed, n_queries):
     """Adversarial images (B, C, H, W) of the package's Square, which asks for no gradient.
 
-    n_queries: 5000 in the standard version. Other arguments as in `attack`.
+    The size of its squares follows n_queries, that of AutoAttack's does not. Other arguments as in
+    `attack`.
     """
     from pyautoattack.square import SquareAttack
 

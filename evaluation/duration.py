@@ -42,7 +42,8 @@ def print_check(model, x, y, names, n_images, n_threats, spec, args, world_size)
         times = EOT if args.attack == "rand" else 1
         seconds += times * (n_with * with_gradient + n_without * without)
     n_chunks = -(-n_images // args.batch_size)
-    seconds = n_threats * (seconds + without) * n_chunks / world_size
+    n_rounds = -(-n_chunks // world_size)
+    seconds = n_threats * (seconds + without) * n_rounds
     print(f"data      {n_images:,} test images in {n_chunks:,} chunks")
     print(f"classes   {run.describe_classes(spec)}")
     print(f"model     {n_correct} of the first {len(x)} images right without an attack")

@@ -30,18 +30,11 @@ ablation() {
   $launch evaluate.py --dataset cifar10 --attack apgd --checkpoint $out/ablation/$1/best.pt
 }
 
-# ---- Teacher (unconditional: no label can leak), and a synthetic set of our own: 5 M images, the
-# best fifth of each class kept
+# ---- Teacher (unconditional: no label can leak)
 python -m teachers.edm convert data/edm-cifar10-32x32-uncond-vp.pkl out/teacher-cifar10
-python -m teachers.edm convert data/edm-cifar10-32x32-cond-vp.pkl out/edm-cifar10-cond
-$launch train_at.py --dataset cifar10 --download --loss standard --eval-n-steps 1 \
-  --out-dir $out/standard
-$launch generate_synthetic.py --dataset cifar10 --diffusion out/edm-cifar10-cond --n-steps 20 \
-  --n-images 5000000 --shard-size 25000 \
-  --keep-fraction 0.2 --classifier $out/standard/best.pt --out-dir $out/synthetic
 # Which block and noise level know the class? (linear probe on held-out training images)
 blocks="enc.16x16_block3 dec.8x8_in1 dec.8x8_block4 dec.16x16_block1 dec.16x16_block4"
-$launch extract_features.py --dataset cifar10 --val-size 1024 --diffusion out/teacher-cifar10 \
+$launch extract_features.py --dataset cifar10 --download --val-size 1024 --diffusion out/teacher-cifar10 \
   --blocks $blocks dec.32x32_block1 --sigmas 0.02 0.06 0.2 0.6 --probe --out-dir $out/features
 
 sets=data/synthetic/cifar10
@@ -95,14 +88,19 @@ ablation teacher-ddpm train_at_aux.py --teacher hub:google/ddpm-cifar10-32
 # Another loss: PGD-AT without and with DRA
 ablation pgd-at train_at.py --loss pgd
 ablation pgd-at_dra train_at_aux.py --loss pgd $dra
-# Amount of synthetic data, without and with DRA: 1 M, 20 M, 50 M at the same number of steps; and
-# our own set in place of the published 1 M
+# Amount of synthetic data, without and with DRA: 1 M, 20 M, 50 M at the same number of steps
 ablation dm_at-1m train_at.py $dm_1m
 ablation dm_at_dra-1m train_at_aux.py $dm_1m $dra
 ablation dm_at-20m train_at.py $dm_20m
 ablation dm_at_dra-20m train_at_aux.py $dm_20m $dra
 ablation dm_at-50m train_at.py $dm_50m
 ablation dm_at_dra-50m train_at_aux.py $dm_50m $dra
+# A set of our own in place of the published 1 M: 5 M images, the best fifth of each class kept
+python -m teachers.edm convert data/edm-cifar10-32x32-cond-vp.pkl out/edm-cifar10-cond
+$launch train_at.py --dataset cifar10 --loss standard --eval-n-steps 1 --out-dir $out/standard
+$launch generate_synthetic.py --dataset cifar10 --diffusion out/edm-cifar10-cond --n-steps 20 \
+  --n-images 5000000 --shard-size 25000 \
+  --keep-fraction 0.2 --classifier $out/standard/best.pt --out-dir $out/synthetic
 ablation dm_at-own train_at.py $dm_own
 ablation dm_at_dra-own train_at_aux.py $dm_own $dra
 # Share of synthetic images in a batch (the default, and so dm_at-1m above, is 0.7)

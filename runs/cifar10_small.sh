@@ -42,13 +42,13 @@ cell() {
   python $4 $cifar $recipe --seed $3 --out-dir $run "${@:5}"
   python evaluate.py $cifar --attack apgd --n-images 2000 --checkpoint $run/best.pt
 }
-# The 2 x 2 of a seed: two_by_two NAME SEED FLAG...
+# The 2 x 2 of a seed: two_by_two LABELS SEED
 two_by_two() {
-  local dm="--synthetic $out/synthetic-cifar-$1"
-  cell $1 at $2 train_at.py "${@:3}"
-  cell $1 at_dra $2 train_at_aux.py $dra $teacher "${@:3}"
-  cell $1 dm_at $2 train_at.py $dm "${@:3}"
-  cell $1 dm_at_dra $2 train_at_aux.py $dm $dra $teacher "${@:3}"
+  local labels="--n-train $1" dm="--synthetic $out/synthetic-cifar-$1"
+  cell $1 at $2 train_at.py $labels
+  cell $1 at_dra $2 train_at_aux.py $dra $teacher $labels
+  cell $1 dm_at $2 train_at.py $dm $labels
+  cell $1 dm_at_dra $2 train_at_aux.py $dm $dra $teacher $labels
 }
 # A control: the teacher's network after one step, which has learned nothing: untrained SEED
 untrained() {
@@ -63,16 +63,15 @@ python train_diffusion.py $cifar $network --n-labels 0 --train-steps 1 --out-dir
 images 1000 & lane=$!
 images 5000
 wait $lane
-for labels in 1000 5000; do
-  for seed in 0 2 4; do two_by_two $labels $seed --n-train $labels; done & lane=$!
-  for seed in 1 3; do two_by_two $labels $seed --n-train $labels; done
-  wait $lane
-done
-for seed in 0 2 4; do untrained $seed; done & lane=$!
-for seed in 1 3; do untrained $seed; done
-wait $lane
-for seed in 0 2; do all_labels $seed; done & lane=$!
-all_labels 1
+lane() {
+  for seed in 0 2 4; do two_by_two 1000 $seed; untrained $seed; done
+  for seed in 1 3; do two_by_two 5000 $seed; done
+  all_labels 1
+}
+lane & lane=$!
+for seed in 1 3; do two_by_two 1000 $seed; untrained $seed; done
+for seed in 0 2 4; do two_by_two 5000 $seed; done
+for seed in 0 2; do all_labels $seed; done
 wait $lane
 # AutoAttack on the cells of one seed.
 for name in at at_dra dm_at dm_at_dra; do

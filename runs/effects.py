@@ -107,9 +107,10 @@ def over_seeds_and_images(values):
 
 
 def show(values, sign=""):
-    """The mean ± half the interval over seeds (that over seeds and images, never less).
+    """The mean ± half its interval over seeds; in brackets, over seeds and images.
 
-    values: (seeds, images). sign: "+" for effects.
+    The second is raised to the first where it is smaller. values: (seeds, images). sign: "+" for
+    effects.
     """
     if len(values) == 0:
         return "-"

@@ -3,7 +3,7 @@
 # train on 6,400 real images (500 steps of 128); the diffusion model on all 58,976 that are not held
 # out, so that its images and representations know more than AT sees. The data are those of
 # Debian's package dataset-fashion-mnist; FASHION=DIR names another place.
-# About three hours on two CPU cores; every command resumes.
+# About two hours on two CPU cores; every command resumes.
 set -meuo pipefail  # -m: a job in the background is a process group and ends with this script
 cd "$(dirname "$0")/.."
 trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT

@@ -147,7 +147,7 @@ def print_pairs(args):
         only_a = int((robust[a] & ~robust[b]).sum())
         only_b = int((robust[b] & ~robust[a]).sum())
         p = compare.mcnemar(only_a, only_b)
-        print(f"  {ROWS[a]:<10}{only_a:>4}   {ROWS[b]:<10}{only_b:>4}   p = {p:.2f}")
+        print(f"  {ROWS[a]:<10}{only_a:>4}   {ROWS[b]:<10}{only_b:>4}   p = {p:.2g}")
 
 
 # ------------------------------------------------------------------------------------- picture

@@ -34,9 +34,8 @@ from runs.report import COLOURS, ROWS
 from runs.store import ABLATIONS, CURVE, STORE, TITLES, add_runs, by_cell, read_store
 
 PAGE = "docs/results.md"
-PAGE_MARKERS = ("<!-- runs/results.py writes from here -->\n", "<!-- to here -->\n")
 README = "README.md"
-README_MARKERS = ("<!-- runs/results.py: the 2 x 2 -->\n", "<!-- end of the 2 x 2 -->\n")
+NAME = "python -m runs.results"  # of the lines that mark where it writes
 
 MAIN = "digits-100"
 OTHER_SPLIT = "digits-100-other"
@@ -244,8 +243,7 @@ def forms_table(cells):
     rows = []
     for name in sorted(name for name in cells if "," in name):
         base, *form = name.split(",")
-        differing = [f"`{part.removeprefix('variant=')}`" for part in form]
-        title = ", ".join([TITLES[base], *differing])
+        title = ", ".join([TITLES[base], *(f"`{part}`" for part in form)])
         without = base.removesuffix("_dra")
         references = {TITLES[without]: without}
         if len(form) > 1:
@@ -283,7 +281,8 @@ def section(runs, verdicts):
         what = "What the teacher knows beyond its pupil, and what DRA gives"
         lines += [f"**Does the verdict predict?** {what}, in points.", ""]
         lines += pupils.table(predictions)
-        lines += ["A gain or loss counts where it is significant over seeds.", ""]
+        chance = "by chance alone one row in forty gains, and one loses"
+        lines += [f"A gain or loss counts where it is significant over seeds: {chance}.", ""]
         lines += pupils.gains_table(predictions)
         lines += pupils.correlations(predictions)
         picture = "The effect of DRA against the lead of the teacher's probe"
@@ -293,8 +292,8 @@ def section(runs, verdicts):
     lines += in_short(cells)
     lines += accuracy_table(cells, TITLES, MEASURES) + effects_table(cells, MEASURES)
     lines += zero_line(cells)
-    course = "Accuracies of every seed, and robust accuracy in the course of training"
-    lines += [f"![{course}](results-cells.png)", ""]
+    picture = "Accuracies of every seed, and robust accuracy in the course of training"
+    lines += [f"![{picture}](results-cells.png)", ""]
     curve = on_curve(experiments)
     if len(curve) > 1:
         title = "**More digits**; the diffusion model is trained on the same ones."
@@ -536,17 +535,6 @@ def curve_figure(curve, path):
 # ---------------------------------------------------------------------------------------- main
 
 
-def write_between(path, markers, text):
-    """Put a text between two marker lines of a file, in place of what stands there."""
-    begin, end = markers
-    before, begin_there, rest = files.read_text(path).partition(begin)
-    _, end_there, after = rest.partition(end)
-    if not begin_there or not end_there:
-        expected = f"expected the lines {begin.strip()} and {end.strip()}"
-        raise UserError(f"{path}: nowhere to write the results, {expected}")
-    files.write_text(before + begin + text + end + after, path)
-
-
 def main(args):
     runs, verdicts = add_runs(args.add) if args.add else read_store()
     experiments = by_cell(runs)
@@ -563,8 +551,8 @@ def main(args):
     if predictions:
         pupils.figure(predictions, "docs/results-pupils.png")
     text = section(runs, verdicts)
-    write_between(PAGE, PAGE_MARKERS, text)
-    write_between(README, README_MARKERS, "\n".join(two_by_two(experiments)))
+    files.write_between(PAGE, NAME, text)
+    files.write_between(README, NAME, "\n".join(two_by_two(experiments)))
     print(text)
 
 

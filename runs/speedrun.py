@@ -20,7 +20,6 @@ from scipy.stats import ttest_1samp
 from common import UserError, cli, files
 from published.datasets import DATASETS
 from runs import effects, store
-from runs.results import write_between
 
 PAGE = "docs/speedrun.md"
 STORE = "docs/speedrun.json"  # {"<data set>/<recipe>/<seed>": row}, rows as in runs/store.py
@@ -185,11 +184,6 @@ def table(recipes, target):
     return [*effects.markdown(titles, lines), remark]
 
 
-def markers(name):
-    """The two lines of the page between which the table of a data set stands."""
-    return f"<!-- runs/speedrun.py, {name} -->\n", f"<!-- end of {name} -->\n"
-
-
 def main(args):
     rows = files.read_json(STORE) if os.path.exists(STORE) else {}
     if args.add:
@@ -199,7 +193,7 @@ def main(args):
     for dataset, of_dataset in recipes.items():
         text = "\n".join(table(of_dataset, TARGETS[dataset]))
         print(text)
-        write_between(PAGE, markers(dataset), f"{text}\n")
+        files.write_between(PAGE, f"python -m runs.speedrun, {dataset}", f"{text}\n")
 
 
 def parse_args(argv=None):

@@ -200,7 +200,8 @@ def read_store():
 def add_runs(root):
     """Write every trained run, and the verdicts, below a directory into docs/results.json.
 
-    Returns what read_store does.
+    A run that is not attacked yet does not take the place of a row that is. Returns what
+    read_store does.
     """
     rows, verdicts = read_store() if os.path.exists(STORE) else ({}, {})
     paths = sorted(glob.glob(f"{glob.escape(root)}/*/*/*/args.json"))
@@ -209,10 +210,13 @@ def add_runs(root):
     n_trained = 0
     for path in paths:
         folder = os.path.dirname(path)
+        name = os.path.relpath(folder, root)
         row = read_run(folder)
-        if row is not None:
-            rows[os.path.relpath(folder, root)] = row
-            n_trained += 1
+        if row is None:
+            continue
+        n_trained += 1
+        if "verdicts" in row or "verdicts" not in rows.get(name, {}):
+            rows[name] = row
     by_cell(rows)  # raises where they do not belong together, before anything is written
     for path in sorted(glob.glob(f"{glob.escape(root)}/verdict-*/verdict.json")):
         folder = os.path.dirname(path)

@@ -29,12 +29,10 @@ ablation() {
   $launch evaluate.py --dataset svhn --attack apgd --checkpoint $out/ablation/$1/best.pt
 }
 
-# ---- Teacher, out/diffusion-svhn, and a synthetic set of our own from it
+# ---- Teacher, out/diffusion-svhn
 $launch train_diffusion.py --dataset svhn --download --val-size 1024 \
   --channels 128 256 256 --layers-per-block 2 --train-steps 100000 --batch-size 256 \
   --lr 2e-4 --warmup-steps 5000 --ema-decay 0.9995 --eval-every 5000
-$launch generate_synthetic.py --dataset svhn --val-size 1024 --n-images 1000000 \
-  --shard-size 25000 --out-dir $out/synthetic
 $launch extract_features.py --dataset svhn --val-size 1024 --probe --out-dir $out/features
 
 sets=data/synthetic/svhn
@@ -58,4 +56,6 @@ ablation sigma-0.3 train_at_aux.py --sigma 0.3
 ablation block-up_blocks.1.resnets.1 train_at_aux.py --block up_blocks.1.resnets.1
 # Amount of synthetic data, DM-AT+DRA: the published 1 M; our own 1 M
 ablation dm_at_dra-1m train_at_aux.py --synthetic $sets-1m.npz
+$launch generate_synthetic.py --dataset svhn --val-size 1024 --n-images 1000000 \
+  --shard-size 25000 --out-dir $out/synthetic
 ablation dm_at_dra-own train_at_aux.py --synthetic $out/synthetic

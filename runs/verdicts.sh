@@ -32,6 +32,11 @@ fashion() {
   verdict fashion-6400 out/diffusion-fashion-mnist $pupil $fashion --n-train 6400 --eps 0.1
 }
 
+# Is there what this script does not make?
+python train_at.py $fashion --n-train 6400 --check
+for labels in 1000 5000 all; do
+  python evaluate.py $cifar --check --checkpoint $out/cifar-$labels/at/0/best.pt
+done
 fashion & lane=$!
 digits 100 200 --val-size 500 --n-train 100
 digits 200 400 --val-size 500 --n-train 200

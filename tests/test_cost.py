@@ -182,17 +182,16 @@ def test_the_document_holds_what_the_commands_write(tmp_path):
     copy = str(tmp_path / "costs.md")
     files.write_text(text, copy)
     shares = cost.measured_shares(str(ROOT / "benchmarks/gpu-h100.json"))
-    measure.write_between("python -m benchmarks.cost", cost.table(shares), copy)
-    measure.write_between(
-        "python -m benchmarks", measure.table(files.read_json(measure.STORE)), copy
-    )
+    files.write_between(copy, "python -m benchmarks.cost", f"{cost.table(shares)}\n")
+    table = measure.table(files.read_json(measure.STORE))
+    files.write_between(copy, "python -m benchmarks", f"{table}\n")
     assert files.read_text(copy) == text
 
 
 def test_a_document_without_the_lines_is_named(tmp_path):
     files.write_text("# Costs\n", str(tmp_path / "costs.md"))
     with pytest.raises(UserError, match="costs.md: lacks the lines"):
-        measure.write_between("python -m benchmarks", "", str(tmp_path / "costs.md"))
+        files.write_between(str(tmp_path / "costs.md"), "python -m benchmarks", "")
 
 
 def test_the_document_holds_the_shares_that_are_assumed():

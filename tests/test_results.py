@@ -373,7 +373,7 @@ def test_seeds_that_chose_a_form_do_not_count_for_it():
         [title, "AT", "2", "+0.0 ± 0.0"],
         [f"{title}, `shuffled`", "AT", "2", "+60.0 ± 0.0"],
         [f"{title}, `shuffled`", "the same without `shuffled`", "2", "+60.0 ± 0.0"],
-        ["AT+DRA, `rise`", "AT", "2", "+60.0 ± 0.0"],
+        ["AT+DRA, `variant=rise`", "AT", "2", "+60.0 ± 0.0"],
     ]
 
 
@@ -431,8 +431,12 @@ def test_the_tables_of_cifar10():
     assert [text.split(" ± ")[0] for text in row[1:]] == ["80.0", "55.0", "80.0", "10.0"]
 
 
-def between(path, markers):
-    begin, end = markers
+def markers(name):
+    return f"<!-- {name} writes from here -->\n", f"<!-- {name} ends here -->\n"
+
+
+def between(path):
+    begin, end = markers(results.NAME)
     return path.read_text().partition(begin)[2].partition(end)[0]
 
 
@@ -444,39 +448,28 @@ def test_the_documents_say_what_the_results_hold(tmp_path, monkeypatch):
     page, readme = ROOT / results.PAGE, ROOT / results.README
     (tmp_path / "docs").mkdir()
     (tmp_path / store.STORE).write_text((ROOT / store.STORE).read_text())
-    begin, end = results.PAGE_MARKERS
+    begin, end = markers(results.NAME)
     (tmp_path / results.PAGE).write_text(f"head\n{begin}old\n{end}tail\n")
-    begin, end = results.README_MARKERS
     (tmp_path / results.README).write_text(f"head\n{begin}{end}tail\n")
     monkeypatch.chdir(tmp_path)
     results.main(results.parse_args([]))
-    text = between(page, results.PAGE_MARKERS)
+    text = between(page)
     assert text == results.section(*stored())
-    assert text == between(tmp_path / results.PAGE, results.PAGE_MARKERS)
-    table = between(readme, results.README_MARKERS)
-    assert table == between(tmp_path / results.README, results.README_MARKERS)
+    assert text == between(tmp_path / results.PAGE)
+    table = between(readme)
+    assert table == between(tmp_path / results.README)
     assert table.count("\n") == 6
     for cell, row in zip(results.ROWS, table.splitlines()[2:]):
         attacked = results.accuracies(
             store.by_cell(stored_runs())[results.MAIN], cell, "autoattack"
         )
         assert row.endswith(f"| {effects.show(attacked)} |")
-    for path, markers in (
-        (results.PAGE, results.PAGE_MARKERS),
-        (results.README, results.README_MARKERS),
-    ):
+    for path in (results.PAGE, results.README):
         written = (tmp_path / path).read_text()
-        assert written.startswith(f"head\n{markers[0]}") and written.endswith(f"{markers[1]}tail\n")
+        assert written.startswith(f"head\n{begin}") and written.endswith(f"{end}tail\n")
     drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
     assert drawn == set(re.findall(r"\]\(([^)]*\.png)\)", text))
     assert all((ROOT / "docs" / name).exists() for name in drawn)
-
-
-def test_a_file_without_markers_is_refused(tmp_path):
-    (tmp_path / "page.md").write_text("text\n")
-    with pytest.raises(UserError, match="page.md: nowhere to write the results"):
-        results.write_between(str(tmp_path / "page.md"), results.PAGE_MARKERS, "table")
-    assert (tmp_path / "page.md").read_text() == "text\n"
 
 
 def test_a_store_that_is_half_full_gives_a_section():

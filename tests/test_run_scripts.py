@@ -13,7 +13,7 @@ from published.datasets import DATASETS
 from runs import results, self_conditioning, store
 
 # Arguments that name a file or a directory that is read, whole or with =SHARE behind it.
-READ = ("checkpoint", "classifier", "teacher", "diffusion", "synthetic")
+READ = ("checkpoint", "classifier", "teacher", "diffusion", "synthetic", "pupil")
 
 
 def parsed(words):
@@ -25,11 +25,28 @@ def parsed(words):
     return module.parse_args(words[script + 1 :])
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "tiny_imagenet", "imagenet"])
-def test_what_is_read_has_been_made(name, tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cifar10"],
+        ["cifar100"],
+        ["svhn"],
+        ["tiny_imagenet"],
+        ["imagenet"],
+        ["cifar10_small", "verdicts"],
+        ["cifar10_small", "analysis_cifar10"],
+        ["speedrun"],
+    ],
+)
+def test_what_is_read_has_been_made(names, tmp_path):
+    """By the commands of shell files, of which the later ones say that they come second."""
     made = set()
     read = set()
-    for words in run_recorded(f"{name}.sh", tmp_path):
+    commands = []
+    for name in names:
+        (tmp_path / name).mkdir()
+        commands += run_recorded(f"{name}.sh", tmp_path / name)
+    for words in commands:
         args = parsed(words)
         made.add(getattr(args, "out_dir", None))
         for argument in READ:

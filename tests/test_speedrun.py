@@ -189,6 +189,10 @@ def test_every_setting_that_a_recipe_may_change_is_one():
     assert speedrun.FREE <= vars(train_at.parse_args([])).keys()
 
 
+def markers(name):
+    return f"<!-- {name} writes from here -->\n", f"<!-- {name} ends here -->\n"
+
+
 def test_the_table_is_that_of_the_kept_runs():
     page = (ROOT / speedrun.PAGE).read_text()
     rows = json.loads((ROOT / speedrun.STORE).read_text())
@@ -196,7 +200,7 @@ def test_the_table_is_that_of_the_kept_runs():
     assert recipes_of.keys() == speedrun.TARGETS.keys()
     for dataset, recipes in recipes_of.items():
         text = "\n".join(speedrun.table(recipes, speedrun.TARGETS[dataset]))
-        begin, end = speedrun.markers(dataset)
+        begin, end = markers(f"python -m runs.speedrun, {dataset}")
         assert page.count(begin) == page.count(end) == 1
         assert page.partition(begin)[2].partition(end)[0] == f"{text}\n"
 
@@ -206,7 +210,9 @@ def test_runs_are_trained_attacked_and_added(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(speedrun.N_IMAGES, "digits", 20)
     (tmp_path / "docs").mkdir()
-    (tmp_path / speedrun.PAGE).write_text("".join(["head\n", *speedrun.markers("digits")]))
+    (tmp_path / speedrun.PAGE).write_text(
+        "".join(["head\n", *markers("python -m runs.speedrun, digits")])
+    )
 
     def run(recipe, *flags):
         for seed in ("0", "1"):
