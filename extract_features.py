@@ -266,7 +266,7 @@ def save_head(model, labels, spec, args):
         "val_accuracy": accuracy,
         **probe,
     }
-    os.makedirs(os.path.dirname(os.path.abspath(args.save_head)), exist_ok=True)
+    files.make_directory(os.path.dirname(os.path.abspath(args.save_head)), "--save-head")
     files.save(head, args.save_head)
     n = len(labels["val"])
     print(f"{args.save_head}: accuracy on {n} validation images {accuracy:.1%}")

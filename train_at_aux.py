@@ -142,16 +142,16 @@ PRESETS = {
         eval_n_steps=10,
     ),
 }
-# By family of --model, over PRESETS. DM-AT has no ViT: this recipe is ours.
-MODEL_PRESETS = {
-    "vit": dict(
-        optimizer="adamw",
-        lr=1e-3,
-        warmup_fraction=0.05,
-        weight_decay=0.05,
-        clip_norm=1.0,
-    ),
-}
+# By family of --model, over PRESETS where those name no optimizer. DM-AT has no such network: this
+# recipe is ours.
+TRANSFORMER = dict(
+    optimizer="adamw",
+    lr=1e-3,
+    warmup_fraction=0.05,
+    weight_decay=0.05,
+    clip_norm=1.0,
+)
+MODEL_PRESETS = {"vit": TRANSFORMER, "swin": TRANSFORMER, "convnext": TRANSFORMER}
 
 
 def fast(defaults):
@@ -382,7 +382,7 @@ def adversarial_loss(model, twin, x, y, start, args):
     # running: the attack comes first, because the clean pass updates the statistics.
     # batch: it comes second, because the clean logits are the reference of its KL.
     if attacked and args.attack_bn == "running":
-        x_adv = attack_in_training(twin, x, y, start, None, args)
+        x_adv = attack_in_training(twin, x, y, start, args)
     if args.loss != "pgd":
         logits, feats = model(x, with_features=True)
     elif args.align != "adv":
@@ -390,7 +390,8 @@ def adversarial_loss(model, twin, x, y, start, args):
         with attacks.frozen_statistics(model):
             _, feats = model(x, with_features=True)
     if attacked and args.attack_bn == "batch":
-        x_adv = attack_in_training(twin, x, y, start, logits, args)
+        reference = None if logits is None else logits.detach()
+        x_adv = attack_in_training(twin, x, y, start, args, reference)
     if attacked:
         logits_adv, feats_adv = model(x_adv, with_features=True)
     loss, metrics = at_loss(logits, logits_adv, y, args)
@@ -398,15 +399,14 @@ def adversarial_loss(model, twin, x, y, start, args):
     return loss, metrics, x_adv, aligned
 
 
-def attack_in_training(twin, x, y, start, logits, args):
-    """Adversarial images for L_AT. logits: the reference of KL; None, the twin's own at x."""
+def attack_in_training(twin, x, y, start, args, reference=None):
+    """Adversarial images for L_AT. reference: logits, of KL; None, the twin's own at x."""
     settings = dict(norm=args.norm, eps=args.eps, n_steps=args.n_steps, compiled=args.compile)
     if args.attack == "apgd":
         return attacks.apgd(twin, x, y, **settings)
     settings["step_size"] = args.step_size
     if args.loss == "pgd":
         return attacks.pgd(twin, x, y, start, loss="ce", **settings)
-    reference = None if logits is None else logits.detach()
     return attacks.pgd(twin, x, y, start, loss="kl", reference=reference, **settings)
 
 
@@ -561,6 +561,7 @@ def make_optimizer(modules, args):
 
 
 def set_batchnorm_momentum(model, momentum):
+    """momentum: the share of a batch in the running statistics; 1.0 copies the batch's."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = momentum
@@ -729,19 +730,19 @@ def main(args):
             average_batchnorm(raw_model, ema)
         stop = run.should_stop()
         if validate_now or stop:
+            means = meters.means()  # waits for the GPU
             n_steps, seconds = run.interval()
-            metrics = meters.means()
-            run.check_finite(**metrics)
+            run.check_finite(**means)
         if validate_now:
-            metrics["lr"] = optimizer.param_groups[0]["lr"]
-            metrics["images_per_s"] = round(n_steps * args.batch_size / seconds, 1)
-            metrics["data_wait"] = round(batches.waited / seconds, 4)  # share of the time
+            means["lr"] = optimizer.param_groups[0]["lr"]
+            means["images_per_s"] = round(n_steps * args.batch_size / seconds, 1)
+            means["data_wait"] = round(batches.waited / seconds, 4)  # share of the time
             batches.waited = 0.0
             with amp:
                 clean_acc, robust_acc = validate(ema, x_val, y_val, val_start, val_batch_size, args)
-                metrics["val_align"] = val_alignment(raw_model, raw_head, x_val, val_targets, args)
-            run.log(clean_acc=clean_acc, robust_acc=robust_acc, **metrics)
-            run.bar.set_postfix(loss=f"{metrics['loss']:.3f}", robust=f"{robust_acc:.1%}")
+                means["val_align"] = val_alignment(raw_model, raw_head, x_val, val_targets, args)
+            run.log(clean_acc=clean_acc, robust_acc=robust_acc, **means)
+            run.bar.set_postfix(loss=f"{means['loss']:.3f}", robust=f"{robust_acc:.1%}")
             score = [clean_acc, robust_acc]
             if args.loss != "standard":
                 score = [robust_acc, clean_acc]

@@ -120,29 +120,32 @@ def ema_decay_at(step, args):
     return min(args.ema_decay, step / (9 + step))
 
 
-def draw(step, y, shape, num_classes, args):
-    """A step's randomness for the global batch: (labels after dropout, normal, noise).
+def draw(step, x, y, mine, num_classes, args):
+    """A step's randomness for images x with labels y: (labels after dropout, normal, noise).
 
-    y: (B,) labels. shape: that of the images. As edm_loss takes them.
+    It is drawn for the global batch, of which x and y are the rows `mine`, so that it does not
+    depend on the number of processes. As edm_loss takes it.
     """
-    generator = data.stream(args.seed, "edm-loss", step, y.device)
-    dropped = torch.rand(shape[0], generator=generator, device=y.device) < args.label_dropout
-    normal = torch.randn(shape[0], generator=generator, device=y.device)
-    noise = torch.randn(shape, generator=generator, device=y.device)
-    return torch.where(dropped, num_classes, y), normal, noise
+    n = args.batch_size
+    generator = data.stream(args.seed, "edm-loss", step, x.device)
+    dropped = torch.rand(n, generator=generator, device=x.device) < args.label_dropout
+    normal = torch.randn(n, generator=generator, device=x.device)
+    noise = torch.randn(n, *x.shape[1:], generator=generator, device=x.device)
+    return torch.where(dropped[mine], num_classes, y), normal[mine], noise[mine]
 
 
 @torch.no_grad()
-def validate(net, x, y, mine, args):
+def validate(net, x, y, mine, batch_size, args):
     """Mean EDM loss on held-out images x in [0, 1], with fixed noise and their true labels.
 
-    x, y: this rank's, which are the rows `mine` of all.
+    x, y: this rank's, which are the rows `mine` of all. batch_size: images in one pass.
     """
     generator = data.stream(args.seed, "edm-validation", 0, x.device)
     normal = torch.randn(args.val_size, generator=generator, device=x.device)
     noise = torch.randn(args.val_size, *x.shape[1:], generator=generator, device=x.device)
-    losses = edm_loss(net, 2 * x - 1, y, normal[mine], noise[mine], args)
-    return (sum_over_ranks(losses.sum()) / args.val_size).item()
+    all_parts = [v.split(batch_size) for v in (2 * x - 1, y, normal[mine], noise[mine])]
+    losses = [edm_loss(net, *parts, args) for parts in zip(*all_parts)]
+    return (sum_over_ranks(torch.cat(losses).sum()) / args.val_size).item()
 
 
 def samples(net, spec, args, device):
@@ -210,7 +213,7 @@ def partly_labelled(images, labels, n_labels, null):
     return images[rows], labels[rows]
 
 
-def load_init(net, args, spec):
+def load_init(net, args, spec, rank):
     """Load the weights of --init. Returns the hash of its content; raises UserError.
 
     From a network without labels, every label starts as its null label.
@@ -228,7 +231,7 @@ def load_init(net, args, spec):
         null = weights["class_embedding.weight"]
         weights["class_embedding.weight"] = null.expand(spec.num_classes + 1, -1)
     parts.check_fit(weights, net.state_dict(), name)
-    if source.val_size < args.val_size and cli.rank() == "0":
+    if source.val_size < args.val_size and rank == 0:
         print(f"note: the network of {name} may have seen the validation images")
     net.load_state_dict(weights)
     return source.sha256
@@ -268,24 +271,25 @@ def main(args):
     check(args, spec, world_size)
     amp = autocast(device, args.precision)
 
-    # Data: no crops; mirrored where the classes do not mind. Each rank makes the global batch and
-    # takes its rows, so that the noise does not depend on the number of processes.
+    # Data: no crops; mirrored where the classes do not mind.
     train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train, args.imbalance)
     if args.n_labels == 0:  # the null label is the only one
         spec = dataclasses.replace(spec, num_classes=0, classes=())
-    mine = slice(rank, None, world_size)
+    mine = slice(rank, None, world_size)  # this rank's rows, of a batch and of the held-out images
     x_val = data.to_x(val[0][mine], device)
     y_val = torch.from_numpy(val[1][mine]).clamp(max=spec.num_classes).to(device)
     plain = dataclasses.replace(spec, crop_padding=0, rotation=0.0)
     images, labels = train
     if args.n_labels is not None:
         images, labels = partly_labelled(images, labels, args.n_labels, spec.num_classes)
-    batches = data.Batches(plain, (images, labels), args.batch_size, args.seed, device)
+    batches = data.Batches(
+        plain, (images, labels), args.batch_size, args.seed, device, rank, world_size
+    )
 
     # Network, its average, optimiser.
     torch.manual_seed(data.seed_of(args.seed, "init"))
     net = build_network(spec, args)
-    init_sha256 = load_init(net, args, spec) if args.init else None
+    init_sha256 = load_init(net, args, spec, rank) if args.init else None
     net.to(device, memory_format=torch.channels_last)
     ema = make_average(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
@@ -297,7 +301,7 @@ def main(args):
     run = Run(__file__, args, inputs, rank, device)
     run.track(net=net, ema=ema, optimizer=optimizer)
     run.load(args.train_steps)
-    if run.step == args.train_steps and os.path.exists(run.path("config.json")):
+    if run.step == args.train_steps and (args.check or os.path.exists(run.path("config.json"))):
         if rank == 0:
             print(f"{args.out_dir}: finished, nothing to do")
         return end_processes()
@@ -310,10 +314,9 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(run.step, args)
         x, y = batches(run.step)
-        y, normal, noise = draw(run.step, y, x.shape, spec.num_classes, args)
+        y, normal, noise = draw(run.step, x, y, mine, spec.num_classes, args)
         with amp:
-            losses = edm_loss(model, 2 * x[mine] - 1, y[mine], normal[mine], noise[mine], args)
-        loss = losses.mean()
+            loss = edm_loss(model, 2 * x - 1, y, normal, noise, args).mean()
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -330,7 +333,8 @@ def main(args):
             run.check_finite(**means)
         if validate_now:
             with amp:
-                val_loss = validate(ema, x_val, y_val, mine, args)
+                batch_size = args.batch_size // world_size
+                val_loss = validate(ema, x_val, y_val, mine, batch_size, args)
             run.check_finite(val_loss=val_loss)
             run.log(val_loss=val_loss, lr=lr_at(run.step - 1, args), **means)
             run.bar.set_postfix(loss=f"{means['loss']:.3f}", val_loss=f"{val_loss:.3f}")

@@ -5,6 +5,7 @@ Flags of one script alone stand in that script.
 
 import argparse
 import os
+import re
 import sys
 import time
 from errno import EACCES, EDQUOT, EFBIG, EIO, ELOOP, ENAMETOOLONG, ENOSPC, EPERM, EROFS, ESTALE
@@ -38,7 +39,8 @@ class Parser(argparse.ArgumentParser):
         """Parse with defaults from three dicts, of which the later one wins.
 
         recipe: {name: default}. presets: {--dataset: {name: default}}. model_presets: {family of
-        --model, such as "vit" of vit-b-2: {name: default}}. fast: a function of all of them, that
+        --model, such as "vit" of vit-b-2: {name: default}}, left out where the data set's preset
+        has an optimiser of its own. fast: a function of all of them, that
         changes some for --recipe fast. A flag on the command line wins over all; --help shows the
         defaults for the --dataset, --model and --recipe beside it.
         """
@@ -48,8 +50,9 @@ class Parser(argparse.ArgumentParser):
         first.add_argument("--recipe")
         given, _ = first.parse_known_args(argv)
         defaults = recipe | presets.get(given.dataset, {})
-        family = (given.model or defaults["model"]).split("-")[0]
-        defaults |= model_presets.get(family, {})
+        if "optimizer" not in presets.get(given.dataset, {}):
+            family = re.match("[a-z]*", given.model or defaults["model"]).group()
+            defaults |= model_presets.get(family, {})
         if given.recipe == "fast":
             defaults |= fast(defaults)
         self.set_defaults(**defaults)
@@ -226,6 +229,9 @@ def run_script(main, args):
         if error.errno not in DISK_ERRORS:
             raise
         message = f"{error.filename or 'output'}: {error.strerror}"
+    except torch.OutOfMemoryError:
+        less = "a smaller --batch-size needs less, and in training a larger --accumulate"
+        message = f"the memory of the GPU is not enough; {less}"
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PROCESS):
             raise

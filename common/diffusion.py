@@ -28,7 +28,8 @@ class Diffusion:
     image_size, channels: of the images. noise_shape: (C, H, W) of what is denoised.
     num_classes: 0 for an unconditional network. As a label, num_classes means "none".
     label_dropout: how often it was trained without a label.
-    default_block, default_sigma: those that DRA takes (DDAE's choice for U-Nets, arXiv 2303.09769).
+    default_block, default_sigma: those that DRA takes. DDAE's (arXiv 2303.09769) for EDM, DDPM
+    and DiT; for the others our choice.
     """
 
     name = "the diffusion network"  # in messages; teachers.load_diffusion has the path there

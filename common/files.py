@@ -84,6 +84,17 @@ def write_between(path, name, text):
     write_text(f"{before}{begin}{text}{end}{after}", path)
 
 
+def make_directory(path, name=None):
+    """Make a directory, and those above it. Raises UserError, with `name` for the path."""
+    name = name or path
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{name}: is a file, expected a directory")
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from error
+
+
 def write_npy(array, path):
     """Write one array."""
     array = np.ascontiguousarray(array)
@@ -192,7 +203,7 @@ def _download_error(path):
 
 
 def is_for_users(error):
-    """Whether a library wrote its error's message for who gave it the file.
+    """Whether the message of a library's error helps the user who gave the file.
 
     A reader that stumbles over shapes or types speaks of its own variables.
     """

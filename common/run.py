@@ -61,7 +61,7 @@ def start_processes(precision, deterministic=None):
             torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, slow
     if world_size > 1:
         on_gpu = device.type == "cuda"
-        timeout = timedelta(minutes=_timeout_minutes())
+        timeout = _timeout()
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -118,12 +118,12 @@ def check_compiler(device):
         raise UserError(f"--compile: {files.first_line(error)}; {remedy}") from error
 
 
-def _timeout_minutes():
+def _timeout():
     """How long a rank waits for another one inside a step. A barrier has the time of a day."""
     text = os.environ.get("RANK_TIMEOUT_MINUTES", "10")
     try:
-        return positive(text)
-    except ArgumentTypeError as error:
+        return timedelta(minutes=positive(text))
+    except (ArgumentTypeError, OverflowError) as error:
         raise UserError(f"RANK_TIMEOUT_MINUTES: {error}") from error
 
 
@@ -255,12 +255,7 @@ def claim_directory(path, identity, name="args.json", not_compared=(), flag="--o
     must be the same from then on. flag: the one that errors name. Nothing is ever deleted.
     Raises UserError where the directory holds something else or another process works there.
     """
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{flag} {path}: is a file, expected a directory")
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from error
+    files.make_directory(path, f"{flag} {path}")
     _lock(path, flag)
     file = os.path.join(path, name)
     identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
@@ -306,12 +301,20 @@ def environment():
         "dirty": bool(_git("diff", "HEAD")) if commit else None,  # whether tracked files differ
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "command": [_script(), *sys.argv[1:]],
     }
+
+
+def _version(package):
+    """Its version; None where it is not there: train_at.py alone needs neither of some."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _script():

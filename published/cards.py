@@ -142,10 +142,7 @@ def write_folder(folder, contents):
         if found != content:
             remedy = "move it away, or write into another folder"
             raise UserError(f"{path}: is there already, with other content; {remedy}")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from error
+    files.make_directory(folder)
     for name in missing:
         with files.atomic(os.path.join(folder, name)) as file:
             file.write(contents[name])

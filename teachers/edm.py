@@ -89,11 +89,10 @@ class UNetBlock(nn.Module):
     Raises ValueError where the heads do not divide the channels.
     """
 
-    def __init__(self, cin, cout, emb_channels, dropout, adm, taps, mode=None, attention=False):
+    def __init__(self, cin, cout, emb_channels, adm, taps, mode=None, attention=False):
         super().__init__()
         eps = 1e-5 if adm else 1e-6
         self.adm = adm
-        self.dropout = dropout
         self.scale = 1 if adm else 0.5**0.5
         self.heads = 0
         if attention:
@@ -129,8 +128,7 @@ class UNetBlock(nn.Module):
             h = self.norm1(h) * (1 + scale) + shift
         else:
             h = self.norm1(h + shift)
-        h = F.dropout(F.silu(h), self.dropout, self.training)
-        h = self.conv1(h)
+        h = self.conv1(F.silu(h))
         x = (h + self.skip(x)) * self.scale
         if self.heads:
             x = (self._attention(x) + x) * self.scale
@@ -170,7 +168,7 @@ class UNet(nn.Module):
         channel_mult_emb=4,  # channels of the embedding, in the same units
         num_blocks=4,  # of each level
         attn_resolutions=(16,),
-        dropout=0.10,
+        dropout=0.10,  # of the training
         label_dropout=0,
         embedding_type="positional",
         channel_mult_noise=1,  # channels of the noise level's code, in units of model_channels
@@ -211,7 +209,7 @@ class UNet(nn.Module):
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
 
         def block(cin, cout, **kwargs):
-            return UNetBlock(cin, cout, emb_channels, dropout, adm, taps, **kwargs)
+            return UNetBlock(cin, cout, emb_channels, adm, taps, **kwargs)
 
         # Encoder. c: channels of x. side: channels of the side image of NCSN++. skips: channels of
         # what the decoder gets.
@@ -263,9 +261,6 @@ class UNet(nn.Module):
             self.out_conv = _conv3(c, out_channels)
 
     def forward(self, x, noise_labels, class_labels=None):
-        if class_labels is not None and self.training and self.label_dropout:
-            kept = torch.rand_like(class_labels[:, :1]) >= self.label_dropout
-            class_labels = class_labels * kept
         emb = self._embed(noise_labels, class_labels)
 
         enc = self.enc

@@ -302,6 +302,9 @@ class EDM2(Diffusion):
         )
         self.hooked = net.unet
         self.vae = vae
+        # Latents become those that the network sees: (latents - mean) * scale.
+        self.latent_mean = torch.tensor(RAW_MEAN)[:, None, None]
+        self.latent_scale = 0.5 / torch.tensor(RAW_STD)[:, None, None]
         if vae is not None:
             self.modules = [net, vae]
             self.noise_shape = (net.img_channels, net.img_resolution, net.img_resolution)
@@ -311,23 +314,21 @@ class EDM2(Diffusion):
         self.default_block = decoder[1]
         self.default_sigma = 0.06 if vae is None else 0.17
 
+    def to(self, device):
+        super().to(device)
+        self.latent_mean = self.latent_mean.to(device)
+        self.latent_scale = self.latent_scale.to(device)
+
     def encode(self, x):
         if self.vae is None:
             return super().encode(x)
-        mean, scale = self._whitening(x)
-        return (encode_latents(self.vae, x) - mean) * scale
+        return (encode_latents(self.vae, x) - self.latent_mean) * self.latent_scale
 
     def decode(self, clean):
         if self.vae is None:
             return clean
-        mean, scale = self._whitening(clean)
-        return 2 * decode_latents(self.vae, clean / scale + mean) - 1
-
-    def _whitening(self, like):
-        """Mean, and what latents are multiplied with after it is taken off: each (4, 1, 1)."""
-        mean = like.new_tensor(RAW_MEAN)[:, None, None]
-        std = like.new_tensor(RAW_STD)[:, None, None]
-        return mean, 0.5 / std
+        latents = clean / self.latent_scale + self.latent_mean
+        return 2 * decode_latents(self.vae, latents) - 1
 
     def _denoise(self, noisy, sigma, labels):
         return self.net(noisy, sigma, parts.one_hot(labels, self.num_classes, noisy.dtype))

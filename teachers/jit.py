@@ -77,6 +77,8 @@ def angles_of(side, channels, like):
 
 
 class SwiGLU(nn.Module):
+    """(B, N, width) -> (B, N, width)."""
+
     def __init__(self, width):
         super().__init__()
         hidden = int(4 * width * 2 / 3)

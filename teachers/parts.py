@@ -354,9 +354,7 @@ def write_converted(contents, out_dir, source):
     of what is converted. Raises UserError where the directory holds anything else than this.
     """
     config_path = os.path.join(out_dir, "config.json")
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        raise UserError(f"{out_dir}: is a file, expected a directory")
-    os.makedirs(out_dir, exist_ok=True)
+    files.make_directory(out_dir)
     # What a killed conversion leaves ends in .writing, and is no obstacle.
     names = [name for name in sorted(os.listdir(out_dir)) if not name.endswith(".writing")]
     if "vae/config.json" not in contents:  # the VAE of such a network may have been there first
@@ -367,13 +365,11 @@ def write_converted(contents, out_dir, source):
         raise UserError(f"{out_dir}: holds {names[0]}, {expected}")
     for name, content in contents.items():
         path = os.path.join(out_dir, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        files.make_directory(os.path.dirname(path))
         write = files.write_json if name.endswith(".json") else files.write_safetensors
         write(content, path)
 
 
 def one_hot(labels, num_classes, dtype):
     """Labels (B,) as (B, num_classes). The label num_classes, which is none, gives zeros."""
-    if num_classes == 0:
-        return torch.zeros(len(labels), 0, dtype=dtype, device=labels.device)
-    return F.one_hot(labels, num_classes + 1)[:, :-1].to(dtype)
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(dtype)

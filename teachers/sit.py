@@ -40,6 +40,8 @@ SETTINGS = "size channels out_channels patch width depth heads num_classes".spli
 
 
 class MLP(nn.Module):
+    """(B, N, width) -> (B, N, width)."""
+
     def __init__(self, width):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)

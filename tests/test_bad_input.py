@@ -778,6 +778,16 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(best, tmp_path):
     assert (out / "last.pt").read_bytes() == kept
 
 
+def test_a_gpu_that_is_full_is_one_line(capsys):
+    def fill(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run_script(fill, None)
+    printed = capsys.readouterr().err
+    assert exit_info.value.code == 2 and printed.count("\n") == 1 and "--accumulate" in printed
+
+
 def test_read_only_output(tmp_path):
     """As root a read-only directory does not stop a write; a file in the directory's place does,
     for everyone.

@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from edm2_helper import EDM2_CONFIGS, edm2_dir
 from test_train import run_aux
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_at_aux
 from common import data
 from common.run import Meters, Run
+from teachers.load import load_diffusion
 
 # The host reads a value, or the size of a result depends on one.
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim")
@@ -129,6 +131,16 @@ def test_what_waits_is_seen(function):
     with Waits() as found:
         function(torch.ones(3))
     assert found.names
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_targets_of_edm2_wait_for_nothing(kind, tmp_path):
+    teacher = load_diffusion(edm2_dir(tmp_path / "edm2", EDM2_CONFIGS[kind]), "cpu")
+    x = torch.rand(2, teacher.channels, teacher.image_size, teacher.image_size)
+    noise = torch.randn(2, *teacher.noise_shape)
+    with torch.no_grad(), Waits() as found:
+        teacher.features(x, teacher.default_sigma, None, [teacher.default_block], noise)
+    assert found.names == []
 
 
 def test_a_batch_arrives_whole_on_its_device():

@@ -354,6 +354,14 @@ def test_rates_move_by_the_step_with_adamw_and_by_the_epoch_with_sgd(script):
             assert (group["lr"], group["momentum"]) == expected
 
 
+def test_transformers_of_torchvision_too_but_where_the_data_set_has_a_recipe():
+    for name in ("vit_b_16", "swin_t", "convnext_tiny"):
+        args = train_at.parse_args(["--dataset", "cifar10", "--model", name])
+        assert (args.optimizer, args.lr, args.clip_norm) == ("adamw", 1e-3, 1.0)
+        args = train_at.parse_args(["--dataset", "imagenet", "--model", name])
+        assert (args.optimizer, args.warmup_fraction, args.clip_norm) == ("adamw", 0.1, None)
+
+
 def test_vits_have_a_recipe_of_their_own():
     vit, wrn = (
         train_at_aux.parse_args(["--dataset", "cifar10", "--model", name])

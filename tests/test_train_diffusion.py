@@ -94,8 +94,9 @@ def test_validation_is_of_the_average_on_held_out_images(tmp_path):
 
 def test_labels_are_dropped_at_the_rate_asked_for():
     args = train_diffusion.parse_args(["--label-dropout", "0.3"])
-    y = torch.arange(5000) % 10
-    labels, normal, noise = train_diffusion.draw(7, y, (5000, 1, 2, 2), 10, args)
+    args.batch_size = 5000
+    x, y = torch.zeros(5000, 1, 2, 2), torch.arange(5000) % 10
+    labels, normal, noise = train_diffusion.draw(7, x, y, slice(None), 10, args)
     dropped = labels == 10
     assert abs(dropped.float().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 5000)
     assert torch.equal(labels[~dropped], y[~dropped])
@@ -179,7 +180,7 @@ def test_labels_begin_as_the_null_label(unlabelled, tmp_path, monkeypatch):
     args = train_diffusion.parse_args([*TINY, "--patch", "2", "--init", directory])
     args.val_size = DIGITS.val_size
     net = train_diffusion.build_network(DIGITS, args)
-    assert train_diffusion.load_init(net, args, DIGITS) == source.sha256
+    assert train_diffusion.load_init(net, args, DIGITS, 0) == source.sha256
     weights = source.net.state_dict()
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, weights[name].expand(tensor.shape)), name
@@ -215,3 +216,10 @@ def test_a_network_of_others_is_no_start(tmp_path):
     tiny_ddpm(tmp_path / "ddpm")
     with pytest.raises(UserError, match="ddpm: not of this script"):
         train(tmp_path / "out", "--init", str(tmp_path / "ddpm"))
+
+
+def test_a_finished_run_can_be_checked(tmp_path, capsys):
+    argv = [*TINY, "--out-dir", str(tmp_path / "run")]
+    train_diffusion.main(train_diffusion.parse_args(argv))
+    train_diffusion.main(train_diffusion.parse_args([*argv, "--check"]))
+    assert "finished, nothing to do" in capsys.readouterr().out

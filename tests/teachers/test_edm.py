@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import python
-from edm_helper import ADM, EDM_CONFIGS, NCSN, SONG, edm_config, random_edm
+from edm_helper import ADM, EDM_CONFIGS, NCSN, edm_config, random_edm
 from torch import nn
 
 from common import UserError, cli, files
@@ -234,35 +234,6 @@ def test_network_is_the_reference(name):
     expected = torch.from_numpy(reference(x.numpy(), sigma.log().numpy(), labels))
     torch.testing.assert_close(output, expected, rtol=1e-8, atol=1e-8)
     assert output.std() > 0.1
-
-
-def test_label_dropout_in_training_alone():
-    net = edm.build(edm_config("EDMPrecond", label_dim=3, label_dropout=0.5, dropout=0.0, **SONG))
-    x, sigma, labels = inputs(net, torch.float32)
-    assert net.label_dropout == 0.5
-    with torch.no_grad():
-        net.eval()
-        full = net(x, sigma, labels)
-        empty = net(x, sigma)
-        assert torch.equal(full, net(x, sigma, labels))
-        assert torch.equal(empty, net(x, sigma, torch.zeros(3, 3)))
-        torch.manual_seed(0)
-        net.train()
-        n_kept = 0
-        for _ in range(20):
-            first = net(x, sigma, labels)[0]
-            kept = torch.allclose(first, full[0], atol=1e-5)
-            assert kept or torch.allclose(first, empty[0], atol=1e-5)
-            n_kept += kept
-    assert 3 < n_kept < 17
-
-
-def test_dropout_in_training_alone():
-    net = edm.build(edm_config("EDMPrecond", dropout=0.5, **SONG)).train()
-    x, sigma, _ = inputs(net, torch.float32)
-    assert not torch.equal(net(x, sigma), net(x, sigma))
-    net.eval()
-    assert torch.equal(net(x, sigma), net(x, sigma))
 
 
 # -------------------------------------------------------------------------------- published shapes
