@@ -182,7 +182,10 @@ def feature_path(split, block, sigma, args):
 def read_features(split, block, sigma, n, args):
     """The features (n, draws, channels) that `extract` wrote, mapped."""
     path = feature_path(split, block, sigma, args)
-    return files.open_npy(path, np.float32, (n, args.n_draws, None))
+    features = files.open_npy(path, np.float32, (n, args.n_draws, None))
+    if not np.isfinite(features.sum(dtype=np.float64)):
+        raise UserError(f"{path}: damaged, not finite; delete it to extract it again")
+    return features
 
 
 def extract(model, images, split, sigma, blocks, args, rank, world_size):
@@ -348,12 +351,18 @@ def load_pupil(args, spec, train, val, rank, device):
     return pupil
 
 
-def about_verdict(spec, args):
+def about_verdict(spec, teacher, args):
     """What a verdict says of itself: a dict of settings and versions."""
     environment = run.environment()
     imbalance = f", --imbalance {args.imbalance:g}" if args.imbalance else ""
+    of_teacher = "none, it was trained without"
+    if teacher.num_classes:
+        of_teacher = "it was trained with some, of perhaps more images than the probe"
+    seen = teacher.val_size < args.val_size
     return {
         "teacher": args.diffusion,
+        "labels of the teacher": of_teacher,
+        "held-out images": "perhaps seen by the teacher" if seen else "not seen by the teacher",
         "pupil": args.pupil,
         "pupil_sha256": files.sha256(args.pupil) if args.pupil else None,
         "data set": spec.name,
@@ -412,7 +421,7 @@ def main(args):
         raise UserError(f"--val-size {args.val_size}: --verdict needs {verdict.MIN_IMAGES} or more")
     pupil = load_pupil(args, spec, train, val, rank, device)
     if args.verdict:
-        about = about_verdict(spec, args)
+        about = about_verdict(spec, model, args)
         verdict.check_same(about, args.out_dir)
 
     manifest = {

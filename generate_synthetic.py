@@ -100,7 +100,9 @@ def parse_args(argv=None):
         parser.check_alone(argv, "--export", "--dataset --data-dir --image-size --out-dir")
         return args
     if args.verify is not None:
-        others = "--dataset --data-dir --image-size --diffusion --guide --classifier --out-dir"
+        others = "--diffusion --guide --classifier --out-dir"
+        if args.classifier:
+            others += " --dataset --data-dir --image-size"
         parser.check_alone(argv, "--verify", others)
         return args
     uses = {
@@ -379,11 +381,12 @@ def verify(args):
     model = load_verified("--diffusion", args.diffusion, own, device, args.precision)
     other = manifest.get("guide_sha256")
     guide = load_verified("--guide", args.guide, other, device, args.precision)
-    ids = shard_ids(args.verify, args)
-    shape = (len(ids), model.image_size, model.image_size, model.channels)
+    n = min(args.shard_size, args.n_images - args.verify * args.shard_size)
     images_path, labels_path = shard_paths(args.out_dir, args.verify)
+    shape = (n, model.image_size, model.image_size, model.channels)
     images = files.open_npy(images_path, np.uint8, shape)
-    labels = files.open_npy(labels_path, np.int64, (len(ids),))
+    labels = files.open_npy(labels_path, np.int64, (n,))
+    ids = shard_ids(args.verify, args)
     label = load_labeller(args, manifest, device)
 
     differences = set_recipe.Differences()

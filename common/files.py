@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
+from errno import EINVAL
 from pickle import UnpicklingError
 from zipfile import BadZipFile
 
@@ -179,7 +180,10 @@ def reading(path, expected):
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a directory, expected {expected}") from error
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or first_line(error)}") from error
+        reason = error.strerror or first_line(error)
+        if error.errno == EINVAL:  # of a file that is shorter than its own header says
+            reason = f"truncated, broken, or not {expected}"
+        raise UserError(f"{path}: {reason}") from error
     except Exception as error:
         message = f"truncated, broken, or not {expected}"
         if is_for_users(error):

@@ -16,6 +16,8 @@ import numpy as np
 from common import UserError, cli, files, run
 from common.stats import wilson
 from evaluation import compare, sanity
+from evaluation.autoattack import NORMS
+from evaluation.requests import ATTACKS
 
 # ------------------------------------------------------------------------------------- paths
 
@@ -67,8 +69,7 @@ def read_finished(path, request):
     for key, value in request.items():
         if result.get(key) != value:
             difference = f"{key} is {result.get(key)}, not {value}"
-            advice = "move it away or name another file with --out"
-            raise UserError(f"{path}: holds another result ({difference}); {advice}")
+            raise UserError(f"{path}: holds another result ({difference}); move it away")
     check_finished(result, path)
     return result
 
@@ -83,7 +84,7 @@ def claim_parts(path, request):
     folder = folder_of_parts(path)
     if os.path.exists(per_image_path(path)) and not os.path.exists(folder):
         orphan = f"would replace {per_image_path(path)}, whose .json is gone"
-        raise UserError(f"{path}: {orphan}; move it away or name another file with --out")
+        raise UserError(f"{path}: {orphan}; move it away")
     run.claim_directory(folder, request, "request.json", flag="--out")
     for target in (path, per_image_path(path)):
         trial = f"{target}.writing"
@@ -155,6 +156,20 @@ def _are_outcomes(lines):
     )
 
 
+def _is_environment(environment):
+    """Whether a dict that was read has what is shown of run.environment."""
+    is_text = all(isinstance(environment.get(key), str) for key in ("torch", "device"))
+    return is_text and _is_list(environment.get("command"), str)
+
+
+def _are_classes(rows, attacks):
+    """Whether a value that was read is a list of rows as _by_class makes them."""
+    kinds = {"class": str, "n": int, "clean": float} | ({"robust": float} if attacks else {})
+    return _is_list(rows, dict) and all(
+        isinstance(row.get(key), kind) for row in rows for key, kind in kinds.items()
+    )
+
+
 # ------------------------------------------------------------------------- one result of all
 
 FINISHED = {  # entries of a result, beside the lists that are checked further
@@ -162,6 +177,7 @@ FINISHED = {  # entries of a result, beside the lists that are checked further
     "attack_name": str,
     "attacks": list,
     "batch_size": int,
+    "checkpoint": str,
     "checkpoint_sha256": str,
     "clean": float,
     "clean_correct": int,
@@ -177,6 +193,7 @@ FINISHED = {  # entries of a result, beside the lists that are checked further
     "robust_correct": int | None,
     "robust_interval": list | None,
     "sanity_images": int,
+    "seconds": float,
     "seed": int,
     "settings": dict,
     "version": str,
@@ -266,6 +283,17 @@ def check_finished(result, path):
     for key, kinds in FINISHED.items():
         if not isinstance(result.get(key), kinds):
             found = f"its entry '{key}' is missing or damaged"
+            raise UserError(f"{path}: {found}; move it away and evaluate again")
+    _, attacks = ATTACKS.get(result["attack"], (None, result["attacks"]))
+    fits = {
+        "norm": result["norm"] in NORMS,
+        "attacks": result["attacks"] == attacks,
+        "environment": _is_environment(result["environment"]),
+        "by_class": _are_classes(result.get("by_class", []), result["attacks"]),
+    }
+    for key, fits_here in fits.items():
+        if not fits_here:
+            found = f"its entry '{key}' is damaged"
             raise UserError(f"{path}: {found}; move it away and evaluate again")
     if not _are_outcomes(result["sanity"]) or not _is_list(result["warnings"], str):
         raise UserError(f"{path}: its sanity checks are damaged; move it away and evaluate again")

@@ -72,8 +72,8 @@ def command_of(environment, script):
     if not is_list or not words or os.path.basename(words[0]) != script:
         return "# the command is not recorded"
     launcher = ["python"]
-    n_processes = environment.get("world_size", 1)
-    if n_processes != 1:
+    n_processes = environment.get("world_size")
+    if isinstance(n_processes, int) and n_processes > 1:
         launcher = ["torchrun", "--nproc_per_node", str(n_processes)]
     return printable(shlex.join([*launcher, script, *map(shortened, words[1:])]))
 
@@ -81,8 +81,10 @@ def command_of(environment, script):
 def origin_of(environment):
     """A list in Markdown: the commit and whether files differed from it, device and versions."""
     commit = environment.get("commit")
-    states = {True: "files differed from it", False: "no file differed from it"}
-    state = states.get(environment.get("dirty"), "whether files differed from it is not recorded")
+    dirty = environment.get("dirty")
+    state = "whether files differed from it is not recorded"
+    if isinstance(dirty, bool):
+        state = "files differed from it" if dirty else "no file differed from it"
     code_of = f"commit `{commit}`, {state}" if commit else "commit not recorded"
     known = [f"{title} {environment[key]}" for key, title in VERSIONS.items() if key in environment]
     machine = printable(", ".join(known)) or "not recorded"

@@ -11,7 +11,7 @@ import os
 
 import safetensors.torch
 
-from common import files
+from common import UserError, files
 from common.cli import printable, threat
 from published import cards
 from published.weights import description_of, load_classifier
@@ -47,11 +47,16 @@ def export(out_dir, checkpoint, weights, about, n_parameters, results, others):
     checkpoint: path of its file in a run directory. weights, about, n_parameters: of weights_of.
     results: {name: result} of evaluation.verdicts.results_of, whose files lie beside
     the checkpoint. others: names of results that are left out.
-    Raises UserError, before anything is written, where the folder holds something else.
+    Raises UserError, before anything is written, where the folder holds something else, or the
+    arguments beside the checkpoint are of another one.
     """
     run_dir = os.path.dirname(checkpoint)
     args_path = os.path.join(run_dir, "args.json")
     settings = cards.without_paths(files.read_json(args_path))
+    for key, value in {"model": about["model_name"], **about}.items():
+        if settings.get(key, value) != value and key in ("model", "dataset", "norm", "eps"):
+            difference = f"{key} {settings[key]} there, {value} in the checkpoint"
+            raise UserError(f"{args_path}: of another checkpoint ({difference})")
     environment = cards.read_environment(run_dir)
     diff = os.path.join(run_dir, "git.diff")
     if environment and "dirty" not in environment and os.path.exists(diff):
@@ -171,6 +176,8 @@ def _hub_metrics(results):
         name = f"robust accuracy, {_attack(result)}, {_threat(result)}, n = {result['n']}"
         if result["warnings"]:
             name += ", with warnings"
+        if not result["sanity_images"]:
+            name += ", without sanity checks"
         metrics.append((name, result["robust"]))
     return metrics
 
@@ -285,6 +292,8 @@ def _remarks(result, results):
         remarks.append("a check, not the number to report")
     if result["warnings"]:
         remarks.append("**warnings, see below**")
+    if result["attacks"] and not result["sanity_images"]:
+        remarks.append("without sanity checks")
     if result.get("image_list_sha256"):
         remarks.append("listed images alone")
     return remarks

@@ -103,7 +103,7 @@ def _facts(source):
         rows.append(["guide", f"SHA-256 {cards.digest(manifest['guide_sha256'])}"])
     rows.append(["held out", seen])
     selection = manifest.get("selection")
-    if selection:
+    if isinstance(selection, dict):
         share = f"{selection.get('keep_fraction')} of each class, {len(source):,} of "
         share += f"{source.n_rows:,} images, listed in selection.npy"
         digest = cards.digest(selection.get("classifier_sha256"))

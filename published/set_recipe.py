@@ -71,6 +71,8 @@ def use_manifest(args, manifest):
             setattr(args, name, kind(str(recorded.get(name))))
         except ArgumentTypeError as error:
             raise UserError(f"{path}: damaged, {name}: {error}") from error
+    if args.sigma_min >= args.sigma_max or args.rho < 0.1:
+        raise UserError(f"{path}: damaged, its noise levels are none")
     args.precision = manifest.get("precision")
     if args.precision not in ("fp32", "tf32", "bf16"):
         expected = "expected fp32, tf32 or bf16"

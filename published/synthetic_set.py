@@ -60,8 +60,12 @@ class Source:
         for array in self.labels:
             if not _within(array, num_classes):
                 raise UserError(f"{name or array.filename}: labels outside 0..{num_classes - 1}")
-        if self.rows is not None and not (len(self.rows) and _within(self.rows, self.n_rows)):
-            raise UserError(f"{self.rows.filename}: empty, or rows outside 0..{self.n_rows - 1}")
+        if self.rows is None:
+            return
+        ascending = len(self.rows) > 0 and (np.diff(self.rows) > 0).all()
+        if not ascending or not _within(self.rows, self.n_rows):
+            expected = f"expected ascending rows out of 0..{self.n_rows - 1}"
+            raise UserError(f"{self.rows.filename}: {expected}, at least one")
 
     def sha256(self):
         """Hex digest of the content: manifest, selection, every label, and images.

@@ -322,6 +322,28 @@ def test_a_damaged_args_json_is_one_line(entry, value, run_dir):
     assert not (run_dir / "hub").exists()
 
 
+@pytest.mark.parametrize("entry, value", [("model", "wrn-28-10"), ("norm", "l2"), ("eps", 0.3)])
+def test_the_arguments_of_another_training_are_refused(entry, value, run_dir):
+    write_json(run_dir / "args.json", **{entry: value})
+    export_fails(run_dir, "args.json: of another checkpoint", f"{entry} {value} there")
+    assert not (run_dir / "hub").exists()
+
+
+def test_that_the_sanity_checks_were_left_out_is_told(run_dir):
+    write_json(run_dir / f"{RESULT}.json", sanity_images=0, warnings=[])
+    call(evaluate, "--export hub --checkpoint", run_dir / "best.pt")
+    card = huggingface_hub.ModelCard.load(run_dir / "hub" / "README.md")
+    assert card.data.eval_results[1].metric_name.endswith("n = 12, without sanity checks")
+    assert "| without sanity checks |" in card.text
+
+
+def test_a_damaged_environment_is_not_recorded(run_dir):
+    write_json(run_dir / "env.json", dirty=[], world_size=[1])
+    call(evaluate, "--export hub --checkpoint", run_dir / "best.pt")
+    card = (run_dir / "hub" / "README.md").read_text()
+    assert "whether files differed from it is not recorded" in card and "torchrun" not in card
+
+
 def test_without_args_json_nothing_is_exported(run_dir):
     (run_dir / "args.json").unlink()
     export_fails(run_dir, "args.json: no such file")
@@ -564,6 +586,7 @@ def test_what_cannot_be_verified_is_one_line(
     for change, words in (
         ({"sampler": manifest["sampler"] | {"n_steps": 0}}, "n_steps: expected a whole number"),
         ({"sampler": None}, "n_steps: expected a whole number, got 'None'"),
+        ({"sampler": manifest["sampler"] | {"rho": 1e-5}}, "its noise levels are none"),
         ({"seed": -1}, "seed: expected a whole number from 0"),
         ({"precision": "fp8"}, "its precision is fp8"),
         ({"shard_size": 10}, "shard-00001-images.npy: found uint8 (20, 8, 8, 1), expected"),
@@ -572,6 +595,8 @@ def test_what_cannot_be_verified_is_one_line(
     ):
         files.write_json(manifest | change, made_set / "manifest.json")
         fails(words)
+    files.write_json(manifest | {"n": 10**13, "shard_size": 10**13}, made_set / "manifest.json")
+    fails("shard-00000-images.npy: found uint8 (20, 8, 8, 1), expected", shard=0)
     files.write_json(manifest, made_set / "manifest.json")
     (made_set / "shard-00001-labels.npy").unlink()
     fails("shard-00001-labels.npy: no such file")
@@ -581,7 +606,7 @@ def test_what_cannot_be_verified_is_one_line(
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--verify 1 --seed 3 --n-steps 2", "argument --verify: goes with --dataset"),
+        ("--verify 1 --seed 3 --n-steps 2", "argument --verify: goes with --diffusion"),
         ("--export hub --seed 3", "argument --export: goes with --dataset"),
     ],
 )

@@ -118,7 +118,9 @@ def finished(tmp_path):
     result = {key: "x" for key in verdicts.FINISHED}
     result |= {"attacks": ATTACKS, "n": 10, "clean": 0.8, "clean_interval": wilson(8, 10)}
     result |= {"clean_correct": 8, "robust": 0.5, "robust_interval": wilson(5, 10)}
-    result |= {"robust_correct": 5, "batch_size": 5, "environment": {}, "eps": 0.1, "seed": 0}
+    result |= {"robust_correct": 5, "batch_size": 5, "eps": 0.1, "seed": 0, "norm": "l2"}
+    result |= {"environment": {"torch": "2", "device": "CPU", "command": ["evaluate.py"]}}
+    result |= {"by_class": [{"class": "0", "n": 10, "clean": 0.8, "robust": 0.5}], "seconds": 1.0}
     result |= {"sanity_images": 0, "settings": {}, "sanity": [], "warnings": []}
     arrays = {"index": np.arange(10), "label": np.arange(10), "clean_correct": fooled_by >= 0}
     arrays |= {"robust": fooled_by == 2, "fooled_by": fooled_by, "attacks": np.array(ATTACKS)}
@@ -132,13 +134,18 @@ def finished(tmp_path):
         ({"robust": 0.9}, "r.json: its robust accuracy is not that of its verdicts"),
         ({"robust_interval": [0.8, 1.0]}, "r.json: its robust accuracy is not that of its"),
         ({"clean": 0.9}, "r.json: its clean accuracy is not that of its verdicts"),
+        ({"norm": "l7"}, "r.json: its entry 'norm' is damaged"),
+        ({"attack": "autoattack"}, "r.json: its entry 'attacks' is damaged"),
+        ({"environment": {}}, "r.json: its entry 'environment' is damaged"),
+        ({"by_class": [{"class": "0", "n": 10, "clean": 0.8}]}, "r.json: its entry 'by_class' is"),
+        ({"seconds": "long"}, "r.json: its entry 'seconds' is missing or damaged"),
         ({"robust_correct": 6, "robust": 0.6}, "r.npz: of another result, (images, right, robust"),
         ({"attacks": ["apgd-ce", "square"]}, "r.npz: of another result, with other attacks"),
     ],
 )
 def test_a_result_must_fit_its_verdicts(change, words, finished):
     """A number in the text that is not that of the verdicts is not printed, nor published."""
-    request = {"n": 10, "norm": "x"}
+    request = {"n": 10}
     assert verdicts.read_finished(str(finished), request)["robust"] == 0.5
     files.write_json(files.read_json(finished) | change, finished)
     with pytest.raises(UserError) as info:
