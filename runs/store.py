@@ -274,6 +274,12 @@ def check_name(name, cell, settings):
         raise UserError(f"{name}: neither {cells}, nor a setting ({', '.join(ABLATIONS)})")
     if base not in TITLES and value == ABLATIONS[key][0]:
         raise UserError(f"{name}: the default; its cell is {ABLATIONS[key][1]}")
+    if cell in TITLES:
+        mixed = cell == "zero" or bool(settings.get("synthetic"))
+        shuffled = bool(settings.get("shuffle_targets"))
+        found = (mixed, shuffled, settings.get("aux_weight") == 0)
+        if found != (not cell.startswith("at"), cell == "shuffled", cell == "zero"):
+            raise UserError(f"{name}: its images, targets or weight are not those of {cell}")
     for part in form or [base]:
         key, _, value = part.partition("=")
         if key not in settings:

@@ -209,6 +209,14 @@ def test_runs_are_added_when_trained(evidence, capsys):
     assert path.read_bytes() == kept
 
 
+def test_an_attacked_row_stays_until_another_attack_takes_its_place(evidence):
+    """A run that was trained again and is not attacked yet."""
+    kept = store.add_runs(str(evidence))[0]["few/at/0"]
+    for path in (evidence / "few" / "at" / "0").glob("results-best-a*"):
+        path.unlink()
+    assert store.add_runs(str(evidence))[0]["few/at/0"] == kept
+
+
 def test_a_run_that_is_not_at_its_end_is_no_row(evidence):
     """Two of three validations are done, or two of those after 2, 4 and 5 epochs."""
     folder = evidence / "few" / "at" / "1"
@@ -285,6 +293,10 @@ def test_runs_that_fit_are_sorted_by_cell():
         ("digits-100/sigma=2,shuffled/0", AT, "sigma=2,shuffled/0: neither a cell"),
         ("digits-100/sigma=0.1/0", AT, "sigma=0.1/0: the default; its cell is dm_at_dra"),
         ("digits-200/at/0", AT, "digits-200: a run with --n-train 100"),
+        ("digits-100/dm_at/0", AT, "digits-100/dm_at/0: its images, targets or weight are not"),
+        ("digits-100/at/0", mixed(), "digits-100/at/0: its images, targets or weight are not"),
+        ("digits-100/zero/0", mixed(aux_weight=1.0), "zero/0: its images, targets or weight are"),
+        ("digits-100/shuffled/0", mixed(), "shuffled/0: its images, targets or weight are not"),
         ("digits-100/at/1", AT | {"seed": 1, "n": 20}, "digits-100: its runs differ in n;"),
         ("digits-100/loss=pgd/0", mixed(loss="pgd") | {"eps": 0.1}, "its runs differ in eps"),
         ("digits-100/at/1", AT | {"seed": 1, "precision": "bf16"}, "runs differ in precision;"),
@@ -476,7 +488,9 @@ def test_a_store_that_is_half_full_gives_a_section():
     """Cells without a partner, without an attack, of one seed: no table of theirs, no nonsense."""
     runs = stored_runs()
     first = {name: runs[name] for name in ("digits-100/at/0", "digits-100/zero/0")}
-    first["fashion-6400/at/0"] = first["digits-100/zero/0"]  # not attacked
+    first["fashion-6400/at/0"] = {  # not attacked
+        key: value for key, value in runs["digits-100/at/0"].items() if key not in ("n", "verdicts")
+    }
     text = results.section(first, {})
     assert "| AT | 1 |" in text
     for word in ("nan", "weight 0", "0 seeds", "Fashion"):
