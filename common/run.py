@@ -296,9 +296,13 @@ def environment():
     """What a number depends on besides the run's arguments: versions, device, commit, command."""
     packages = ("torchvision", "diffusers", "numpy", "scipy", "scikit-learn")
     commit = _git("rev-parse", "HEAD").strip() or None
+    # Whether the code is another than the commit's: a script may be new, or all of it a copy.
+    new_scripts = _git("ls-files", "--others", "--exclude-standard", "--", "*.py")
+    is_a_copy = not _git("ls-files", "--", "common/run.py")
+    dirty = bool(_git("diff", "HEAD") or new_scripts or is_a_copy)
     return {
         "commit": commit,
-        "dirty": bool(_git("diff", "HEAD")) if commit else None,  # whether tracked files differ
+        "dirty": dirty if commit else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in packages},
@@ -438,11 +442,12 @@ class Run:
         return f"{self.out_dir}: {done}; the same command goes on"
 
     def start(self, train_steps):
-        """Begin to log, and finish the present step when SIGTERM comes."""
+        """Begin to log, and finish the present step when SIGTERM comes (--check just ends)."""
         self._clock = time.time()
         self._interval = (self.step, self._clock)
         self._mark()
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        if not self.checking:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
         if self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 

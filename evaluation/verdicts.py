@@ -361,7 +361,7 @@ def _outcomes(checks, request, fooled_by, n_zero, randomised):
     ):
         if name in checks:
             n_more = int((np.array(checks[name]["fooled"]) & robust[:n_checked]).sum())
-            text = f"{n_more} of {n_checked} that count as robust"
+            text = f"{n_more} of {int(robust[:n_checked].sum())} that count as robust"
             if n_more:
                 text += f"; {(robust.sum() - n_more) / n:.2%} robust without them"
             outcomes.append(sanity.outcome(check, n_more <= allowed, text))

@@ -258,7 +258,7 @@ def test_probabilities_instead_of_logits_are_warned_of(best, tmp_path, wrap_clas
 def test_sanity_is_printed_and_stored(best, tmp_path, capsys):
     """All checks pass; a second model adds the check of transfer."""
     flags = f"--attack apgd --n-images 40 --sanity-images 30 --transfer-from {best}"
-    result, _ = evaluate_with(best, tmp_path, flags)
+    result, per_image = evaluate_with(best, tmp_path, flags)
     printed = capsys.readouterr().out
     assert len(result["sanity"]) == 9
     assert result["sanity_images"] == 30
@@ -269,7 +269,7 @@ def test_sanity_is_printed_and_stored(best, tmp_path, capsys):
     assert "sanity checks on the first 30 images" in printed
     assert result["warnings"] == []
     transfer = [line["found"] for line in result["sanity"] if "transfer" in line["check"]]
-    assert transfer == ["0 of 30 that count as robust"]
+    assert transfer == [f"0 of {per_image['robust'][:30].sum()} that count as robust"]
 
 
 def test_clean_results_have_their_checks(best, tmp_path, capsys):
@@ -295,7 +295,8 @@ def test_verdicts_that_a_longer_attack_overturns_are_warned_of(best, tmp_path):
     flags = "--attack pgd --n-steps 1 --n-restarts 1 --step-size 0.001 --eps 0.2"
     result, _ = evaluate_with(best, tmp_path, f"{flags} --n-images 40 --sanity-images 40")
     (warning,) = [text for text in result["warnings"] if "APGD-CE of 300 steps" in text]
-    pattern = r"\((\d+) of 40 that count as robust; (.*)% robust without them\)"
+    counts = rf"(\d+) of {result['robust_correct']} that count as robust"
+    pattern = rf"\({counts}; (.*)% robust without them\)"
     n_more, without = re.search(pattern, warning).groups()
     expected = 100 * (result["robust_correct"] - int(n_more)) / 40
     assert float(without) == pytest.approx(expected, abs=0.006)

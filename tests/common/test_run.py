@@ -6,6 +6,7 @@ Whole runs, their resume and their kills are tested in tests/test_train.py and t
 import itertools
 import json
 import math
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -224,3 +225,21 @@ def test_a_stray_rank_does_not_silence_an_error():
     assert "--epochs: expected a whole number of at least 1" in done.stderr
     done = python("train_at.py", expect=2, env={"RANK": "3"})
     assert done.stderr.startswith("train_at.py: error: environment: RANK=3 without WORLD_SIZE")
+
+
+def test_new_scripts_and_copies_differ_from_the_commit(tmp_path, monkeypatch):
+    """Of a repository of its own: what git has not tracked is another code than the commit's."""
+    monkeypatch.setattr(run, "ROOT", str(tmp_path))
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "run.py").write_text("")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "empty"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert run.environment()["dirty"] is True  # a copy in a repository of something else
+    (tmp_path / ".gitignore").write_text("common/\n")
+    assert run.environment()["dirty"] is True  # that ignores it
+    subprocess.run(["git", "add", "-f", "common/run.py", ".gitignore"], cwd=tmp_path, check=True)
+    subprocess.run(["git", *who, "commit", "-q", "-m", "all"], cwd=tmp_path, check=True)
+    assert run.environment()["dirty"] is False
+    (tmp_path / "my_loss.py").write_text("")
+    assert run.environment()["dirty"] is True

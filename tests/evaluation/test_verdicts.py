@@ -59,7 +59,7 @@ def test_verdicts_that_a_check_overturns(check, n_more):
     line = outcomes(fooled_by, [*ATTACKS, "unit-ce"], ATTACKS, checks)[name]
     assert line["ok"] == (n_more <= allowed)
     left = f"; {(199 - n_more) / 200:.2%} robust without them" if n_more else ""
-    assert line["found"] == f"{n_more} of 100 that count as robust{left}"
+    assert line["found"] == f"{n_more} of 99 that count as robust{left}"
 
 
 @pytest.mark.parametrize("n_square, ok", [(1, True), (2, False)])
