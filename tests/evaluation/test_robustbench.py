@@ -16,6 +16,7 @@ import evaluate
 from common import UserError, files, models
 from common.stats import wilson
 from evaluation import robustbench
+from evaluation.requests import ATTACKS
 from published.datasets import DATASETS
 
 CIFAR = DATASETS["cifar10"]
@@ -45,11 +46,12 @@ def write_settings(run_dir, **changes):
 
 def write_result(run_dir, n=10_000, robust=0.6731, **changes):
     """The result of an attack and its verdicts: the first images are robust, the last wrong."""
-    attacks = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    attacks = ATTACKS[changes.get("attack", "autoattack")][1]
     fooled_by = np.full(n, -1)
     fooled_by[: round(0.9244 * n)] = 1
-    fooled_by[: round(robust * n)] = 4
-    counts = {"clean": int((fooled_by >= 0).sum()), "robust": int((fooled_by == 4).sum())}
+    fooled_by[: round(robust * n)] = len(attacks)
+    n_robust = int((fooled_by == len(attacks)).sum())
+    counts = {"clean": int((fooled_by >= 0).sum()), "robust": n_robust}
     result = {
         "norm": "linf",
         "eps": 8 / 255,
@@ -62,7 +64,9 @@ def write_result(run_dir, n=10_000, robust=0.6731, **changes):
         "checkpoint_sha256": files.sha256(run_dir / "best.pt"),
         "data_sha256": "d",
         "dataset": "cifar10",
-        "environment": {},
+        "checkpoint": "best.pt",
+        "environment": {"torch": "2", "device": "CPU", "command": ["evaluate.py"]},
+        "seconds": 1.0,
         "settings": {},
         "precision": "tf32",
         "batch_size": 200,
@@ -80,7 +84,7 @@ def write_result(run_dir, n=10_000, robust=0.6731, **changes):
         index=np.arange(n),
         label=np.zeros(n, np.int64),
         clean_correct=fooled_by >= 0,
-        robust=fooled_by == 4,
+        robust=fooled_by == len(attacks),
         fooled_by=fooled_by,
         attacks=attacks,
     )
