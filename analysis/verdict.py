@@ -240,8 +240,8 @@ def page(verdict, about):
         "Each half of the images is judged at the place that is best on the other half. The place",
         "named is the best on all; on the map and the picture it looks a little better than it is.",
         "The probe is linear: a teacher may know more than it shows. That a lead over the pupil",
-        "makes DRA help has not been shown: where there was one (docs/verdict.md), DRA gained nothing",
-        "that is significant, and on CIFAR-10 it cost robust accuracy.",
+        "makes DRA help has not been shown: where there was one (docs/verdict.md), DRA gained",
+        "nothing that is significant, and on CIFAR-10 it cost robust accuracy.",
         "",
     ]
     for name, value in about.items():
