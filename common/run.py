@@ -123,8 +123,10 @@ def _timeout():
     text = os.environ.get("RANK_TIMEOUT_MINUTES", "10")
     try:
         return timedelta(minutes=positive(text))
-    except (ArgumentTypeError, OverflowError) as error:
+    except ArgumentTypeError as error:
         raise UserError(f"RANK_TIMEOUT_MINUTES: {error}") from error
+    except OverflowError as error:
+        raise UserError(f"RANK_TIMEOUT_MINUTES: {text} is too large") from error
 
 
 def end_processes():

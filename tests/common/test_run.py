@@ -243,3 +243,10 @@ def test_new_scripts_and_copies_differ_from_the_commit(tmp_path, monkeypatch):
     assert run.environment()["dirty"] is False
     (tmp_path / "my_loss.py").write_text("")
     assert run.environment()["dirty"] is True
+
+
+@pytest.mark.parametrize("minutes", ["1e20", "-1", "soon"])
+def test_a_time_out_that_is_none_is_refused(minutes, monkeypatch):
+    monkeypatch.setenv("RANK_TIMEOUT_MINUTES", minutes)
+    with pytest.raises(UserError, match=f"RANK_TIMEOUT_MINUTES: .*{minutes}"):
+        run._timeout()
