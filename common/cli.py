@@ -40,9 +40,9 @@ class Parser(argparse.ArgumentParser):
 
         recipe: {name: default}. presets: {--dataset: {name: default}}. model_presets: {family of
         --model, such as "vit" of vit-b-2: {name: default}}, left out where the data set's preset
-        has an optimiser of its own. fast: a function of all of them, that
-        changes some for --recipe fast. A flag on the command line wins over all; --help shows the
-        defaults for the --dataset, --model and --recipe beside it.
+        has an optimiser of its own. fast: a function of all of them, that changes some for --recipe
+        fast. A flag on the command line wins over all; --help shows the defaults for the --dataset,
+        --model and --recipe beside it.
         """
         first = Parser(None, add_help=False)
         first.add_argument("--dataset", default=self.get_default("dataset"))

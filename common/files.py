@@ -73,8 +73,7 @@ def write_between(path, name, text):
     """Put text between the two lines of a Markdown file that mark where `name` writes.
 
     text: ends with a newline, as what follows it must begin on a line of its own.
-
-    Raises UserError where the file lacks them.
+    Raises UserError where the file lacks the two lines.
     """
     begin = f"<!-- {name} writes from here -->\n"
     end = f"<!-- {name} ends here -->\n"

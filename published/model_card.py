@@ -53,9 +53,10 @@ def export(out_dir, checkpoint, weights, about, n_parameters, results, others):
     run_dir = os.path.dirname(checkpoint)
     args_path = os.path.join(run_dir, "args.json")
     settings = cards.without_paths(files.read_json(args_path))
-    for key, value in {"model": about["model_name"], **about}.items():
-        if settings.get(key, value) != value and key in ("model", "dataset", "norm", "eps"):
-            difference = f"{key} {settings[key]} there, {value} in the checkpoint"
+    trained = about | {"model": about["model_name"]}
+    for key in ("model", "dataset", "norm", "eps"):
+        if settings.get(key, trained[key]) != trained[key]:
+            difference = f"{key} {settings[key]} there, {trained[key]} in the checkpoint"
             raise UserError(f"{args_path}: of another checkpoint ({difference})")
     environment = cards.read_environment(run_dir)
     diff = os.path.join(run_dir, "git.diff")
