@@ -94,7 +94,7 @@ def parse_args(argv=None):
     add("--sae-steps", type=cli.count, default=3000, help="steps of 256 features")
     add("--sae-seeds", type=cli.count, default=3, help="autoencoders per model")
     add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=cli.count, default=256, help="images per pass")
+    add("--batch-size", type=cli.batch, default=256, help="images per pass")
     cli.add_precision_flag(add, on_gpu="tf32")
     add("--seed", type=cli.seed, default=0, help="seed of all that is drawn")
     add("--out-dir", type=cli.path, default="out/analysis", help="directory of the results")
@@ -504,11 +504,7 @@ def load_teacher(spec, args, device, rank):
         "sigma": args.sigma or diffusion.default_sigma,
         "n_noise": args.n_noise,
     }
-    try:
-        diffusion.check_blocks([teacher["block"]])
-        diffusion.check_sigmas([teacher["sigma"]])
-    except UserError as error:
-        raise UserError(f"--teacher {args.teacher}: {error}") from error
+    diffusion.check_places(f"--teacher {args.teacher}", [teacher["block"]], [teacher["sigma"]])
     return diffusion, teacher
 
 

@@ -36,7 +36,7 @@ chunk is kept in the directory <result>.parts, from which the same command goes 
 exists is printed again.
 
 --report evaluates at the radius and at half as much again, and in the two other norms. On what
-withstands, APGD is tried again with other backward passes (evaluation/adaptive.py). These are eight
+withstands, APGD is tried again with other backward passes (evaluation/adaptive.py). These are
 results like all others: those that exist are not computed again. They go on one page,
 report-<checkpoint>.md, with the picture report-<checkpoint>.png.
 
@@ -113,7 +113,7 @@ def parse_args(argv=None):
     add("--step-size", type=cli.positive, help="step of pgd, x in [0, 1] (default: eps / 4)")
     add("--eot", type=cli.count, default=1, help="passes pgd averages, for randomised models")
     add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=cli.count, default=200, help="images per chunk, attacked as one batch")
+    add("--batch-size", type=cli.batch, default=200, help="images per chunk, attacked as one batch")
     cli.add_check_flag(add)
     cli.add_precision_flag(add, on_gpu="tf32")
     add("--seed", type=cli.seed, default=0, help="seed of the attacks and of --n-noise")
@@ -398,17 +398,42 @@ def load_images(args, spec):
     return images, labels[:n]
 
 
-def check(model, images, labels, spec, args, rank, world_size, device):
-    """--check: read all images, pass one chunk through the model, and tell what it will take."""
+def check(model, images, labels, spec, jobs, args, rank, world_size, device):
+    """--check: read all images, pass a batch through the model, and tell what it will take.
+
+    jobs: of jobs_of. The places of their results are looked at, too.
+    """
     check_images([images], rank, world_size)
-    x = data.to_x(images[: args.batch_size], device)
-    y = torch.from_numpy(labels[: args.batch_size]).to(device)
-    names = ATTACKS[args.attack][1]
-    if args.report:
-        names = names + adaptive.attack_names(adaptive.layers_of(model.model, x[:2]))
-    if rank == 0:
-        n_threats = len(threats(args))
-        duration.print_check(model, x, y, names, len(labels), n_threats, spec, args, world_size)
+    if rank:
+        return
+    for _, request, path in jobs:
+        verdicts.check_place(path, request, device)
+    n_threats = len(threats(args))
+    per_threat = jobs[: len(jobs) // n_threats]  # two results where it is a report
+    names = per_threat[-1][1]["attacks"]
+    checks = [name for at, _, _ in per_threat for name in check_names(at)]
+    at_once = slice(max(args.batch_size, args.sanity_images))
+    x = data.to_x(images[at_once], device)
+    y = torch.from_numpy(labels[at_once]).to(device)
+    n = len(labels)
+    duration.print_check(model, x, y, names, checks, n, n_threats, spec, args, world_size)
+
+
+def jobs_of(args, settings, n, data_sha256, layers):
+    """(arguments, request, path) of every result, in their order.
+
+    settings: those of the model. n, data_sha256: of the images. layers: see request_after.
+    """
+    jobs = []
+    for norm, eps in threats(args):
+        at = argparse.Namespace(**vars(args) | {"norm": norm})
+        requests = [request_at(eps, at, settings, n, data_sha256)]
+        if args.report:
+            requests.append(request_after(requests[0], layers))
+        for request in requests:
+            at = argparse.Namespace(**vars(at) | {"attack": request["attack"]})
+            jobs.append((at, request, result_path(at, eps)))
+    return jobs
 
 
 def evaluate_radius(
@@ -427,11 +452,7 @@ def evaluate_radius(
             verdicts.print_result(result, path)
         return result
     if rank == 0:
-        # Parts of two machines would be neither's result.
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        verdicts.claim_parts(
-            path, request | {"torch": torch.__version__, "device": gpu or device.type}
-        )
+        verdicts.claim_parts(path, request, device)
     run.barrier()
     parts = verdicts.parts_of(path, request, check_names(args))
     fooled_by = compare.read_verdicts(earlier)["fooled_by"] if earlier else None
@@ -516,44 +537,37 @@ def main(args):
         ).eval()
     images, labels = load_images(args, spec)
 
+    data_sha256 = run.once(data.sha256, (images, labels))
+    layers = adaptive.layers_of(model.model, data.to_x(images[:2], device)) if args.report else None
+    jobs = jobs_of(args, settings, len(labels), data_sha256, layers)
     if args.check:
-        check(model, images, labels, spec, args, rank, world_size, device)
+        check(model, images, labels, spec, jobs, args, rank, world_size, device)
         return run.end_processes()
 
-    data_sha256 = run.once(data.sha256, (images, labels))
-    if args.report:
-        layers = adaptive.layers_of(model.model, data.to_x(images[:2], device))
     results = []
     paths = []
-    for norm, eps in threats(args):
-        if rank == 0 and not args.report and trained not in (None, (norm, eps)):
+    for at, request, path in jobs:
+        threat = (at.norm, request["eps"])
+        if rank == 0 and not args.report and trained not in (None, threat):
             training = f"trained against {cli.threat(*trained)}"
-            print(f"note: {training}, evaluated against {cli.threat(norm, eps)}")
-        at = argparse.Namespace(**vars(args) | {"norm": norm})
-        requests = [request_at(eps, at, settings, len(labels), data_sha256)]
-        if args.report:
-            requests.append(request_after(requests[0], layers))
-        earlier = None
-        for request in requests:
-            at.attack = request["attack"]
-            path = result_path(at, eps)
-            result = evaluate_radius(
-                model,
-                source,
-                images,
-                labels,
-                spec,
-                request,
-                path,
-                at,
-                rank,
-                world_size,
-                device,
-                earlier,
-            )
-            earlier = verdicts.per_image_path(path)
-            results.append(result)
-            paths.append(path)
+            print(f"note: {training}, evaluated against {cli.threat(*threat)}")
+        earlier = verdicts.per_image_path(paths[-1]) if "earlier_attacks" in request else None
+        result = evaluate_radius(
+            model,
+            source,
+            images,
+            labels,
+            spec,
+            request,
+            path,
+            at,
+            rank,
+            world_size,
+            device,
+            earlier,
+        )
+        results.append(result)
+        paths.append(path)
 
     if rank == 0 and args.report:
         stem = os.path.splitext(result_path(args, "report"))[0]

@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--verdict", action="store_true", help="probe, and tell whether DRA may help")
     add("--pupil", type=cli.path, help="best.pt of the classifier that DRA is meant for")
     add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=cli.count, default=250, help="images per network call")
+    add("--batch-size", type=cli.batch, default=250, help="images per network call")
     add("--out-dir", type=cli.path, help="directory (default: out/features-<dataset>)")
     cli.add_precision_flag(add)
     add("--seed", type=cli.seed, default=0, help="seed of the noise")
@@ -231,12 +231,12 @@ def make_maps(path, shape, n_batches):
     """Make the map of the features and that of the flags, or check those that are there."""
     if not os.path.exists(f"{path}.writing") and os.path.exists(f"{path}.done.writing"):
         os.unlink(f"{path}.done.writing")  # flags of a map that is gone
-    map_zeros(f"{path}.writing", np.float32, shape)
-    map_zeros(f"{path}.done.writing", np.uint8, (n_batches,))
+    make_zeros(f"{path}.writing", np.float32, shape)
+    make_zeros(f"{path}.done.writing", np.uint8, (n_batches,))
 
 
-def map_zeros(path, dtype, shape):
-    """Map an .npy array for writing. A missing one is made of zeros; one that exists must fit.
+def make_zeros(path, dtype, shape):
+    """Make an .npy array of zeros, to be mapped for writing. One that exists must fit.
 
     Its space is taken first, because on a full disk a write to a map ends the process.
     """
@@ -254,7 +254,6 @@ def map_zeros(path, dtype, shape):
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
     files.open_npy(path, dtype, shape)
-    return np.lib.format.open_memmap(path, "r+")
 
 
 def save_head(model, labels, spec, args):
@@ -343,7 +342,7 @@ def load_pupil(args, spec, train, val, rank, device):
     digest = settings.get("data_sha256")
     if digest is None and rank == 0:
         print("note: nothing beside --pupil tells whether it had these training images")
-    if digest not in (None, data.sha256(train, val)):
+    if digest is not None and digest != run.once(data.sha256, train, val):
         flags = ("val_size", "n_train", "imbalance")
         its = ", ".join(f"{flag} {settings.get(flag)}" for flag in flags)
         message = f"trained or validated on other images than these; {path} has {its}"
@@ -404,11 +403,7 @@ def main(args):
     if rank == 0:
         model.warn_of_null_label(args.diffusion)
     blocks = args.blocks or model.blocks
-    try:
-        model.check_blocks(blocks)
-        model.check_sigmas(args.sigmas)
-    except UserError as error:
-        raise UserError(f"--diffusion {args.diffusion}: {error}") from error
+    model.check_places(f"--diffusion {args.diffusion}", blocks, args.sigmas)
     train, val = run.read_once(
         data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
     )

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from common import UserError, cli, data, files, run
 from published import memorisation, set_card, set_recipe
 from published.datasets import DATASETS, open_dataset
-from published.synthetic_set import allow_open_files, open_shards, read_manifest, shard_paths
+from published.synthetic_set import allow_shards, open_shards, read_manifest, shard_paths
 from published.weights import load_classifier
 from teachers import sampling
 from teachers.load import load_diffusion, load_guide
@@ -82,7 +82,7 @@ def parse_args(argv=None):
     add("--guide", type=cli.path, help="network D_guide, see above: directory, .pkl or hub:NAME")
 
     add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=cli.count, default=250, help="images per network call on one process")
+    add("--batch-size", type=cli.batch, default=250, help="images per network call on one process")
     add("--out-dir", type=cli.path, help="directory of the set (default: out/synthetic-<dataset>)")
     cli.add_precision_flag(add)
     add("--seed", type=cli.seed, default=0, help="seed of all randomness")
@@ -95,7 +95,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     parser.check_data_flags(argv, args)
     args.out_dir = args.out_dir or f"out/synthetic-{args.dataset}"
-    args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     if args.export:
         parser.check_alone(argv, "--export", "--dataset --data-dir --image-size --out-dir")
         return args
@@ -105,6 +104,7 @@ def parse_args(argv=None):
             others += " --dataset --data-dir --image-size"
         parser.check_alone(argv, "--verify", others)
         return args
+    args.diffusion = args.diffusion or f"out/diffusion-{args.dataset}"
     uses = {
         "--keep-fraction": ("--classifier", args.classifier),
         "--relabel": ("--classifier", args.classifier),
@@ -182,10 +182,10 @@ def sample(model, ids, args, guide=None, label=None):
         sampling.sigma_steps(args.n_steps, sigma_min, sigma_max, args.rho),
         round_sigma,
     )
+    x = model.decode(x)
     if not x.isfinite().all():  # as bytes they would be black images with a label
         reason = "samples not finite, a broken network or too large a --guidance-scale"
         raise UserError(f"--diffusion {args.diffusion}: {reason}")
-    x = model.decode(x)
     images = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return images, label(images) if y is None else y.cpu().numpy()
 
@@ -248,6 +248,23 @@ def select(confidence, labels, keep_fraction):
 # ------------------------------------------------------------------------------------ plumbing
 
 
+def check_generates(model, name, spec, with_labels):
+    """Raises UserError where the network's images or classes are not those of the data set `spec`.
+
+    name: of the network, for messages. with_labels: whether it is told their labels. Else it may
+    know no classes.
+    """
+    image_size = spec.image_size
+    if spec.files and model.image_size >= 64:
+        image_size = model.image_size  # training crops and resizes such images
+    own = (model.image_size, model.channels, model.num_classes)
+    expected = (image_size, spec.channels, spec.num_classes)
+    if own != expected and (with_labels or own[:2] != expected[:2]):
+        message = f"(pixels, channels, classes) = {own}, {spec.name} has {expected}"
+        raise UserError(f"{name}: {message}")
+    model.check_teaches(name, spec, with_labels)
+
+
 def shard_ids(shard, args):
     """The ids of one shard's images, ascending."""
     start = shard * args.shard_size
@@ -308,13 +325,16 @@ def report(args, spec, train, test, device):
     source = open_shards(args.out_dir, spec)
     n_shown = min(1000 if train is None else 10_000, len(source))
     images, labels = source.gather(np.arange(n_shown))
-    counts = " ".join(map(str, np.bincount(labels, minlength=spec.num_classes)))
-    print(f"{args.out_dir}: {len(source)} images; classes of the first {n_shown}: {counts}")
+    counts = np.bincount(labels, minlength=spec.num_classes)
+    of_classes = " ".join(map(str, counts))
+    if spec.num_classes > 20:
+        of_classes = f"{counts.min()} to {counts.max()} of each"
+    print(f"{args.out_dir}: {len(source)} images; classes of the first {n_shown}: {of_classes}")
     if train is not None:
         memorisation.check(args.out_dir, images, train, test, device)
-    n_classes = min(10, spec.num_classes)
-    examples = [np.flatnonzero(labels == label)[:10] for label in range(n_classes)]
-    x = data.to_x(images[np.concatenate(examples)])
+    # A hundred evenly spaced in the order of their labels: with ten classes a row of each.
+    places = np.unique(np.linspace(0, n_shown - 1, 100).astype(int))
+    x = data.to_x(images[np.argsort(labels, kind="stable")[places]])
     run.save_images(x, os.path.join(args.out_dir, "samples.png"), columns=10)
 
 
@@ -377,8 +397,9 @@ def verify(args):
     if args.verify >= n_shards:
         raise UserError(f"--verify {args.verify}: {args.out_dir} has shards 0 to {n_shards - 1}")
     rank, world_size, device = run.start_processes(args.precision)
+    diffusion = args.diffusion or f"out/diffusion-{manifest['dataset']}"
     own = manifest.get("network_sha256")
-    model = load_verified("--diffusion", args.diffusion, own, device, args.precision)
+    model = load_verified("--diffusion", diffusion, own, device, args.precision)
     other = manifest.get("guide_sha256")
     guide = load_verified("--guide", args.guide, other, device, args.precision)
     n = min(args.shard_size, args.n_images - args.verify * args.shard_size)
@@ -413,12 +434,18 @@ def main(args):
     rank, world_size, device = run.start_processes(args.precision)
     spec = open_dataset(args)
     model = load_diffusion(args.diffusion, device, args.precision)
-    model.check_generates(f"--diffusion {args.diffusion}", spec, with_labels=not args.relabel)
+    check_generates(model, f"--diffusion {args.diffusion}", spec, with_labels=not args.relabel)
     guide = None
     if args.guide is not None:
         guide = load_guide(args.guide, model, args.precision)
-        spec.check_classes(f"--guide {args.guide}", guide.classes)
+        with_labels = bool(guide.num_classes) and not args.relabel
+        guide.check_teaches(f"--guide {args.guide}", spec, with_labels)
     sigma_min, sigma_max = sigma_limits(model, args, guide)
+    if sigma_min >= sigma_max:
+        known = (
+            f"the networks know {sigma_min:.4g} and more, {sigma_max:.4g} and less was asked for"
+        )
+        raise UserError(f"--sigma-min, --sigma-max: no noise level is left; {known}")
     if rank == 0 and (sigma_min, sigma_max) != (args.sigma_min, args.sigma_max):
         if guide is None:
             lowest, highest = model.sigma_range
@@ -434,7 +461,7 @@ def main(args):
 
     # Shards that could not be opened together are not generated in the first place.
     n_shards = math.ceil(args.n_images / args.shard_size)
-    allow_open_files(4 * n_shards, f"--shard-size {args.shard_size}")
+    allow_shards(n_shards, f"--shard-size {args.shard_size}")
     train = None
     test = None
     classifier = None

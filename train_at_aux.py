@@ -43,11 +43,11 @@ from common.run import (
     Run,
     autocast,
     average_batchnorm,
-    barrier,
     check_compiler,
     end_processes,
     make_average,
     no_sync,
+    rank_0_first,
     read_once,
     save_images,
     start_processes,
@@ -201,7 +201,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=["sgd", "adamw"], help="sgd: Nesterov, one cycle; adamw: cosine")
     add("--epochs", type=cli.count, help="of ceil(--epoch-images / --batch-size) steps each")
     add("--epoch-images", type=cli.count, help="images per epoch; without it, the real ones")
-    add("--batch-size", type=cli.count, help="global batch size, images")
+    add("--batch-size", type=cli.batch, help="global batch size, images")
     add("--lr", type=cli.positive, help="peak learning rate")
     add("--warmup-fraction", type=cli.fraction, help="of training, before peak lr and averaging")
     add("--weight-decay", type=cli.non_negative, help="spares BatchNorm; adamw: all vectors")
@@ -482,7 +482,8 @@ def validate(model, x, y, start, batch_size, args):
     """
     n_right = torch.zeros(2, dtype=torch.float64, device=x.device)  # clean, robust
     parts = list(zip(*[images.split(batch_size) for images in (x, y, start)]))
-    for x_part, y_part, start_part in parts[:1] if args.check else parts:
+    parts = parts[:1] if args.check else parts  # of --check the time counts, not the accuracy
+    for x_part, y_part, start_part in parts:
         x_adv = attacks.pgd(
             model,
             x_part,
@@ -530,7 +531,7 @@ def load_teacher(args, spec, device, rank):
     network = load_diffusion(args.teacher, device, args.precision)
     teacher = Teacher(network, args)
     network.check_teaches(f"--teacher {args.teacher}", spec, teacher.with_label)
-    network.check_sigmas([teacher.sigma])
+    network.check_places(f"--teacher {args.teacher}", [teacher.block], [teacher.sigma])
     if rank == 0 and network.val_size < args.val_size:
         print("note: the diffusion model of --teacher may have seen the validation images")
     if rank == 0 and not teacher.with_label:
@@ -611,10 +612,7 @@ def main(args):
         spec = normalised_as(spec, args.init)
     synthetic = None
     if args.synthetic:
-        if rank == 0:  # unpacks what is compressed
-            open_synthetic(args.synthetic, spec)
-        barrier()
-        synthetic = open_synthetic(args.synthetic, spec)
+        synthetic = rank_0_first(open_synthetic, args.synthetic, spec)
         if rank == 0 and synthetic.held_out < args.val_size:
             print("note: the diffusion model of --synthetic may have seen the validation images")
     batches = data.make_batches(spec, train, args, device, rank, world_size, synthetic)
@@ -622,7 +620,7 @@ def main(args):
     y_val = torch.from_numpy(val[1][batches.mine]).to(device)
     generator = data.stream(args.seed, "validation", 0, device)
     shape = (args.val_size, *x_val.shape[1:])
-    val_start = attacks.random_start(shape, args.norm, args.eps, generator)[batches.mine]
+    val_start = attacks.random_start(shape, args.norm, args.eps, generator)[batches.mine].clone()
     steps_per_epoch = math.ceil((args.epoch_images or len(train[1])) / args.batch_size)
     train_steps = args.epochs * steps_per_epoch
 

@@ -33,6 +33,7 @@ from common.run import (
     autocast,
     end_processes,
     make_average,
+    read_once,
     save_images,
     start_processes,
     sum_over_ranks,
@@ -71,7 +72,7 @@ def parse_args(argv=None):
     add("--label-dropout", type=cli.fraction, default=0.1, help="probability of the null label")
     add = parser.add_argument_group("optimisation").add_argument
     add("--train-steps", type=cli.count, default=1200, help="optimiser steps")
-    add("--batch-size", type=cli.count, default=128, help="global batch size, images")
+    add("--batch-size", type=cli.batch, default=128, help="global batch size, images")
     add("--lr", type=cli.positive, default=2e-3, help="peak learning rate of Adam, cosine to 0")
     add("--warmup-steps", type=cli.count0, default=100, help="steps of linear warm-up")
     add("--ema-decay", type=cli.fraction, default=0.995, help="per step, of the averaged network")
@@ -272,7 +273,9 @@ def main(args):
     amp = autocast(device, args.precision)
 
     # Data: no crops; mirrored where the classes do not mind.
-    train, val = data.load_train(spec, args.data_dir, args.val_size, args.n_train, args.imbalance)
+    train, val = read_once(
+        data.load_train, spec, args.data_dir, args.val_size, args.n_train, args.imbalance
+    )
     if args.n_labels == 0:  # the null label is the only one
         spec = dataclasses.replace(spec, num_classes=0, classes=())
     mine = slice(rank, None, world_size)  # this rank's rows, of a batch and of the held-out images

@@ -44,6 +44,8 @@ def main(args):
     names = [name for name in ROWS if args.only in name]
     if not names:
         raise UserError(f"--only {args.only}: in no row's name; the rows are {'; '.join(ROWS)}")
+    if any(ROWS[name][0] is evaluate.against_driver for name in names):
+        evaluate.check_quickstart()
     for name in names:
         function, *arguments = ROWS[name]
         measure.record(name, function(*arguments, args.rounds))

@@ -2,19 +2,21 @@
 
     python -m benchmarks --only evaluation
 
-Plain: the package's driver, one attack at a time, on the model as its users have it: NCHW, with
-parameters that require gradients. Ours: evaluation/autoattack.py on the model as evaluate.py has
-it: channels last, with frozen parameters. Both take turns on each chunk of images, with all
-threads, and get the images that no attack has fooled yet.
+Plain: the package's driver, one attack at a time with the driver's own checks, on the model as its
+users have it: weights in NCHW, with parameters that require gradients. Ours:
+evaluation/autoattack.py on the model as evaluate.py has it: channels last, with frozen parameters.
+The images are channels last for both, and part of the plain model's passes are, too. Both take
+turns on each chunk of images, with all threads, and get the images that no attack has fooled yet.
 """
 
+import os
 import time
 
 import torch
 from pyautoattack import AutoAttack
 
 from benchmarks import measure
-from common import data
+from common import UserError, data
 from evaluation import autoattack
 from published.datasets import DATASETS
 from published.weights import load_classifier
@@ -22,6 +24,12 @@ from published.weights import load_classifier
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 QUICKSTART = "out/quickstart/at/best.pt"
 CHUNK_SIZE = 200
+
+
+def check_quickstart():
+    """Raises UserError where there is no classifier to attack: before the hours, not after."""
+    if not os.path.exists(QUICKSTART):
+        raise UserError(f"{QUICKSTART}: no such file; make quickstart first")
 
 
 def against_driver(norm, eps, target, rounds):

@@ -87,9 +87,14 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------- what the parts share
 
 
-def start(precision):
-    """The device, with the switches of precision and of cuDNN as the scripts set them."""
-    _, _, device = run.start_processes(precision, deterministic=False)
+def start(precision, deterministic=False):
+    """The device, with the switches of precision and of cuDNN as the scripts set them.
+
+    deterministic: False as in training with --no-deterministic, None as where images are attacked
+    or generated.
+    """
+    torch.use_deterministic_algorithms(False)  # as in a new process
+    _, _, device = run.start_processes(precision, deterministic)
     return device
 
 
@@ -245,11 +250,24 @@ def no_waits(script, flags):
             argv += ["--teacher", f"{folder}/teacher", "--synthetic", f"{folder}/synthetic.npz"]
         try:
             script.main(script.parse_args(argv))
+            if on_gpu:
+                assert_waits_are_seen()
         finally:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
             run.end_processes()  # a script that was cut would keep SIGTERM to itself
     return verdict(max(steps) > 10) | {"sync_debug_mode": "error" if on_gpu else NO_GPU}
+
+
+def assert_waits_are_seen():
+    """Raises AssertionError where the debug mode lets a wait pass: then no_waits shows nothing."""
+    number = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        number.item()
+    except RuntimeError:
+        return
+    raise AssertionError("CUDA's debug mode does not see a wait for the GPU")
 
 
 def equal_runs(args):
@@ -347,7 +365,7 @@ def autoattack_rates(args):
     """Images per second that APGD-CE, its gradients counted as passes, and Square put through."""
     from pyautoattack.square import SquareAttack
 
-    device = start("tf32")
+    device = start("tf32", deterministic=None)
     spec = DATASETS["digits" if args.toy else "cifar10"]
     torch.manual_seed(0)
     model = models.build("wrn-10-1" if args.toy else "wrn-28-10", spec).to(device).eval()
@@ -381,7 +399,7 @@ def autoattack_rates(args):
 
 def generation(args, precision):
     """Speed of generate_synthetic.sample with DDPM++."""
-    network = frozen_network(args, "DDPM++", start(precision), precision)
+    network = frozen_network(args, "DDPM++", start(precision, deterministic=None), precision)
     ids = np.arange(8 if args.toy else 250)
     settings = generate_synthetic.parse_args(["--n-steps", "3" if args.toy else "18"])
     warm_up = generate_synthetic.parse_args(["--n-steps", "2"])

@@ -234,11 +234,10 @@ def update_twin(twin, model):
 def frozen_statistics(model):
     """Let BatchNorm in train mode use the batch's statistics without updating its running ones."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    tracking = [norm.track_running_stats for norm in norms]
     try:
         for norm in norms:
             norm.track_running_stats = False
         yield
     finally:
-        for norm, flag in zip(norms, tracking):
-            norm.track_running_stats = flag
+        for norm in norms:
+            norm.track_running_stats = True

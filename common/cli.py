@@ -155,7 +155,12 @@ def add_precision_flag(add, on_gpu="bf16"):
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         default = on_gpu
     choices = ["fp32", "tf32", "bf16"]
-    add("--precision", choices=choices, default=default, help=f"of networks; {on_gpu} on a GPU")
+    add(
+        "--precision",
+        choices=choices,
+        default=default,
+        help=f"of networks; {on_gpu} on a GPU that has it",
+    )
 
 
 # -------------------------------------------------------------------------------- argument types
@@ -208,6 +213,7 @@ at_least_1 = _type(ratio, lambda value: value >= 1, "a number of at least 1")
 fraction = _type(ratio, lambda value: 0 <= value <= 1, "a number between 0 and 1")
 count = _type(whole, lambda value: value >= 1, "a whole number of at least 1")
 count0 = _type(whole, lambda value: value >= 0, "a whole number of at least 0")
+batch = _type(whole, lambda value: 1 <= value <= 2**20, "a whole number from 1 to 1048576")
 # What every library takes as a seed.
 seed = _type(whole, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 
@@ -230,7 +236,8 @@ def run_script(main, args):
             raise
         message = f"{error.filename or 'output'}: {error.strerror}"
     except torch.OutOfMemoryError:
-        less = "a smaller --batch-size needs less, and in training a larger --accumulate"
+        less = "a smaller --batch-size needs less, in training also a larger --accumulate"
+        less += ", in evaluation fewer --sanity-images"
         message = f"the memory of the GPU is not enough; {less}"
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PROCESS):

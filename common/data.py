@@ -434,9 +434,9 @@ class Batches:
 
 def make_batches(spec, train, args, device, rank, world_size, synthetic=None):
     """The training batches of a run, of the class that its data set takes."""
-    batches_of = spec.batches or Batches
+    kind = spec.batches or Batches
     more = {"workers": args.workers} if spec.files else {}
-    return batches_of(
+    return kind(
         spec,
         train,
         batch_size=args.batch_size,

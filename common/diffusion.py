@@ -90,7 +90,6 @@ class Diffusion:
         sigma, y: as in denoise. blocks: names out of self.blocks. noise: standard normal
         (B, *noise_shape). The network is left at the last of the blocks.
         """
-        self.check_blocks(blocks)
         outputs = {}
 
         def keep(name):
@@ -141,19 +140,19 @@ class Diffusion:
         size = (self.image_size, self.image_size)
         return F.interpolate(x, size=size, mode="bilinear", antialias=True)
 
-    def check_blocks(self, blocks):
-        """Raises UserError where a name is not one of self.blocks."""
-        for name in blocks:
-            if name not in self.blocks:
-                known = ", ".join(self.blocks)
-                raise UserError(f"the network has no block '{name}'; its blocks are {known}")
+    def check_places(self, name, blocks, sigmas):
+        """Raises UserError where the network has not such blocks, or knows no such noise levels.
 
-    def check_sigmas(self, sigmas):
-        """Raises UserError where a noise level lies outside those that the network knows."""
+        name: of the network, for messages.
+        """
+        for block in blocks:
+            if block not in self.blocks:
+                known = ", ".join(self.blocks)
+                raise UserError(f"{name}: no block '{block}'; its blocks are {known}")
         low, high = self.sigma_range
         for sigma in sigmas:
             if not low * 0.999 <= sigma <= high * 1.001:
-                raise UserError(f"noise level {sigma:g}: the network knows {low:.4g} to {high:.4g}")
+                raise UserError(f"{name}: noise level {sigma:g}, it knows {low:.4g} to {high:.4g}")
 
     def check_teaches(self, name, spec, with_labels):
         """Raises UserError where the network cannot look at images of the data set `spec`.
@@ -175,21 +174,6 @@ class Diffusion:
         """Print a warning where the network is told classes and never was told none in training."""
         if self.num_classes and not self.label_dropout:
             print(f"warning: {name} was trained without label dropout: no null label is known")
-
-    def check_generates(self, name, spec, with_labels=True):
-        """Raises UserError where the network's images or classes are not those of `spec`.
-
-        with_labels: whether it is told their labels. Else it may know no classes.
-        """
-        image_size = spec.image_size
-        if spec.files and self.image_size >= 64:
-            image_size = self.image_size  # training crops and resizes such images
-        own = (self.image_size, self.channels, self.num_classes)
-        expected = (image_size, spec.channels, spec.num_classes)
-        if own != expected and (with_labels or own[:2] != expected[:2]):
-            message = f"(pixels, channels, classes) = {own}, {spec.name} has {expected}"
-            raise UserError(f"{name}: {message}")
-        self.check_teaches(name, spec, with_labels)
 
 
 def per_image(sigma, noisy):

@@ -188,6 +188,8 @@ def reading(path, expected):
         if is_for_users(error):
             message += f" ({first_line(error)})"
         message = _download_error(path) or message
+        if is_full_memory(error):
+            message += "; or memory is not enough"
         raise UserError(f"{path}: {message}") from error
 
 
@@ -203,6 +205,12 @@ def _download_error(path):
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, so the download failed; fetch the file itself"
     return None
+
+
+def is_full_memory(error):
+    """Whether memory was not enough: of the machine, of the GPU, or for what a broken file asks."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def is_for_users(error):

@@ -281,7 +281,7 @@ def read_checkpoint(path):
         name = ascii(str(error))[1:-1][:100]
         module, _, last = name.rpartition(".")
         if last[:1].isupper() and module.split(".")[0] not in sys.stdlib_module_names:
-            reason = f"holds a pickled {name}, not its weights; save model.state_dict()"
+            reason = f"holds a pickled {name}, not its weights alone; save model.state_dict()"
         else:
             reason = f"asks for {name}, and only tensors and plain data are read"
         raise UserError(f"{path}: refused, {reason}") from error

@@ -154,9 +154,24 @@ def once(function, *args):
 def read_once(load, spec, *args):
     """load(spec, *args). Where the images of the data set `spec` are files, rank 0 alone calls it.
 
-    So a million files are listed, or hashed, once for all ranks.
+    So a million files are listed, or hashed, once for all ranks. Elsewhere see rank_0_first.
     """
-    return once(load, spec, *args) if spec.files else load(spec, *args)
+    return once(load, spec, *args) if spec.files else rank_0_first(load, spec, *args)
+
+
+def rank_0_first(load, *args):
+    """load(*args) on every rank; the others wait for rank 0, which may fill the cache for them.
+
+    On several nodes each may have a cache of its own, so that all wait for all in the end.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if not first:
+        barrier()
+    loaded = load(*args)
+    if first:
+        barrier()
+    barrier()
+    return loaded
 
 
 def sum_over_ranks(tensor):
@@ -173,9 +188,8 @@ def gather_objects(value):
     """A list of every rank's small picklable value, on every rank."""
     if not dist.is_initialized():
         return [value]
-    barrier()  # probes take their time, and some ranks have more of them
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient)
     return values
 
 
@@ -250,11 +264,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the pro
 _locks = {}  # real path of a directory -> file descriptor, locked until this process ends
 
 
-def claim_directory(path, identity, name="args.json", not_compared=(), flag="--out-dir"):
+def claim_directory(
+    path,
+    identity,
+    name="args.json",
+    not_compared=(),
+    flag="--out-dir",
+    remedy="choose another directory",
+):
     """Take a directory for what `identity` describes, on rank 0 alone; the same may take it again.
 
     identity: a dict, kept as the JSON file `name`, whose entries but for the keys `not_compared`
-    must be the same from then on. flag: the one that errors name. Nothing is ever deleted.
+    must be the same from then on. flag, remedy: what errors name. Nothing is ever deleted.
     Raises UserError where the directory holds something else or another process works there.
     """
     files.make_directory(path, f"{flag} {path}")
@@ -268,12 +289,12 @@ def claim_directory(path, identity, name="args.json", not_compared=(), flag="--o
                 difference = f"{key} is {other.get(key)} there, {identity.get(key)} here"
                 if key.endswith("_sha256"):
                     difference = f"{key}: that input has changed since"
-                message = f"holds another run ({difference}); choose another directory"
+                message = f"holds another run ({difference}); {remedy}"
                 raise UserError(f"{flag} {path}: {message}")
         return
     left_by_a_kill = {entry for entry in os.listdir(path) if entry.endswith(".writing")}
     if set(os.listdir(path)) - left_by_a_kill - {"env.json"}:
-        raise UserError(f"{flag} {path}: not empty and without {name}; choose another directory")
+        raise UserError(f"{flag} {path}: not empty and without {name}; {remedy}")
     files.write_json(environment(), os.path.join(path, "env.json"))
     files.write_json(identity, file)
 
@@ -334,10 +355,11 @@ def _script():
 def _git(*command):
     """What git prints about this project; "" where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(["git", *command], capture_output=True, cwd=ROOT)
     except OSError:
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    # A diff has the letters of the files that differ, in whatever encoding.
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
 def _cpu_name():
@@ -358,7 +380,7 @@ AGREE_EVERY = 10  # steps after which ranks ask one another whether to stop
 
 # Where inputs lie is no part of a run: their content is, by hash.
 NOT_COMPARED = ("out_dir", "workers", "data_dir", "download", "ignore_checksum", "check")
-NOT_COMPARED += ("synthetic", "teacher", "init", "cache_dir")  # the last of runs of older code
+NOT_COMPARED += ("synthetic", "teacher", "init")
 
 
 class Run:
@@ -403,9 +425,19 @@ class Run:
         self.tracked |= parts
 
     def load(self, train_steps):
-        """Take up the state of last.pt, if there is one. Raises UserError where it is damaged."""
-        if not os.path.exists(self.last_path):
-            return
+        """Take up the state of last.pt, if there is one.
+
+        Raises UserError where it is damaged, or where not all ranks see the same.
+        """
+        if os.path.exists(self.last_path):
+            self._load(train_steps)
+        steps = gather_objects(self.step)
+        if len(set(steps)) > 1:
+            seen = ", ".join(map(str, steps))
+            where = "it must lie on a file system that all processes share"
+            raise UserError(f"{self.last_path}: processes see it at steps {seen}; {where}")
+
+    def _load(self, train_steps):
         entries = {"step": int, "best": list, "seconds": float}
         entries |= dict.fromkeys(self.tracked, dict)
         state = files.load(self.last_path, entries, self.device)
@@ -432,7 +464,7 @@ class Run:
             files.save(state, self.path("last.pt"))
         sum_over_ranks(torch.zeros(1))  # all wait for the file, no longer than for a step
         self.saved = self.step
-        self._interval = (self.step, time.time())
+        self._since = time.time()
 
     def path(self, name):
         """The path of a file in the run's directory."""
@@ -445,8 +477,7 @@ class Run:
 
     def start(self, train_steps):
         """Begin to log, and finish the present step when SIGTERM comes (--check just ends)."""
-        self._clock = time.time()
-        self._interval = (self.step, self._clock)
+        self._clock = self._since = time.time()
         self._mark()
         if not self.checking:
             signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -474,8 +505,7 @@ class Run:
 
     def interval(self):
         """(steps, seconds) since the last checkpoint or the start: validation does not count."""
-        step, clock = self._interval
-        return self.step - step, time.time() - clock
+        return self.step - self.saved, time.time() - self._since
 
     def advance(self):
         """Count a finished step."""

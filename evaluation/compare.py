@@ -120,7 +120,7 @@ def _compare_results(path_a, path_b):
             difference = f"{key} is {a.get(key)} and {b.get(key)}"
             raise UserError(f"{path_a} and {path_b}: not the same images, {difference}")
     settings = ("data_sha256", "attack", "settings", "version", "norm", "eps")
-    settings += ("precision", "batch_size", "seed")
+    settings += ("transfer_sha256", "precision", "batch_size", "seed")
     for key in settings:
         if a.get(key) != b.get(key):
             print(printable(f"WARNING: {key} differs: {a.get(key)} and {b.get(key)}"))

@@ -5,7 +5,7 @@ import time
 import torch
 
 from common import attacks, run
-from evaluation import adaptive
+from evaluation import adaptive, sanity
 
 PASSES = {  # of an image that withstands an attack: (with gradient, without)
     "apgd-ce": (101, 0),
@@ -18,12 +18,23 @@ PASSES = {  # of an image that withstands an attack: (with gradient, without)
 PASSES |= {f"{kind}-ce": PASSES["apgd-ce"] for kind in adaptive.KINDS}
 PASSES |= {f"{kind}-t": PASSES["apgd-t"] for kind in adaptive.KINDS}
 EOT = 20  # passes that the attacks of rand average
+# The same of an image of the sanity checks.
+SANITY_PASSES = {
+    "outputs": (0, 3),
+    "curve": (5 * (sanity.CURVE_STEPS + 1), 10),
+    "surface": (1, 2),
+    "gradients": ((1 + len(adaptive.KINDS)) * (sanity.MARGIN_STEPS + 1), 0),
+    "steps": (sanity.LONG_STEPS + 1, 2),
+    "square": (0, sanity.SQUARE_QUERIES),
+    "transfer": (40, 1),
+}
 
 
-def print_check(model, x, y, names, n_images, n_threats, spec, args, world_size):
-    """Pass one chunk, images x (B, C, H, W) with labels y (B,), through the model, and tell.
+def print_check(model, x, y, names, checks, n_images, n_threats, spec, args, world_size):
+    """Pass images x (B, C, H, W) with labels y (B,), as many as ever at once, through the model.
 
-    names: of the attacks of each of `n_threats` threat models. n_images: of the whole evaluation.
+    Tells what the evaluation will take. names, checks: the attacks and the sanity checks of each of
+    `n_threats` threat models. n_images: of the whole evaluation.
     """
     for _ in range(2):  # the first one warms up
         start_time = time.time()
@@ -36,14 +47,19 @@ def print_check(model, x, y, names, n_images, n_threats, spec, args, world_size)
             n_correct = int((model(x).argmax(1) == y).sum())
         without = time.time() - start_time
     passes = PASSES | {"pgd": (args.n_restarts * args.n_steps * args.eot, args.n_restarts)}
-    seconds = 0.0
-    for name in names:
-        n_with, n_without = passes[name]
-        times = EOT if args.attack == "rand" else 1
-        seconds += times * (n_with * with_gradient + n_without * without)
+    times = EOT if args.attack == "rand" else 1
+
+    def seconds_of(passes):
+        n_with, n_without = passes
+        return (n_with * with_gradient + n_without * without) / len(x)
+
+    of_image = seconds_of((0, 1)) + times * sum(seconds_of(passes[name]) for name in names)
+    of_checked = sum(seconds_of(SANITY_PASSES[name]) for name in checks)
     n_chunks = -(-n_images // args.batch_size)
     n_rounds = -(-n_chunks // world_size)
-    seconds = n_threats * (seconds + without) * n_rounds
+    seconds = of_image * n_rounds * min(args.batch_size, n_images)
+    seconds += of_checked * min(args.sanity_images, n_images) / world_size
+    seconds *= n_threats
     print(f"data      {n_images:,} test images in {n_chunks:,} chunks")
     print(f"classes   {run.describe_classes(spec)}")
     print(f"model     {n_correct} of the first {len(x)} images right without an attack")

@@ -52,6 +52,8 @@ def result_path(args, radius):
     else:
         radius = radius if radius == "curve" else f"{radius:.4g}"
         stem = f"results-{name}-{args.attack}-{args.norm}-{radius}"
+    if radius in ("report", "curve") and args.eps is not None:
+        stem += "".join(f"-{eps:.4g}" for eps in dict.fromkeys(args.eps))
     if args.keep_classes:
         stem += f"-keep{args.keep_classes}"
     if args.fresh_noise:

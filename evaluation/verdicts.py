@@ -12,6 +12,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from common import UserError, cli, files, run
 from common.stats import wilson
@@ -42,18 +43,21 @@ def per_image_path(path):
 
 
 def parts_of(path, request, checks):
-    """All Parts of the result file `path`: chunks first, then the groups of checks by name."""
+    """All Parts of the result file `path`: the groups of checks by name, then the chunks.
+
+    Checks take their images at once. Where memory is too small for that, it shows before the hours.
+    """
     folder = folder_of_parts(path)
     n = request["n"]
     batch_size = request["batch_size"]
     parts = []
+    for name in checks:
+        rows = slice(0, request["sanity_images"])
+        parts.append(Part("check", name, os.path.join(folder, f"sanity-{name}.json"), rows))
     for number, start in enumerate(range(0, n, batch_size)):
         rows = slice(start, min(start + batch_size, n))
         part_path = os.path.join(folder, f"chunk-{number:05d}.json")
         parts.append(Part("chunk", number, part_path, rows))
-    for name in checks:
-        rows = slice(0, request["sanity_images"])
-        parts.append(Part("check", name, os.path.join(folder, f"sanity-{name}.json"), rows))
     return parts
 
 
@@ -74,22 +78,34 @@ def read_finished(path, request):
     return result
 
 
-def claim_parts(path, request):
+def claim_parts(path, request, device):
     """Claim the directory of parts for a request, and see that the result can be written.
 
-    request: dict of all that the parts depend on. Hours of work shall not be lost to a name that
+    request: dict of all that the result depends on. Parts of two machines would be neither's, so
+    device and version of PyTorch are compared, too. Hours of work shall not be lost to a name that
     cannot be written. Raises UserError where the directory holds parts of another request, or a
     per-image file whose result is gone would be replaced.
     """
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    request = request | {"torch": torch.__version__, "device": gpu or device.type}
     folder = folder_of_parts(path)
     if os.path.exists(per_image_path(path)) and not os.path.exists(folder):
         orphan = f"would replace {per_image_path(path)}, whose .json is gone"
         raise UserError(f"{path}: {orphan}; move it away")
-    run.claim_directory(folder, request, "request.json", flag="--out")
+    remedy = "move it away, or give another --out"
+    run.claim_directory(folder, request, "request.json", flag="unfinished result", remedy=remedy)
     for target in (path, per_image_path(path)):
         trial = f"{target}.writing"
         open(trial, "wb").close()
         os.unlink(trial)
+
+
+def check_place(path, request, device):
+    """Raises UserError where the result file `path`, or parts of it, are of another request."""
+    if os.path.exists(path):
+        read_finished(path, request)
+    elif os.path.exists(folder_of_parts(path)):
+        claim_parts(path, request, device)
 
 
 def write_result(path, result, per_image):
@@ -178,7 +194,7 @@ FINISHED = {  # entries of a result, beside the lists that are checked further
     "attacks": list,
     "batch_size": int,
     "checkpoint": str,
-    "checkpoint_sha256": str,
+    "checkpoint_sha256": str | None,
     "clean": float,
     "clean_correct": int,
     "clean_interval": list,

@@ -32,7 +32,7 @@ from published.synthetic import read_npz
 
 # ------------------------------------------------------------------------------------------ readers
 # Each reader takes (data_dir, train) and returns (images, labels). It raises FileNotFoundError
-# where the data set is not there, or is not the published one.
+# where the data set is not there, and UserError where it is broken or another one.
 
 
 def _read_digits(data_dir, train):

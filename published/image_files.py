@@ -136,9 +136,14 @@ def check_images(parts, rank=0, world_size=1):
         (part, row) for part in parts if isinstance(part, ImageFiles) for row in range(len(part))
     ]
     images = images[rank::world_size]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        found = pool.map(error_of, images)
-        errors = [error for error in run.progress(found, rank, total=len(images)) if error]
+    errors = []
+    threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    with threads as pool, run.progress(rank=rank, total=len(images)) as bar:
+        for start in range(0, len(images), 1000):  # a million at once would fill the memory
+            for error in pool.map(error_of, images[start : start + 1000]):
+                bar.update()
+                if error:
+                    errors.append(error)
     if errors:
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
         raise UserError("; ".join(errors[:3]) + more)

@@ -20,6 +20,7 @@ TEST_FRACTION = 0.1  # of the images of a folder that has no test split
 
 # What file managers and archives leave behind. Names that begin with a dot are left out too.
 LEFT_BEHIND = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+LEFT_BEHIND += ("Thumbs.db", "desktop.ini")
 
 
 def _is_hidden(name):
@@ -96,6 +97,11 @@ def labelled_images(root, folders):
 
 def _images_in(folder):
     """Paths of the images in a folder and in those below it, but for hidden ones."""
+    return [path for path in _files_in(folder) if _is_image(path)]
+
+
+def _files_in(folder):
+    """Paths of all files in a folder and in those below it, but for hidden ones."""
     paths = []
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -104,12 +110,12 @@ def _images_in(folder):
             continue
         seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not _is_hidden(name)]
-        paths += [os.path.join(place, name) for name in names if _is_image(name)]
+        paths += [os.path.join(place, name) for name in names if not _is_hidden(name)]
     return paths
 
 
-def _is_image(name):
-    return name.lower().endswith(ENDINGS) and not _is_hidden(name)
+def _is_image(path):
+    return path.lower().endswith(ENDINGS)
 
 
 def by_hash(paths, labels, root):
@@ -207,6 +213,9 @@ def describe_folder(data_dir):
     n_train = len(paths)
     if test_root is None:
         n_tests = held_out_for_tests(paths, train_root)
+        if not 0 < n_tests < n_train:
+            few = f"too few images ({n_train}) to hold some out for tests"
+            raise UserError(f"{train_root}: {few}; put them into {data_dir}/test/")
         n_train -= n_tests
         held_out = f"{TEST_FRACTION:.0%} of train/ ({n_tests:,} images) is held out for tests"
         print(f"note: {data_dir}: no test/; {held_out}, by hash of the path")
@@ -216,16 +225,12 @@ def describe_folder(data_dir):
 
 def _note_left_out(data_dir, folders):
     """Say how many files in class folders are no images that are read, such as HEIC."""
-    endings = set()
-    n = 0
+    others = []
     for folder in folders.values():
-        for _, _, names in os.walk(folder):
-            others = [name for name in names if not _is_hidden(name) and not _is_image(name)]
-            n += len(others)
-            endings |= {os.path.splitext(name)[1].lower() for name in others}
-    if n:
-        kinds = _some(sorted(endings))
-        print(f"note: {data_dir}: {n} files in train/ are left out, no images: {kinds}")
+        others += [path for path in _files_in(folder) if not _is_image(path)]
+    if others:
+        kinds = _some(sorted({os.path.splitext(path)[1].lower() for path in others}))
+        print(f"note: {data_dir}: {len(others)} files in train/ are left out, no images: {kinds}")
 
 
 def _split_of_folder(data_dir, train):

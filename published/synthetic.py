@@ -106,12 +106,9 @@ def _unpack(path, members):
 
 
 def read_npz(path, spec):
-    """(images, labels) of an .npz file as open_npz takes it: mapped copy-on-write, and int64."""
+    """(images, labels) of an .npz file as open_npz takes it: mapped, and int64."""
     source = open_npz(path, spec)
-    images = source.images[0]
-    # torch warns of a read-only array.
-    images = np.memmap(images.filename, images.dtype, "c", images.offset, images.shape)
-    return images, source.labels[0].astype(np.int64)
+    return source.images[0], source.labels[0].astype(np.int64)
 
 
 def _copy_members(path, members, target):

@@ -19,6 +19,7 @@ import torch
 from common import UserError, files
 
 N_HASHED = 100_000  # images of a source that its digest covers at most
+MAX_MAPS = "/proc/sys/vm/max_map_count"  # Linux: how many maps a process may have
 
 # --------------------------------------------------------------------------------------- one source
 
@@ -184,7 +185,7 @@ def open_shards(directory, spec):
     n = manifest["n"]
     shard_size = manifest["shard_size"]
     n_shards = -(-n // shard_size)  # rounded up
-    allow_open_files(4 * n_shards, directory)  # images and labels, each mapped and open for _Rows
+    allow_shards(n_shards, directory)
     images, labels = [], []
     for shard in range(n_shards):
         size = min(shard_size, n - shard * shard_size)
@@ -199,17 +200,26 @@ def open_shards(directory, spec):
     return source
 
 
-def allow_open_files(n, directory):
-    """Let this process open `n` more files. Raises UserError where the system does not allow it."""
+def allow_shards(n, title):
+    """Let this process open `n` more shards. Raises UserError where the system does not allow it.
+
+    title: of the set, for messages.
+    """
+    remedy = "use larger shards"
+    n_files = 4 * n  # images and labels, each mapped and open for _Rows
+    n_open = len(os.listdir("/dev/fd")) + 512  # 512 for whatever else the process opens
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir("/dev/fd")) + n + 512  # 512 for whatever else the process opens
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ValueError, OverflowError, OSError) as error:
-        limit = f"more than this system allows a process (ulimit -Hn: {hard})"
-        raise UserError(f"{directory}: needs {n} open files, {limit}; use larger shards") from error
+    if soft != resource.RLIM_INFINITY and soft < n_files + n_open:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (n_files + n_open, hard))
+        except (ValueError, OverflowError, OSError) as error:
+            limit = f"more than this system allows a process (ulimit -Hn: {hard})"
+            raise UserError(f"{title}: needs {n_files} open files, {limit}; {remedy}") from error
+    if os.path.exists(MAX_MAPS):  # Linux
+        n_maps = int(files.read_text(MAX_MAPS))
+        if 2 * n + 8192 > n_maps:  # 8192 for the libraries of torch
+            limit = f"more than this system allows a process (vm.max_map_count: {n_maps})"
+            raise UserError(f"{title}: needs {2 * n} maps of files, {limit}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------- several sets

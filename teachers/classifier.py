@@ -64,8 +64,7 @@ def _load_head(path, diffusion, spec, n_noise, fresh_noise, seed):
     if head["precision"] != diffusion.precision:
         expected = f"the network is in {diffusion.precision}, see --precision"
         raise UserError(f"{path}: a head on features in {head['precision']}; {expected}")
-    diffusion.check_blocks([head["block"]])
-    diffusion.check_sigmas([head["sigma"]])
+    diffusion.check_places(path, [head["block"]], [head["sigma"]])
     settings = {key: head[key] for key in ("block", "sigma", "weight", "bias")}
     x = torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=diffusion.device)
     with files.reading(path, "a head for this network"), torch.no_grad():

@@ -162,6 +162,8 @@ def describing(path, what, kind, config):
             message += f" ('{odd[0]}' is {shown(config[odd[0]])})"
         elif isinstance(error, ValueError) and files.is_for_users(error):
             message += f" ({files.first_line(error)})"
+        elif files.is_full_memory(error):
+            message += " (memory is not enough)"
         raise UserError(message) from error
 
 
@@ -355,14 +357,14 @@ def write_converted(contents, out_dir, source):
     """
     config_path = os.path.join(out_dir, "config.json")
     files.make_directory(out_dir)
-    # What a killed conversion leaves ends in .writing, and is no obstacle.
+    # A file that a killed conversion had begun ends in .writing, and is no obstacle.
     names = [name for name in sorted(os.listdir(out_dir)) if not name.endswith(".writing")]
     if "vae/config.json" not in contents:  # the VAE of such a network may have been there first
         names = [name for name in names if name != "vae"]
     same = "config.json" in names and files.read_json(config_path) == contents["config.json"]
     if names and not same:
-        expected = f"not a conversion of {source}; give a new directory"
-        raise UserError(f"{out_dir}: holds {names[0]}, {expected}")
+        other = f"not a conversion of {source}, or an unfinished one"
+        raise UserError(f"{out_dir}: holds {names[0]}, {other}; delete it, or give a new directory")
     for name, content in contents.items():
         path = os.path.join(out_dir, name)
         files.make_directory(os.path.dirname(path))

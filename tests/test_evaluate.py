@@ -260,7 +260,7 @@ def test_sanity_is_printed_and_stored(best, tmp_path, capsys):
     flags = f"--attack apgd --n-images 40 --sanity-images 30 --transfer-from {best}"
     result, per_image = evaluate_with(best, tmp_path, flags)
     printed = capsys.readouterr().out
-    assert len(result["sanity"]) == 9
+    assert len(result["sanity"]) == 8
     assert result["sanity_images"] == 30
     for line in result["sanity"]:
         assert line["ok"]
@@ -276,7 +276,7 @@ def test_clean_results_have_their_checks(best, tmp_path, capsys):
     """Without an attack, what concerns the logits is checked, and nothing else."""
     flags = "--attack clean --n-images 10 --sanity-images 10"
     result, _ = evaluate_with(best, tmp_path, flags)
-    assert [line["ok"] for line in result["sanity"]] == [True] * 4
+    assert [line["ok"] for line in result["sanity"]] == [True] * 3
     assert result["warnings"] == []
     assert result["robust"] is None
     assert "sanity checks on the first 10 images" in capsys.readouterr().out
@@ -417,7 +417,9 @@ def test_several_radii_have_results_of_their_own_and_a_curve(best, tmp_path):
         result = json.loads((tmp_path / f"results-best-pgd-linf-{eps}-n40.json").read_text())
         robust.append(result["robust"])
     assert robust[0] > robust[1] > robust[2] == 0
-    assert (tmp_path / "results-best-pgd-linf-curve-n40.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "results-best-pgd-linf-curve-0.02-0.1-0.5-n40.png").read_bytes()[
+        :4
+    ] == b"\x89PNG"
 
 
 def test_names_of_results():
@@ -428,7 +430,7 @@ def test_names_of_results():
 
     assert path("--checkpoint a/best.pt --attack pgd") == "a/results-best-pgd-linf-0.03137.json"
     flags = "--checkpoint a/x.safetensors --norm l2 --eps 1 --n-images 5 --seed 3"
-    assert path(flags, "curve") == "a/results-x-apgd-l2-curve-n5-seed3.json"
+    assert path(flags, "curve") == "a/results-x-apgd-l2-curve-1-n5-seed3.json"
     flags = "--dataset imagenet --image-list x --checkpoint best.pt"
     assert path(flags, 0.5) == "results-best-apgd-linf-0.5-listed.json"
     flags = "--model diffusion-classifier --teacher x --keep-classes 3 --fresh-noise --attack rand"
@@ -535,6 +537,7 @@ def test_the_resnet_of_autoattacks_example(tmp_path, monkeypatch):
         n_correct = int((theirs(x).argmax(1).numpy() == labels).sum())
     result, _ = evaluate_with(str(weights), tmp_path / "result", plain)
     assert result["clean_correct"] == n_correct
+    assert (result["mean"], result["std"]) == ([0.0], [1.0])  # another number, another result
     args = evaluate.parse_args(["--checkpoint", str(weights), *flags.split()])
     normalised, _, _ = evaluate.load_model(args, CIFAR, "cpu")
     assert not torch.allclose(normalised(x), model(x), atol=0.1)

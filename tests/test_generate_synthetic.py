@@ -15,6 +15,7 @@ from edm2_helper import EDM2_CONFIGS, edm2_config, edm2_dir
 import generate_synthetic
 import train_at
 from common import UserError, data, files
+from common.diffusion import Diffusion
 from published import memorisation, set_recipe
 from published.datasets import DATASETS
 from published.synthetic_set import open_shards
@@ -114,6 +115,23 @@ def test_a_guide_is_part_of_the_set(diffusion_dir, tmp_path):
         generate(tmp_path / "1", *argv)
 
 
+def test_no_noise_level_that_the_network_knows(diffusion_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Diffusion, "sigma_range", (0.02, 80.0))
+    with pytest.raises(
+        UserError, match="--sigma-min, --sigma-max: no noise level is left; .* 0.02"
+    ):
+        generate(tmp_path / "out", "--diffusion", diffusion_dir, "--sigma-max", "0.01")
+
+
+def test_decoded_images_that_are_not_finite_are_refused(diffusion_dir):
+    """As bytes they would be black images with a label."""
+    model = load_diffusion(diffusion_dir, "cpu")
+    model.decode = lambda clean: clean * torch.nan
+    args = generate_synthetic.parse_args(["--n-steps", "2"])
+    with pytest.raises(UserError, match="samples not finite"):
+        generate_synthetic.sample(model, np.arange(2), args)
+
+
 def test_a_guide_bounds_what_is_asked_and_held_out(diffusion_dir):
     """Its noise levels, and the images that it has not seen, where they are fewer."""
     model, guide = load_diffusion(diffusion_dir, "cpu"), load_diffusion(diffusion_dir, "cpu")
@@ -141,6 +159,11 @@ def test_guides_that_do_not_fit_are_one_line(diffusion_dir, dit_dir, tmp_path, c
     fails(f"(16, 3, 16, 16, 3), {diffusion_dir} has (8, 1, 8, 8, 10)", sizes, *own)
     tiny_ddpm(tmp_path / "classes", tiny_unet())
     fails(f"(8, 1, 8, 8, 3), {diffusion_dir} has (8, 1, 8, 8, 10)", tmp_path / "classes", *own)
+    tiny_ddpm(tmp_path / "told", tiny_unet(num_class_embeds=10))
+    with pytest.raises(UserError, match="--guide .*/told: a class-conditional network without"):
+        relabel = ["--relabel", "--classifier", "x.pt"]
+        own_guide = ["--guidance-scale", "2", "--guide", tmp_path / "told"]
+        generate(tmp_path / "out", *own, *relabel, *own_guide)
     latents = edm2_config(
         "StabilityVAEEncoder", img_resolution=8, img_channels=4, label_dim=1000, model_channels=8
     )

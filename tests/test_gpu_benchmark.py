@@ -82,6 +82,29 @@ def test_every_part_runs_at_toy_size(run_gpu, monkeypatch):
     assert all(found["utilisation"].values())
 
 
+def test_the_share_of_the_peak():
+    """A million FLOP an image at 989 million images a second are the 989 TFLOPS of bf16."""
+    record = gpu.rate("wrn-28-10", "bf16", images_per_s=gpu.PEAK["bf16"] / 1e6, flop=0.5e6)
+    assert record["share_of_h100"] == pytest.approx(0.5)
+
+
+def test_the_first_record_of_a_family_counts():
+    first = {"network": "wrn-28-10", "precision": "bf16", "share_of_h100": 0.3}
+    second = first | {"share_of_h100": 0.1}
+    teacher = {"teacher": first | {"network": "DDPM++", "share_of_h100": 0.2}}
+    found = gpu.utilisation([first, second, teacher, {"status": "failed"}])
+    families = [gpu.cost.FAMILIES[name] for name in ("wrn-28-10", "DDPM++")]
+    assert [found[family] for family in families] == [{"bf16": 0.3}, {"bf16": 0.2}]
+
+
+def test_the_clock_waits_for_the_gpu_before_and_after(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    gpu.seconds_of(lambda: calls.append("work"), 2)
+    assert calls == ["wait", "work", "work", "wait"]
+
+
 def test_a_part_that_raises_is_recorded_and_the_others_run(run_gpu, only):
     def out_of_memory():
         raise torch.OutOfMemoryError("no memory\nmore of it")

@@ -567,6 +567,11 @@ def test_what_cannot_be_verified_is_one_line(
         refused(lambda: verify(made_set, network, shard), *words)
 
     fails("--verify 3: ", "has shards 0 to 2", shard=3)
+    manifest = files.read_json(made_set / "manifest.json")
+    files.write_json(manifest | {"dataset": "cifar10"}, made_set / "manifest.json")
+    own = generate_synthetic.parse_args(["--out-dir", str(made_set), "--verify", "0"])
+    refused(lambda: generate_synthetic.verify(own), "out/diffusion-cifar10: no such directory")
+    files.write_json(manifest, made_set / "manifest.json")
     other = shutil.copytree(diffusion_dir, tmp_path / "other")
     weights = safetensors.torch.load_file(f"{other}/diffusion_pytorch_model.safetensors")
     weights["conv_in.bias"] += 1

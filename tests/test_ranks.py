@@ -99,13 +99,59 @@ for model in models:
 in_files, in_memory = SimpleNamespace(files=True), SimpleNamespace(files=False)
 assert run.read_once(lambda spec, split: (split, rank), in_files, "train") == ("train", 0)
 assert run.read_once(lambda spec, split: (split, rank), in_memory, "train") == ("train", rank)
+calls = SharedList(sys.argv[1])
+run.rank_0_first(calls.add, rank)
+assert calls.read() == ["0", "1"]
 run.end_processes()
+"""
+SHARED_LIST = """
+import time
+class SharedList:
+    def __init__(self, path):
+        self.path = path
+    def add(self, rank):
+        time.sleep(1 - rank)
+        with open(self.path, "a") as file:
+            file.write(f"{rank} ")
+    def read(self):
+        return open(self.path).read().split()
 """
 
 
 def test_ranks_share_statistics_and_listed_files(tmp_path):
-    (tmp_path / "averages.py").write_text(AVERAGES)
-    python(tmp_path / "averages.py", ranks=2)
+    (tmp_path / "averages.py").write_text(SHARED_LIST + AVERAGES)
+    python(tmp_path / "averages.py", tmp_path / "calls", ranks=2)
+
+
+OWN_DIRECTORIES = """
+import os, sys
+sys.path.insert(0, ".")
+from types import SimpleNamespace
+import torch
+from common import cli, run
+def main(args):
+    rank, _, device = run.start_processes("fp32")
+    os.chdir(f"{sys.argv[1]}/{rank}")
+    training = run.Run(__file__, SimpleNamespace(out_dir="run", check=False), {}, rank, device)
+    training.track(model=torch.nn.Linear(2, 2))
+    training.load(5)
+    training.start(5)
+    training.advance()
+    training.save()
+    training.close()
+    run.end_processes()
+cli.run_script(main, None)
+"""
+
+
+def test_a_checkpoint_that_not_all_ranks_see_is_refused(tmp_path):
+    """A directory of each node's own: the ranks would go on from different steps."""
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    (tmp_path / "own.py").write_text(OWN_DIRECTORIES)
+    python(tmp_path / "own.py", tmp_path, ranks=2)
+    done = python(tmp_path / "own.py", tmp_path, ranks=2, expect=1)
+    assert "run/last.pt: processes see it at steps 1, 0; it must lie on a" in done.stderr
 
 
 PATIENCE = """

@@ -17,7 +17,7 @@ import evaluate
 import extract_features
 import train_at
 import train_at_aux
-from common import UserError, data, stats
+from common import UserError, data
 from published.datasets import DATASETS
 from runs import effects, pupils, results, store
 
@@ -40,12 +40,6 @@ def made(verdicts, attack="apgd"):
     robust_acc = verdicts.count("3") / 10
     held_out = [[5, 0.5, 0.2], [10, 0.6, robust_acc]]
     return {"verdicts": verdicts, "attack": attack, "held_out": held_out, "settings": {}}
-
-
-def test_t_interval_is_students():
-    values = np.array([1.0, 4.0, 2.5, 7.0])
-    expected = t.interval(0.95, 3, values.mean(), values.std(ddof=1) / 2)
-    np.testing.assert_allclose(stats.t_interval(values), [values.mean(), *expected])
 
 
 def test_verdicts_are_counted_from_the_attack_that_they_fell_to():

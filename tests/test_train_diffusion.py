@@ -14,6 +14,7 @@ from diffusers_helper import tiny_ddpm
 
 import train_diffusion
 from common import UserError, data, files
+from generate_synthetic import check_generates
 from published.datasets import DATASETS
 from teachers.load import load_diffusion
 
@@ -145,7 +146,7 @@ def test_a_network_without_labels(unlabelled):
     (feats,) = model.features(x, 0.1, None, [model.default_block], torch.randn(3, 1, 8, 8))
     assert feats.shape[0] == 3 and feats.isfinite().all()
     with pytest.raises(UserError, match="classes"):
-        model.check_generates("it", DIGITS)
+        check_generates(model, "it", DIGITS, with_labels=True)
 
 
 def test_squares_of_pixels(unlabelled):
@@ -185,7 +186,7 @@ def test_labels_begin_as_the_null_label(unlabelled, tmp_path, monkeypatch):
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, weights[name].expand(tensor.shape)), name
     model = train(tmp_path / "labelled", "--patch", "2", "--init", directory, "--n-labels", "50")
-    model.check_generates("it", DIGITS)
+    check_generates(model, "it", DIGITS, with_labels=True)
     again = train(tmp_path / "again", "--patch", "2", "--init", str(tmp_path / "labelled"))
     assert again.num_classes == 10
 

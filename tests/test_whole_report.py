@@ -178,7 +178,7 @@ def test_a_killed_report_goes_on(best, tmp_path, monkeypatch):
     for name in cut:
         for key in cut[name][1].files:
             assert np.array_equal(cut[name][1][key], straight[name][1][key]), (name, key)
-    lines = (tmp_path / "cut" / "report-best-n4.md").read_text().splitlines()
+    lines = (tmp_path / "cut" / "report-best-0.05-n4.md").read_text().splitlines()
     assert lines[:-1] == page.splitlines()[:-1]  # the last one has the command
     assert not list((tmp_path / "cut").glob("*.parts"))
 
@@ -229,6 +229,7 @@ def test_the_names_of_reports():
         return requests.result_path(args, "report")
 
     assert path("") == "a/report-best.json"
+    assert path("--eps 0.05") == "a/report-best-0.05.json"
     flags = "--attack autoattack --norm l2 --n-images 5 --seed 3"
     assert path(flags) == "a/report-best-autoattack-l2-n5-seed3.json"
 
@@ -242,6 +243,10 @@ def test_check_counts_all_attacks_of_a_report(best, monkeypatch, capsys):
     for flags in ("", "--report"):
         argv = ["--checkpoint", best, "--check", "--n-images", "10", *flags.split()]
         evaluate.main(evaluate.parse_args(argv))
-    assert times == [1 + 101 + 909, 4 * (1 + 101 + 909 + 101)]
+    attack = 1 + 101 + 909
+    # Logits; five radii of 20 steps; two steps on the surface; 300 steps of APGD.
+    checks = 3 + 5 * (21 + 2) + 3 + 303
+    after = 101 + 4 * 51 + 200  # one attack; APGD of 50 steps, four ways; Square of 200 queries
+    assert times == [attack + checks, 4 * (attack + checks + after)]
     assert "nothing was written" in capsys.readouterr().out
     assert not list(Path(best).parent.glob("report*"))

@@ -245,6 +245,16 @@ def test_new_scripts_and_copies_differ_from_the_commit(tmp_path, monkeypatch):
     assert run.environment()["dirty"] is True
 
 
+def test_a_difference_in_another_encoding_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", str(tmp_path))
+    (tmp_path / "old.csv").write_bytes(b"a\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "old.csv"], [*who, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "old.csv").write_bytes("caf\u00e9\n".encode("latin-1"))
+    assert "+caf\ufffd" in run._git("diff", "HEAD")
+
+
 @pytest.mark.parametrize("minutes", ["1e20", "-1", "soon"])
 def test_a_time_out_that_is_none_is_refused(minutes, monkeypatch):
     monkeypatch.setenv("RANK_TIMEOUT_MINUTES", minutes)

@@ -39,7 +39,7 @@ def test_paired_interval_covers():
     rng = np.random.default_rng(0)
     shares = np.array([0.75, 0.09, 0.06, 0.10])
     n_inside = 0
-    for counts in rng.multinomial(200, shares, 2000):
+    for counts in rng.multinomial(200, shares, 400):
         low, high = stats.paired_difference(*counts.tolist())[1]
         n_inside += low <= shares[1] - shares[2] <= high
-    assert 0.92 <= n_inside / 2000 <= 0.98
+    assert 0.92 <= n_inside / 400 <= 0.98

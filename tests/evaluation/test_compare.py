@@ -66,7 +66,8 @@ def test_compare_warns_of_other_settings_and_of_warnings(pair, capsys):
     write_result(pair[1], eps=0.1)
     compare.compare(*map(str, pair))
     assert "WARNING: eps differs: 0.15 and 0.1" in capsys.readouterr().out
-    for key in ("attack", "settings", "version", "norm", "batch_size", "precision", "seed"):
+    keys = ("attack", "settings", "version", "norm", "batch_size", "precision", "seed")
+    for key in (*keys, "transfer_sha256"):
         write_result(pair[1], **{key: "other"})
         compare.compare(*map(str, pair))
         assert f"WARNING: {key} differs: " in capsys.readouterr().out

@@ -10,7 +10,6 @@ from torch import nn
 from evaluation import sanity
 
 LOGITS = "outputs are logits, not probabilities"
-INPUTS = "inputs lie in [0, 1]"
 BATCH = "logits do not depend on the batch"
 CURVE = "robust accuracy falls to 0 as eps grows"
 DIRECTION = "the gradient's direction beats a random one"
@@ -60,12 +59,6 @@ def test_probabilities():
     assert passed(sanity.outputs, nn.Sequential(model, nn.LogSoftmax(1)), x, y)[LOGITS]
 
 
-def test_inputs_outside_the_unit_cube():
-    model = Linear()
-    x, y = images(model)
-    assert not passed(sanity.outputs, model, 2 * x - 1, y)[INPUTS]
-
-
 def test_a_randomised_model():
     model = Linear()
     x, y = images(model)
@@ -105,6 +98,33 @@ def test_no_gradient():
     assert sanity.zero_gradients(lambda x: model(x) * torch.nan, x, y) == len(x)
     assert not passed(sanity.eps_curve, masked, x, y)[CURVE]
     assert not passed(sanity.loss_surface, masked, x, y)[DIRECTION]
+
+
+def test_robust_accuracy_that_rises_with_the_radius(monkeypatch):
+    shares = iter([0.5, 0.8, 0.2, 0.1, 0.0])
+
+    def withstands(model, x, *others):
+        return torch.arange(len(x)) < len(x) * next(shares)
+
+    monkeypatch.setattr(sanity, "withstands_apgd", withstands)
+    x, y = images(Linear())
+    assert not passed(sanity.eps_curve, Linear(), x, y)[CURVE]
+
+
+@pytest.mark.parametrize("norm,p", [("linf", torch.inf), ("l2", 2), ("l1", 1)])
+def test_the_steps_of_the_loss_surface_have_a_tenth_of_the_radius(norm, p):
+    model = Linear()
+    x = torch.full((6, 1, 4, 4), 0.5)
+    seen = []
+
+    def watched(images):
+        seen.append(images.detach())
+        return model(images)
+
+    sanity.loss_surface(watched, x, model(x).argmax(1), norm, 0.1, 0)
+    for moved in seen[1:]:  # the first pass is that of the gradient
+        lengths = (moved - x).flatten(1).norm(p=p, dim=1)
+        torch.testing.assert_close(lengths, torch.full((6,), 0.01))
 
 
 def test_a_gradient_that_points_nowhere():

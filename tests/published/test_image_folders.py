@@ -121,7 +121,7 @@ def test_a_long_tail_of_a_folder(tmp_path):
 
 def test_images_of_one_colour_are_refused(tmp_path):
     for name in CLASSES:
-        for i in range(5):
+        for i in range(40):
             write_image(tmp_path / "train" / name / f"{i}.png", np.full((16, 16, 3), 9, np.uint8))
     spec = open_dataset(args_of(tmp_path))
     train, _ = data.load_train(spec, str(tmp_path), 1)
@@ -213,17 +213,28 @@ LEFT_BEHIND = [
 ]
 
 
+def test_too_few_images_to_hold_some_out(tmp_path):
+    """Of these names none has a hash among the lowest tenth."""
+    write_folder(tmp_path, n=2, splits=["train"])
+    open_refused(tmp_path, f"{tmp_path}/train: too few images (6) to hold some out for tests; put")
+
+
 @pytest.mark.parametrize("name", LEFT_BEHIND)
 @pytest.mark.parametrize("image_size", [16, 80])
-def test_what_file_managers_leave_behind_is_no_image_and_no_class(name, image_size, tmp_path):
+def test_what_file_managers_leave_behind_is_no_image_and_no_class(
+    name, image_size, tmp_path, capsys
+):
     write_folder(tmp_path, n=3)
     before = image_folders._split_of_folder(str(tmp_path), True)
     for split in ("train", "test"):
         path = tmp_path / split / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"Mac OS X")
+    capsys.readouterr()
     spec = open_dataset(args_of(tmp_path, image_size))
     assert spec.classes == CLASSES
+    # What somebody may have taken for an image is told, what a program has left is not.
+    assert ("files in train/ are left out" in capsys.readouterr().out) == (name == "cat/readme.txt")
     after = image_folders._split_of_folder(str(tmp_path), True)
     assert after[0] == before[0] and np.array_equal(after[1], before[1])
     images, _ = data.load_test(spec, str(tmp_path))

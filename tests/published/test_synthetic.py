@@ -817,6 +817,17 @@ def test_a_shard_too_many_or_too_few(tmp_path):
 # ----------------------------------------------------------------------------------- large and many
 
 
+def test_more_maps_than_a_process_may_have(tmp_path, monkeypatch):
+    limit = tmp_path / "max_map_count"
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr(synthetic_set, "MAX_MAPS", str(limit))
+    limit.write_text("65530\n")
+    synthetic_set.allow_shards(28_000, "--shard-size 3500")
+    refusal = "--shard-size 2500: needs 80000 maps of files, .*vm.max_map_count: 65530"
+    with pytest.raises(UserError, match=refusal):
+        synthetic_set.allow_shards(40_000, "--shard-size 2500")
+
+
 def test_more_files_than_a_process_may_open_at_first(tmp_path):
     """1,500 shards in two sources where the limit is 256: it is raised, if the system allows it."""
     images, labels = made(1500)

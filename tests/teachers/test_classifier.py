@@ -248,6 +248,7 @@ def test_a_diffusion_classifier_is_evaluated_like_any_other(diffusion_dir, tmp_p
     argv += ["--n-images", "8", "--batch-size", "8", "--sanity-images", "4", "--eps", "0.01"]
     argv += ["--attack", "pgd", "--n-steps", "2", "--n-restarts", "1"]
     fixed = evaluate_to(tmp_path / "fixed.json", argv)
+    assert evaluate_to(tmp_path / "fixed.json", argv) == fixed  # finished: it is read again
     fresh = evaluate_to(tmp_path / "fresh.json", [*argv, "--fresh-noise", "--eot", "2"])
     assert fixed["teacher_sha256"] and fixed["n_noise"] == 2 and fixed["checkpoint_sha256"] is None
     fixed_checks = {line["check"]: line["ok"] for line in fixed["sanity"]}

@@ -22,6 +22,7 @@ from conftest import DIGITS
 import extract_features
 import generate_synthetic
 from common import UserError
+from generate_synthetic import check_generates
 from published.datasets import DATASETS
 from teachers import edm
 from teachers.dit import DiT
@@ -261,10 +262,10 @@ def test_noise_levels_that_the_network_does_not_know(ddpm_dir, dit_dir, tmp_path
     model = load_diffusion(ddpm_dir, "cpu")
     # sqrt((1 - abar) / abar) at t = 0 and t = 999.
     assert model.sigma_range == pytest.approx((0.01, 157.4), rel=1e-3)
-    model.check_sigmas([0.01, 1.0, 157.0])
+    model.check_places("t", ["mid_block"], [0.01, 1.0, 157.0])
     for sigma in (0.002, 200.0):
-        with pytest.raises(UserError, match="the network knows 0.01 to 157.4"):
-            model.check_sigmas([sigma])
+        with pytest.raises(UserError, match=f"t: noise level {sigma:g}, it knows 0.01 to 157.4"):
+            model.check_places("t", ["mid_block"], [sigma])
     argv = ["--dataset", "imagenet", "--diffusion", dit_dir, "--n-images", "2", "--n-steps", "2"]
     generate(argv, tmp_path / "set")
     printed = capsys.readouterr().out
@@ -300,22 +301,22 @@ def refusal(function, *args):
 def test_what_a_network_cannot_do_is_said(ddpm_dir, tmp_path):
     model = load_diffusion(ddpm_dir, "cpu")
     model.check_teaches("t", CIFAR10, with_labels=False)
-    said = refusal(model.check_generates, "g", CIFAR10)
+    said = refusal(check_generates, model, "g", CIFAR10, True)
     assert said == "g: (pixels, channels, classes) = (32, 3, 0), cifar10 has (32, 3, 10)"
-    model.check_generates("g", CIFAR10, with_labels=False)
-    said = refusal(model.check_generates, "g", DIGITS, False)
+    check_generates(model, "g", CIFAR10, with_labels=False)
+    said = refusal(check_generates, model, "g", DIGITS, False)
     assert said == "g: (pixels, channels, classes) = (32, 3, 0), digits has (8, 1, 10)"
     said = refusal(model.check_teaches, "t", CIFAR10, True)
     assert said == "t: a network of 0 classes, cifar10 has 10"
     said = refusal(model.check_teaches, "t", DIGITS, False)
     assert said == "t: images of 3 channels, digits has 1"
-    said = refusal(model.check_blocks, ["mid_block", "mid"])
-    assert said.startswith("the network has no block 'mid'; its blocks are down_blocks.0.resnets.0")
+    said = refusal(model.check_places, "t", ["mid_block", "mid"], [])
+    assert said.startswith("t: no block 'mid'; its blocks are down_blocks.0.resnets.0")
 
     diffusers.UNet2DModel(**SMALL_DDPM, num_class_embeds=10).save_pretrained(tmp_path)
     diffusers.DDPMScheduler(**LINEAR).save_pretrained(tmp_path)
     conditional = load_diffusion(str(tmp_path), "cpu")
-    conditional.check_generates("g", CIFAR10)
+    check_generates(conditional, "g", CIFAR10, with_labels=True)
     conditional.check_teaches("t", CIFAR10, with_labels=True)
     assert "without a null label" in refusal(conditional.check_teaches, "t", CIFAR10, False)
 

@@ -34,6 +34,7 @@ import train_at
 import train_diffusion
 from common import cli, data, models, run
 from evaluation import compare, image_list, verdicts
+from generate_synthetic import check_generates
 from published import image_files
 from published.datasets import DATASETS
 from published.synthetic import open_synthetic
@@ -393,7 +394,7 @@ def read_weights(folder):
 
 def read_diffusion(folder):
     model = load_diffusion(str(folder), "cpu")
-    model.check_generates(str(folder), DIGITS)
+    check_generates(model, str(folder), DIGITS, with_labels=True)
 
 
 def read_log(folder):
