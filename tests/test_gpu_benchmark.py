@@ -5,14 +5,16 @@ Alone: python -m pytest tests/test_gpu_benchmark.py
 
 import itertools
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from conftest import python
 
+import train_at
 import train_at_aux
-from benchmarks import gpu
-from common import cli, files
+from benchmarks import gpu, train_step
+from common import attacks, cli, files
 
 
 @pytest.fixture
@@ -103,6 +105,28 @@ def test_the_clock_waits_for_the_gpu_before_and_after(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
     gpu.seconds_of(lambda: calls.append("work"), 2)
     assert calls == ["wait", "work", "work", "wait"]
+
+
+@pytest.mark.parametrize("script", [train_at, train_at_aux])
+def test_the_step_that_is_measured_leaves_nothing_out(script, monkeypatch, tmp_path):
+    """What a training script does once in a step is done once: else ratios would be too good."""
+    calls = Counter()
+
+    def count(owner, name):
+        function = getattr(owner, name)
+        counted = lambda *args, **kwargs: calls.update([name]) or function(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(owner, name, counted)
+
+    pieces = [(attacks, "update_twin"), (train_step, "update_average"), (torch.optim.SGD, "step")]
+    pieces += [(torch.nn.utils, "get_total_norm"), (script, "adversarial_loss")]
+    pieces += [(script, "alignment_loss")] if script is train_at_aux else []
+    for piece in pieces:
+        count(*piece)
+    network = train_step.small_network() if script is train_at_aux else None
+    flags = "--batch-size 16 --n-steps 1"
+    flags += " --teacher none" if network else ""
+    train_step.our_step(script, flags, str(tmp_path), network)()
+    assert calls == {name: 1 for _, name in pieces}
 
 
 def test_a_part_that_raises_is_recorded_and_the_others_run(run_gpu, only):
