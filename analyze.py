@@ -521,7 +521,7 @@ def main(args):
     settings |= {"image_size": spec.image_size, "classes": spec.classes}
     shared = {
         **settings,
-        "data_sha256": run.read_once(lambda spec: data.sha256((fit[0], fit[2]), test), spec),
+        "data_sha256": run.once(data.sha256, (fit[0], fit[2]), test),
         "n": len(test[1]),
         "torch": torch.__version__,
         "device": device.type,
@@ -530,13 +530,13 @@ def main(args):
         "attacks.py_sha256": files.sha256(attacks.__file__),
     }
     jobs = jobs_of(args, shared, teacher)
+    parts = os.path.join(args.out_dir, "parts")
     if rank == 0:
-        parts = os.path.join(args.out_dir, "parts")
         run.claim_directory(parts, {"script": "analyze.py"}, "parts.json")
     # Jobs of one stem share their files. The teacher, the slowest, comes first. All ranks list
     # what is missing before the first of them writes anything.
     missing = {job.stem: job for job in reversed(jobs) if not job.is_done()}
-    run.barrier()
+    run.check_shared(os.path.join(parts, "parts.json"))
 
     own = list(missing.values())[rank::world_size]
     for job in run.progress(own, rank, desc="analyze", unit="model"):

@@ -38,7 +38,8 @@ exists is printed again.
 --report evaluates at the radius and at half as much again, and in the two other norms. On what
 withstands, APGD is tried again with other backward passes (evaluation/adaptive.py). These are
 results like all others: those that exist are not computed again. They go on one page,
-report-<checkpoint>.md, with the picture report-<checkpoint>.png.
+report-<checkpoint>.md, with the picture report-<checkpoint>.png, or report-<checkpoint>-<eps>... of
+other radii.
 
 --export hub writes a folder for the Hugging Face hub: the weights, all finished results of them and
 a card (published/model_card.py). --checkpoint takes such a folder.
@@ -404,19 +405,19 @@ def check(model, images, labels, spec, jobs, args, rank, world_size, device):
     jobs: of jobs_of. The places of their results are looked at, too.
     """
     check_images([images], rank, world_size)
+    run.barrier()  # nothing is right before all ranks have looked
     if rank:
         return
-    for _, request, path in jobs:
+    work = []
+    for at, request, path in jobs:
         verdicts.check_place(path, request, device)
-    n_threats = len(threats(args))
-    per_threat = jobs[: len(jobs) // n_threats]  # two results where it is a report
-    names = per_threat[-1][1]["attacks"]
-    checks = [name for at, _, _ in per_threat for name in check_names(at)]
+        if not os.path.exists(path):
+            earlier = request.get("earlier_attacks", [])
+            work.append((request["attacks"][len(earlier) :], check_names(at)))
     at_once = slice(max(args.batch_size, args.sanity_images))
     x = data.to_x(images[at_once], device)
     y = torch.from_numpy(labels[at_once]).to(device)
-    n = len(labels)
-    duration.print_check(model, x, y, names, checks, n, n_threats, spec, args, world_size)
+    duration.print_check(model, x, y, work, len(labels), spec, args, world_size)
 
 
 def jobs_of(args, settings, n, data_sha256, layers):
@@ -445,15 +446,15 @@ def evaluate_radius(
     Rank 0 prints the result. All ranks return it, as a dict.
     """
     start_time = time.time()
-    if os.path.exists(path):
-        result = verdicts.read_finished(path, request)
+    if run.once(os.path.exists, path):
+        result = run.once(verdicts.read_finished, path, request)
         if rank == 0:
             verdicts.remove_parts(path)
             verdicts.print_result(result, path)
         return result
     if rank == 0:
         verdicts.claim_parts(path, request, device)
-    run.barrier()
+    run.check_shared(verdicts.request_path(path))
     parts = verdicts.parts_of(path, request, check_names(args))
     fooled_by = compare.read_verdicts(earlier)["fooled_by"] if earlier else None
     title = f"{request['attack']} {cli.threat(args.norm, request['eps'])}"

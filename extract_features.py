@@ -292,7 +292,7 @@ def extract_all(model, splits, blocks, manifest, args, rank, world_size):
     """
     if rank == 0:
         run.claim_directory(args.out_dir, manifest, "manifest.json")
-    run.barrier()
+    run.check_shared(os.path.join(args.out_dir, "manifest.json"))
     for split, (images, labels) in splits.items():
         if args.verdict and split == "test":
             continue
@@ -340,9 +340,10 @@ def load_pupil(args, spec, train, val, rank, device):
         settings = files.config_beside(files.local_weights(path)).get("training")
     settings = settings if isinstance(settings, dict) else {}
     digest = settings.get("data_sha256")
+    own = run.once(data.sha256, train, val)
     if digest is None and rank == 0:
         print("note: nothing beside --pupil tells whether it had these training images")
-    if digest is not None and digest != run.once(data.sha256, train, val):
+    if digest not in (None, own):
         flags = ("val_size", "n_train", "imbalance")
         its = ", ".join(f"{flag} {settings.get(flag)}" for flag in flags)
         message = f"trained or validated on other images than these; {path} has {its}"

@@ -397,9 +397,9 @@ def verify(args):
     if args.verify >= n_shards:
         raise UserError(f"--verify {args.verify}: {args.out_dir} has shards 0 to {n_shards - 1}")
     rank, world_size, device = run.start_processes(args.precision)
-    diffusion = args.diffusion or f"out/diffusion-{manifest['dataset']}"
+    args.diffusion = args.diffusion or f"out/diffusion-{manifest.get('dataset')}"
     own = manifest.get("network_sha256")
-    model = load_verified("--diffusion", diffusion, own, device, args.precision)
+    model = load_verified("--diffusion", args.diffusion, own, device, args.precision)
     other = manifest.get("guide_sha256")
     guide = load_verified("--guide", args.guide, other, device, args.precision)
     n = min(args.shard_size, args.n_images - args.verify * args.shard_size)
@@ -442,10 +442,8 @@ def main(args):
         guide.check_teaches(f"--guide {args.guide}", spec, with_labels)
     sigma_min, sigma_max = sigma_limits(model, args, guide)
     if sigma_min >= sigma_max:
-        known = (
-            f"the networks know {sigma_min:.4g} and more, {sigma_max:.4g} and less was asked for"
-        )
-        raise UserError(f"--sigma-min, --sigma-max: no noise level is left; {known}")
+        asked = f"{args.sigma_min:g} to {args.sigma_max:g}"
+        raise UserError(f"--sigma-min, --sigma-max: the networks know no noise level of {asked}")
     if rank == 0 and (sigma_min, sigma_max) != (args.sigma_min, args.sigma_max):
         if guide is None:
             lowest, highest = model.sigma_range
@@ -485,7 +483,7 @@ def main(args):
 
     # Listed before the barrier: after it another rank may write, and the lists would differ.
     missing = [shard for shard in range(n_shards) if not is_made(args.out_dir, shard)]
-    run.barrier()
+    run.check_shared(os.path.join(args.out_dir, "manifest.json"))
     # Whole shards are shared out over ranks: a shard's batches are the same for any number of them.
     label = labeller(classifier, spec, device, args.precision) if args.relabel else None
     generate(model, missing[rank::world_size], args, rank, guide, label)

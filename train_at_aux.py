@@ -47,6 +47,7 @@ from common.run import (
     end_processes,
     make_average,
     no_sync,
+    once,
     rank_0_first,
     read_once,
     save_images,
@@ -607,7 +608,7 @@ def main(args):
     if args.check:
         test = read_once(data.load_test, spec, args.data_dir)
         check_images([train[0], val[0], test[0]], rank, world_size)
-    spec = read_once(data.measured, spec, train)
+    spec = once(data.measured, spec, train)
     if args.init:
         spec = normalised_as(spec, args.init)
     synthetic = None

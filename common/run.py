@@ -240,6 +240,19 @@ def average_batchnorm(*models):
 # ------------------------------------------------------------------------------ averaged model
 
 
+def check_shared(path):
+    """Wait for rank 0, which has written the file `path`. All ranks call it.
+
+    Raises UserError where one of them does not see it: its node has a directory of its own.
+    """
+    barrier()
+    deadline = time.time() + SEEN_WITHIN
+    while not os.path.exists(path) and time.time() < deadline:
+        time.sleep(0.5)
+    if not all(gather_objects(os.path.exists(path))):
+        raise UserError(f"{path}: not all processes see it; they need one file system for it")
+
+
 def make_average(model):
     """A frozen copy of a model, in eval mode, for update_average to move."""
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -260,6 +273,8 @@ def update_average(average, model, decay):
 # ----------------------------------------------------------------------------------- directory
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the project
+
+SEEN_WITHIN = 60  # seconds until a network file system shows a new file to other nodes
 
 _locks = {}  # real path of a directory -> file descriptor, locked until this process ends
 
@@ -417,7 +432,10 @@ class Run:
                 self._temporary = tempfile.TemporaryDirectory()
                 self.out_dir = self._temporary.name
             keep_code(script, self.out_dir)
-        barrier()
+        if args.check:
+            barrier()
+        else:
+            check_shared(self.path("args.json"))
         self._terminated = False
 
     def track(self, **parts):
@@ -434,8 +452,7 @@ class Run:
         steps = gather_objects(self.step)
         if len(set(steps)) > 1:
             seen = ", ".join(map(str, steps))
-            where = "it must lie on a file system that all processes share"
-            raise UserError(f"{self.last_path}: processes see it at steps {seen}; {where}")
+            raise UserError(f"{self.last_path}: processes see it at steps {seen}; start again")
 
     def _load(self, train_steps):
         entries = {"step": int, "best": list, "seconds": float}

@@ -30,11 +30,11 @@ SANITY_PASSES = {
 }
 
 
-def print_check(model, x, y, names, checks, n_images, n_threats, spec, args, world_size):
+def print_check(model, x, y, work, n_images, spec, args, world_size):
     """Pass images x (B, C, H, W) with labels y (B,), as many as ever at once, through the model.
 
-    Tells what the evaluation will take. names, checks: the attacks and the sanity checks of each of
-    `n_threats` threat models. n_images: of the whole evaluation.
+    Tells what the evaluation will take. work: (names of attacks, names of sanity checks) of each
+    result that is not finished. n_images: of the whole evaluation.
     """
     for _ in range(2):  # the first one warms up
         start_time = time.time()
@@ -53,13 +53,15 @@ def print_check(model, x, y, names, checks, n_images, n_threats, spec, args, wor
         n_with, n_without = passes
         return (n_with * with_gradient + n_without * without) / len(x)
 
-    of_image = seconds_of((0, 1)) + times * sum(seconds_of(passes[name]) for name in names)
-    of_checked = sum(seconds_of(SANITY_PASSES[name]) for name in checks)
     n_chunks = -(-n_images // args.batch_size)
     n_rounds = -(-n_chunks // world_size)
-    seconds = of_image * n_rounds * min(args.batch_size, n_images)
-    seconds += of_checked * min(args.sanity_images, n_images) / world_size
-    seconds *= n_threats
+    seconds = 0.0
+    for names, checks in work:
+        of_image = seconds_of((0, 1)) + times * sum(seconds_of(passes[name]) for name in names)
+        seconds += of_image * n_rounds * min(args.batch_size, n_images)
+        n_checked = min(args.sanity_images, n_images)
+        of_checks = [seconds_of(SANITY_PASSES[name]) * n_checked for name in checks]
+        seconds += max([sum(of_checks) / world_size, *of_checks])  # each is one process's
     print(f"data      {n_images:,} test images in {n_chunks:,} chunks")
     print(f"classes   {run.describe_classes(spec)}")
     print(f"model     {n_correct} of the first {len(x)} images right without an attack")

@@ -53,7 +53,10 @@ def result_path(args, radius):
         radius = radius if radius == "curve" else f"{radius:.4g}"
         stem = f"results-{name}-{args.attack}-{args.norm}-{radius}"
     if radius in ("report", "curve") and args.eps is not None:
-        stem += "".join(f"-{eps:.4g}" for eps in dict.fromkeys(args.eps))
+        radii = [f"{eps:.4g}" for eps in sorted(set(args.eps))]
+        if len(radii) > 8:  # a name has 255 bytes
+            radii = [radii[0], "to", radii[-1], str(len(radii))]
+        stem += "-" + "-".join(radii)
     if args.keep_classes:
         stem += f"-keep{args.keep_classes}"
     if args.fresh_noise:

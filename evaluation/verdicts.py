@@ -37,6 +37,11 @@ def folder_of_parts(path):
     return os.path.splitext(path)[0] + ".parts"
 
 
+def request_path(path):
+    """The file in the directory of the parts that says of which request they are."""
+    return os.path.join(folder_of_parts(path), "request.json")
+
+
 def per_image_path(path):
     """The file of verdicts per image that belongs to the result file `path`."""
     return os.path.splitext(path)[0] + ".npz"
@@ -88,12 +93,10 @@ def claim_parts(path, request, device):
     """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     request = request | {"torch": torch.__version__, "device": gpu or device.type}
+    _check_orphan(path)
     folder = folder_of_parts(path)
-    if os.path.exists(per_image_path(path)) and not os.path.exists(folder):
-        orphan = f"would replace {per_image_path(path)}, whose .json is gone"
-        raise UserError(f"{path}: {orphan}; move it away")
-    remedy = "move it away, or give another --out"
-    run.claim_directory(folder, request, "request.json", flag="unfinished result", remedy=remedy)
+    flag = "parts of the result"
+    run.claim_directory(folder, request, "request.json", flag=flag, remedy="move it away")
     for target in (path, per_image_path(path)):
         trial = f"{target}.writing"
         open(trial, "wb").close()
@@ -104,8 +107,16 @@ def check_place(path, request, device):
     """Raises UserError where the result file `path`, or parts of it, are of another request."""
     if os.path.exists(path):
         read_finished(path, request)
-    elif os.path.exists(folder_of_parts(path)):
+    elif os.path.exists(request_path(path)):
         claim_parts(path, request, device)
+    else:
+        _check_orphan(path)
+
+
+def _check_orphan(path):
+    if os.path.exists(per_image_path(path)) and not os.path.exists(folder_of_parts(path)):
+        orphan = f"would replace {per_image_path(path)}, whose .json is gone"
+        raise UserError(f"{path}: {orphan}; move it away")
 
 
 def write_result(path, result, per_image):
@@ -118,9 +129,8 @@ def write_result(path, result, per_image):
 
 def remove_parts(path):
     """Delete the parts of a finished result, which a kill may have left."""
-    folder = folder_of_parts(path)
-    if os.path.exists(os.path.join(folder, "request.json")):
-        shutil.rmtree(folder)
+    if os.path.exists(request_path(path)):
+        shutil.rmtree(folder_of_parts(path))
 
 
 # ------------------------------------------------------------------------------ reading parts

@@ -215,7 +215,7 @@ def describe_folder(data_dir):
         n_tests = held_out_for_tests(paths, train_root)
         if not 0 < n_tests < n_train:
             few = f"too few images ({n_train}) to hold some out for tests"
-            raise UserError(f"{train_root}: {few}; put them into {data_dir}/test/")
+            raise UserError(f"{train_root}: {few}; put some into {data_dir}/test/")
         n_train -= n_tests
         held_out = f"{TEST_FRACTION:.0%} of train/ ({n_tests:,} images) is held out for tests"
         print(f"note: {data_dir}: no test/; {held_out}, by hash of the path")

@@ -216,9 +216,10 @@ def allow_shards(n, title):
             limit = f"more than this system allows a process (ulimit -Hn: {hard})"
             raise UserError(f"{title}: needs {n_files} open files, {limit}; {remedy}") from error
     if os.path.exists(MAX_MAPS):  # Linux
-        n_maps = int(files.read_text(MAX_MAPS))
-        if 2 * n + 8192 > n_maps:  # 8192 for the libraries of torch
-            limit = f"more than this system allows a process (vm.max_map_count: {n_maps})"
+        most = int(files.read_text(MAX_MAPS))
+        n_maps = len(files.read_text("/proc/self/maps").splitlines())
+        if n_maps + 2 * n + 1000 > most:  # 1000 for whatever else the process maps
+            limit = f"more than this system allows a process (vm.max_map_count: {most})"
             raise UserError(f"{title}: needs {2 * n} maps of files, {limit}; {remedy}")
 
 

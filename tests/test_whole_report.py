@@ -246,7 +246,7 @@ def test_check_counts_all_attacks_of_a_report(best, monkeypatch, capsys):
     attack = 1 + 101 + 909
     # Logits; five radii of 20 steps; two steps on the surface; 300 steps of APGD.
     checks = 3 + 5 * (21 + 2) + 3 + 303
-    after = 101 + 4 * 51 + 200  # one attack; APGD of 50 steps, four ways; Square of 200 queries
+    after = 1 + 101 + 4 * 51 + 200  # one attack; APGD of 50 steps, four ways; Square, 200 queries
     assert times == [attack + checks, 4 * (attack + checks + after)]
     assert "nothing was written" in capsys.readouterr().out
     assert not list(Path(best).parent.glob("report*"))

@@ -125,7 +125,7 @@ def test_an_edited_script_leaves_a_trace(tmp_path, capsys):
     assert (out / "git.diff").exists()
 
 
-def test_state_is_what_is_tracked(tmp_path):
+def test_state_is_what_is_tracked(tmp_path, monkeypatch):
     args = SimpleNamespace(out_dir=str(tmp_path / "run"), lr=0.1, check=False)
     model = torch.nn.Linear(2, 2)
     first = run.Run(__file__, args, {}, 0, torch.device("cpu"))
@@ -143,6 +143,9 @@ def test_state_is_what_is_tracked(tmp_path):
     second.load(5)
     assert (second.step, second.best) == (1, [0.5]) and second.seconds >= 0
     assert torch.equal(other.weight, model.weight)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="it at steps 1, 0; start"):
+        patch.setattr(run, "gather_objects", lambda step: [step, 0])
+        second.load(5)
     second.step = 4
     with pytest.raises(
         UserError, match="steps 2 to 4: loss, gradient or weights not finite.*last.pt"

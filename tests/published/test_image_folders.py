@@ -216,7 +216,9 @@ LEFT_BEHIND = [
 def test_too_few_images_to_hold_some_out(tmp_path):
     """Of these names none has a hash among the lowest tenth."""
     write_folder(tmp_path, n=2, splits=["train"])
-    open_refused(tmp_path, f"{tmp_path}/train: too few images (6) to hold some out for tests; put")
+    open_refused(
+        tmp_path, f"{tmp_path}/train: too few images (6) to hold some out for tests; put some"
+    )
 
 
 @pytest.mark.parametrize("name", LEFT_BEHIND)
