@@ -4,7 +4,8 @@
 #
 # NOT RUN as a whole: its lines are tested at toy size. The minutes are estimates, the rows "The hour"
 # of docs/costs.md: counted FLOP over speeds of an H100. For those of your own machine, add --check
-# to a line that trains. Every command resumes; add --seed 1 and other names for the next seed.
+# to a line that trains. DRA's block and sigma are chosen by analogy with runs/cifar10_small.sh, not
+# probed. Every command resumes; add --seed 1 and other names for the next seed.
 # CIFAR-10 lies in data/, as the archive or as class folders; DATA=DIR names another place.
 set -euo pipefail
 cd "$(dirname "$0")/.."

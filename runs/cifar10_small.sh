@@ -5,14 +5,15 @@
 # all of them, and AutoAttack on four, about sixteen hours on two cores.
 #
 # One teacher for all: docs/cifar10-teacher, trained without labels on the 48,976 images that are
-# not held out. All choices were made on the held-out images (docs/log.md). The cells of a seed
-# share the initial weights; those that differ in DRA alone also share batches, crops and attack
-# starts.
+# not held out. What was chosen, was chosen on the held-out images (docs/log.md). The cells of a
+# seed share the initial weights; those that differ in DRA alone also share batches, crops and
+# attack starts.
 #
 # CIFAR-10 lies in data/, as class folders or as the archive: DATA=DIR bash runs/cifar10_small.sh
 # names another place. Our runs are of the images as JPEG, in class folders. The archive has the
 # images in another order: of the held-out ones there the teacher has seen most, without labels.
-# Every command resumes.
+# Every command resumes. Rows of two machines cannot stand beside each other: on another machine
+# `make evidence` replaces all of ours.
 set -meuo pipefail  # -m: a job in the background is a process group and ends with this script
 cd "$(dirname "$0")/.."
 trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT

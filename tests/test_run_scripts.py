@@ -1,4 +1,4 @@
-"""The run scripts for GPUs: what a command reads from out/, another one of the file has made."""
+"""The run scripts: what a command reads from out/, another one of the file has made."""
 
 import importlib
 import json
