@@ -259,6 +259,8 @@ def check_generates(model, name, spec, with_labels):
         image_size = model.image_size  # training crops and resizes such images
     own = (model.image_size, model.channels, model.num_classes)
     expected = (image_size, spec.channels, spec.num_classes)
+    if with_labels and own == (*expected[:2], 0):
+        raise UserError(f"{name}: trained without labels; --relabel takes those of a --classifier")
     if own != expected and (with_labels or own[:2] != expected[:2]):
         message = f"(pixels, channels, classes) = {own}, {spec.name} has {expected}"
         raise UserError(f"{name}: {message}")
