@@ -145,7 +145,7 @@ def test_a_network_without_labels(unlabelled):
     model.check_teaches("it", DIGITS, with_labels=False)
     (feats,) = model.features(x, 0.1, None, [model.default_block], torch.randn(3, 1, 8, 8))
     assert feats.shape[0] == 3 and feats.isfinite().all()
-    with pytest.raises(UserError, match="classes"):
+    with pytest.raises(UserError, match="without labels"):
         check_generates(model, "it", DIGITS, with_labels=True)
 
 
